@@ -1,0 +1,12 @@
+// One register function per concept. Only this folder includes pybind11.
+#pragma once
+
+#include <pybind11/pybind11.h>
+
+namespace ray_deepep {
+
+void register_errors(pybind11::module_& module);
+void register_domain(pybind11::module_& module);
+void register_host_buffer(pybind11::module_& module);
+
+}  // namespace ray_deepep

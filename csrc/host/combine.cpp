@@ -1,0 +1,182 @@
+// Combine: expert outputs back to their tokens, added up in a fixed order.
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <vector>
+
+#include "host/host_buffer.h"
+#include "host/rows.h"
+
+namespace ray_deepep {
+namespace {
+
+constexpr int64_t kRowGrain = 32;  // rows a thread takes at a time
+constexpr int kMaxTopk = 32;
+
+template <typename T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
+
+// Rows that hold one sum per (token, rank) rather than one row per route.
+bool per_rank(const Plan& plan, Reduce reduce) {
+    return plan.layout.kind == LayoutKind::kTokenMajor || reduce == Reduce::kFast;
+}
+
+// The k's of one token in the order in which their rows are added. `routes` is the token's row of Plan::send_expert.
+// Per-rank sums take the first route of each rank, by rank; the others each route, by k or by expert.
+int order_routes(const int32_t* routes, int num_topk, int num_local, bool by_rank, bool by_expert,
+                 std::array<int, kMaxTopk>& order) {
+    int count = 0;
+    for (int k = 0; k < num_topk; ++k) {
+        if (routes[k] < 0) continue;
+        bool repeated = false;
+        for (int i = 0; by_rank && i < count; ++i) {
+            repeated = repeated || routes[order[i]] / num_local == routes[k] / num_local;
+        }
+        if (!repeated) order[count++] = k;
+    }
+    if (by_rank || by_expert) {
+        std::stable_sort(order.begin(), order.begin() + count, [&](int a, int b) {
+            return by_rank ? routes[a] / num_local < routes[b] / num_local : routes[a] < routes[b];
+        });
+    }
+    return count;
+}
+
+}  // namespace
+
+void HostBuffer::combine(const CombineArgs& args, const HostPlan& plan, const CombineOutputs& out) {
+    OpHeader& own = open_operation(args.has_rows ? Operation::kCombine : Operation::kCombineWeights);
+    try {
+        own.dtype = args.dtype;
+        own.num_topk = plan.plan.num_topk;
+        own.layout_kind = plan.plan.layout.kind;
+        own.reduce = static_cast<int32_t>(args.reduce);
+        own.weighted = args.weighted;
+        own.has_row_weights = args.has_row_weights;
+        own.plan_sequence = plan.sequence;
+        stage_outputs(args, plan, own);
+    } catch (...) {
+        --sequence_;
+        throw;
+    }
+    publish(own);
+    if (args.has_rows) pull_outputs(args, plan, out);
+    if (args.has_row_weights) pull_row_weights(plan.plan, out);
+}
+
+void HostBuffer::stage_outputs(const CombineArgs& args, const HostPlan& host_plan, OpHeader& own) {
+    const Plan& plan = host_plan.plan;
+    const int64_t bytes = sizes_.hidden * element_size(args.dtype);
+    const bool token_major = plan.layout.kind == LayoutKind::kTokenMajor;
+    if (own.has_row_weights != 0) {
+        const int64_t count = token_major ? plan.num_rows * plan.num_topk : plan.num_rows;
+        own.row_weights_at = reserve(count * 4);
+        std::memcpy(at<float>(geometry_.rank, own.row_weights_at), pointer<const float>(args.row_weights), count * 4);
+    }
+    if (own.operation == Operation::kCombineWeights) return;
+    const bool reduced = args.reduce == Reduce::kFast && !token_major;
+    own.rows_at = reserve((reduced ? plan.num_recv_tokens() : plan.num_rows) * bytes);
+    auto* staged = at<std::byte>(geometry_.rank, own.rows_at);
+    if (reduced) return reduce_local(args, host_plan, staged);
+    // Rows of this rank's own tokens stay where they are; only what others will read is staged.
+    const int64_t own_begin = plan.recv_base[geometry_.rank];
+    const int64_t own_count = plan.recv_base[geometry_.rank + 1] - own_begin;
+    const auto* rows = pointer<const std::byte>(args.rows);
+    threads_.parallel_for(plan.num_recv_tokens() - own_count, kRowGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t j = begin; j < end; ++j) {
+            const int64_t i = j < own_begin ? j : j + own_count;
+            if (token_major) {
+                std::memcpy(staged + i * bytes, rows + i * bytes, bytes);
+                continue;
+            }
+            for (int64_t r = plan.route_begin[i]; r < plan.route_begin[i + 1]; ++r) {
+                const int64_t slot = plan.route_slot[r];
+                std::memcpy(staged + slot * bytes, rows + slot * bytes, bytes);
+            }
+        }
+    });
+}
+
+// Fast mode: add up a token's local experts here, so that one row per (token, rank) travels.
+void HostBuffer::reduce_local(const CombineArgs& args, const HostPlan& host_plan, std::byte* staged) {
+    const Plan& plan = host_plan.plan;
+    const int64_t hidden = sizes_.hidden, bytes = hidden * element_size(args.dtype);
+    const auto* rows = pointer<const std::byte>(args.rows);
+    threads_.parallel_for(plan.num_recv_tokens(), kRowGrain, [&](int64_t begin, int64_t end) {
+        std::vector<float> acc(hidden);
+        for (int64_t i = begin; i < end; ++i) {
+            const int64_t first = plan.route_begin[i], last = plan.route_begin[i + 1];
+            if (last - first == 1 && !args.weighted) {
+                std::memcpy(staged + i * bytes, rows + plan.route_slot[first] * bytes, bytes);
+                continue;
+            }
+            std::fill(acc.begin(), acc.end(), 0.0f);
+            for (int64_t r = first; r < last; ++r) {
+                const std::byte* row = rows + plan.route_slot[r] * bytes;
+                if (args.weighted) {
+                    add_scaled_row(acc.data(), row, hidden, args.dtype, host_plan.route_weight[r]);
+                } else {
+                    add_row(acc.data(), row, hidden, args.dtype);
+                }
+            }
+            store_row(staged + i * bytes, acc.data(), hidden, args.dtype);
+        }
+    });
+}
+
+void HostBuffer::pull_outputs(const CombineArgs& args, const HostPlan& host_plan, const CombineOutputs& out) {
+    const Plan& plan = host_plan.plan;
+    const int num_topk = plan.num_topk, num_local = geometry_.num_local_experts();
+    const int64_t hidden = sizes_.hidden, bytes = hidden * element_size(args.dtype);
+    const bool by_rank = per_rank(plan, args.reduce);
+    const bool by_expert = args.reduce == Reduce::kExpertOrder;
+    const bool scaled = args.weighted && !by_rank;
+    const bool own_staged = args.reduce == Reduce::kFast && plan.layout.kind != LayoutKind::kTokenMajor;
+    std::vector<const std::byte*> sources(geometry_.num_ranks);
+    for (int rank = 0; rank < geometry_.num_ranks; ++rank) sources[rank] = at<const std::byte>(rank, header(rank).rows_at);
+    if (!own_staged) sources[geometry_.rank] = pointer<const std::byte>(args.rows);
+    auto* routes = pointer<std::byte>(out.routes);
+
+    threads_.parallel_for(plan.num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
+        std::vector<float> acc(hidden);
+        std::array<int, kMaxTopk> order;
+        for (int64_t t = begin; t < end; ++t) {
+            const int64_t first = t * num_topk;
+            const int count = order_routes(&plan.send_expert[first], num_topk, num_local, by_rank, by_expert, order);
+            std::fill(acc.begin(), acc.end(), 0.0f);
+            for (int i = 0; i < count; ++i) {
+                const int64_t route = first + order[i];
+                const int64_t row = by_rank ? plan.send_row[route] : plan.send_slot[route];
+                const std::byte* src = sources[plan.destination(route)] + row * bytes;
+                if (scaled) {
+                    add_scaled_row(acc.data(), src, hidden, args.dtype, host_plan.send_weight[route]);
+                } else {
+                    add_row(acc.data(), src, hidden, args.dtype);
+                }
+                if (routes != nullptr) std::memcpy(routes + (order[i] * plan.num_tokens + t) * bytes, src, bytes);
+            }
+            if (args.bias != 0) add_row(acc.data(), pointer<const std::byte>(args.bias) + t * bytes, hidden, args.dtype);
+            store_row(pointer<std::byte>(out.x) + t * bytes, acc.data(), hidden, args.dtype);
+            for (int k = 0; routes != nullptr && k < num_topk; ++k) {
+                if (plan.send_expert[first + k] < 0) std::memset(routes + (k * plan.num_tokens + t) * bytes, 0, bytes);
+            }
+        }
+    });
+}
+
+void HostBuffer::pull_row_weights(const Plan& plan, const CombineOutputs& out) {
+    const bool token_major = plan.layout.kind == LayoutKind::kTokenMajor;
+    auto* home = pointer<float>(out.topk_weights);
+    for (int64_t route = 0; route < plan.num_tokens * plan.num_topk; ++route) {
+        home[route] = 0.0f;
+        if (plan.send_expert[route] < 0) continue;
+        const int dest = plan.destination(route);
+        const auto* weights = at<const float>(dest, header(dest).row_weights_at);
+        home[route] = token_major ? weights[int64_t{plan.send_row[route]} * plan.num_topk + route % plan.num_topk]
+                                  : weights[plan.send_slot[route]];
+    }
+}
+
+}  // namespace ray_deepep

@@ -1,0 +1,120 @@
+// Dispatch and combine on the CPU: publish, plan, pull over the segments of a symmetric heap.
+//
+// A segment holds the control block and two areas used by turns. A rank publishes operation s + 2 into the area of s
+// only after it saw every peer publish s + 1, which a peer does only when it has pulled all of s. So one signal per
+// operation is enough: no acknowledgement, no second wait.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <vector>
+
+#include "common/dtype.h"
+#include "common/plan.h"
+#include "heap/domain.h"
+#include "host/control.h"
+#include "host/thread_pool.h"
+#include "host/wait.h"
+
+namespace ray_deepep {
+
+struct BufferSizes {
+    int num_experts = 1;
+    int64_t hidden = 1;
+    int num_topk = 1;
+    int64_t max_tokens = 0;
+    int64_t max_capacity = 0;
+    int64_t max_segment_bytes = 0;
+    // Bytes of one area for these sizes, before the limit.
+    int64_t area_bytes(int num_ranks) const;
+};
+
+// A plan with the weights of its routes: what a handle holds.
+struct HostPlan {
+    Plan plan;
+    uint32_t sequence = 0;            // of the dispatch that made it: the same on all ranks
+    std::vector<float> send_weight;   // [T, K]
+    std::vector<float> route_weight;  // beside Plan::route_slot
+};
+
+enum class Reduce : int32_t { kExact = 0, kFast = 1, kExpertOrder = 2 };
+
+// Addresses of torch tensors; 0 where there is none, and for empty tensors. Shapes as in handle.py.
+struct DispatchArgs {
+    uintptr_t x = 0, x_scales = 0, topk_idx = 0, topk_weights = 0, locations = 0;
+    int64_t num_tokens = 0;
+    int num_topk = 0;
+    DType dtype = DType::kFloat32;
+    Layout layout;
+    bool scale_by_weights = false;
+};
+
+struct DispatchOutputs {
+    uintptr_t x = 0, x_scales = 0, topk_idx = 0, topk_weights = 0;
+};
+
+struct CombineArgs {
+    uintptr_t rows = 0, row_weights = 0, bias = 0;
+    DType dtype = DType::kFloat32;
+    bool has_rows = true;
+    bool has_row_weights = false;
+    bool weighted = false;
+    Reduce reduce = Reduce::kExact;
+};
+
+struct CombineOutputs {
+    uintptr_t x = 0, topk_weights = 0, routes = 0;
+};
+
+class HostBuffer {
+  public:
+    // Collective over `domain`.
+    HostBuffer(std::shared_ptr<Domain> domain, const BufferSizes& sizes, double bootstrap_deadline_s,
+               double deadline_s, int num_threads, Interrupt interrupt);
+    ~HostBuffer() { close(); }
+
+    // Publish rows and routing, and plan. `pull_dispatch` must follow, with outputs of the plan's sizes.
+    std::shared_ptr<HostPlan> begin_dispatch(const DispatchArgs& args);
+    // Publish rows for a plan made earlier. `pull_dispatch` must follow.
+    void begin_cached_dispatch(const DispatchArgs& args, const HostPlan& plan);
+    void pull_dispatch(const DispatchArgs& args, HostPlan& plan, const DispatchOutputs& out);
+    void combine(const CombineArgs& args, const HostPlan& plan, const CombineOutputs& out);
+    void close();
+
+  private:
+    const OpHeader& header(int rank) const { return *reinterpret_cast<const OpHeader*>(area(rank)); }
+    std::byte* area(int rank) const;
+    // Room in this rank's area for `bytes`; the offset from the segment's start.
+    int64_t reserve(int64_t bytes);
+    OpHeader& open_operation(Operation operation);
+    void publish(OpHeader& header);
+    void check_agreement() const;
+    template <typename T>
+    T* at(int rank, int64_t offset) const {
+        return reinterpret_cast<T*>(heap_.segments[rank].data() + offset);
+    }
+
+    void stage_rows(const DispatchArgs& args, OpHeader& header, const int32_t* send_expert);
+    void publish_routing(const DispatchArgs& args, OpHeader& header);
+    void check_locations(const DispatchArgs& args) const;
+    void pull_rows(const DispatchArgs& args, const HostPlan& plan, const DispatchOutputs& out);
+    void fill_unused(const Plan& plan, const DispatchArgs& args, const DispatchOutputs& out);
+    void pull_routing(const HostPlan& plan, const DispatchOutputs& out);
+
+    void stage_outputs(const CombineArgs& args, const HostPlan& plan, OpHeader& header);
+    void reduce_local(const CombineArgs& args, const HostPlan& plan, std::byte* staged);
+    void pull_outputs(const CombineArgs& args, const HostPlan& plan, const CombineOutputs& out);
+    void pull_row_weights(const Plan& plan, const CombineOutputs& out);
+
+    std::shared_ptr<Domain> domain_;
+    Geometry geometry_;
+    BufferSizes sizes_;
+    double deadline_s_;
+    SymmetricHeap heap_;
+    int64_t area_bytes_ = 0, used_ = 0;
+    uint32_t sequence_ = 0;
+    std::unique_ptr<Signals> signals_;
+    ThreadPool threads_;
+};
+
+}  // namespace ray_deepep

@@ -1,0 +1,152 @@
+#include "host/wait.h"
+
+#include <linux/futex.h>
+#include <sched.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+#include <climits>
+#include <ctime>
+#include <utility>
+
+namespace ray_deepep {
+namespace {
+
+constexpr int kSpins = 200;             // about 10 us: a peer that runs beside us is met here
+constexpr int kYields = 20;             // ranks that share cores let each other run before sleeping
+constexpr double kSleep_s = 0.005;      // longest sleep: a peer may end without waking us
+constexpr double kInterruptEvery_s = 0.1;
+
+void futex_wait(const std::atomic<uint32_t>* word, uint32_t value, double seconds) {
+    timespec timeout{static_cast<time_t>(seconds), static_cast<long>((seconds - static_cast<time_t>(seconds)) * 1e9)};
+    ::syscall(SYS_futex, reinterpret_cast<const uint32_t*>(word), FUTEX_WAIT, value, &timeout, nullptr, 0);
+}
+
+void futex_wake_all(std::atomic<uint32_t>* word) {
+    ::syscall(SYS_futex, reinterpret_cast<uint32_t*>(word), FUTEX_WAKE, INT_MAX, nullptr, nullptr, 0);
+}
+
+// Sequence numbers wrap around.
+bool reached(uint32_t seen, uint32_t wanted) { return static_cast<int32_t>(seen - wanted) >= 0; }
+
+void cpu_pause() {
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+}
+
+}  // namespace
+
+Signals::Signals(const Domain* domain, std::vector<ControlBlock*> blocks, Interrupt interrupt)
+    : domain_(domain), blocks_(std::move(blocks)), own_(blocks_[domain->rank()]), interrupt_(std::move(interrupt)) {
+    own_->waiting_for.store(-1, std::memory_order_relaxed);
+    own_->blamed_peer.store(-1, std::memory_order_relaxed);
+}
+
+void Signals::raise(uint32_t sequence) {
+    own_->published.store(sequence, std::memory_order_release);
+    futex_wake_all(&own_->published);
+}
+
+void Signals::wait_published(uint32_t sequence, Operation operation, double deadline_s) {
+    const Deadline deadline(deadline_s);
+    for (int peer = 0; peer < domain_->num_ranks(); ++peer) {
+        if (!reached(blocks_[peer]->published.load(std::memory_order_acquire), sequence)) {
+            wait_for_peer(peer, sequence, operation, deadline);
+        }
+    }
+}
+
+void Signals::wait_for_peer(int peer, uint32_t sequence, Operation operation, const Deadline& deadline) {
+    const auto& signal = blocks_[peer]->published;
+    own_->waiting_sequence.store(sequence, std::memory_order_relaxed);
+    own_->waiting_for.store(peer, std::memory_order_release);
+    double next_interrupt_s = kInterruptEvery_s;
+    for (int round = 0;; ++round) {
+        const uint32_t seen = signal.load(std::memory_order_acquire);
+        if (reached(seen, sequence)) break;
+        if (round < kSpins) {
+            cpu_pause();
+            continue;
+        }
+        if (round < kSpins + kYields) {
+            ::sched_yield();
+            continue;
+        }
+        FaultRecord record;
+        record.operation = operation;
+        record.sequence = sequence;
+        record.phase = "wait_published";
+        record.rank = domain_->rank();
+        record.peer = peer;
+        record.expected = sequence;
+        record.seen = seen;
+        record.elapsed_s = deadline.elapsed_s();
+        record.deadline_s = deadline.limit_s();
+        check_peer(peer, record);
+        if (deadline.expired()) fail(record, follow_waits(peer), Cause::kTimeout);
+        if (interrupt_ && deadline.elapsed_s() >= next_interrupt_s) {
+            next_interrupt_s = deadline.elapsed_s() + kInterruptEvery_s;
+            try {
+                interrupt_();
+            } catch (...) {
+                leave(RankState::kFailed, domain_->rank(), Cause::kAborted);
+                throw;
+            }
+        }
+        futex_wait(&signal, seen, std::min(kSleep_s, deadline.remaining_s() + 1e-4));
+    }
+    own_->waiting_for.store(-1, std::memory_order_release);
+}
+
+// Throw if the peer will never come: it failed, closed, or its process ended.
+void Signals::check_peer(int peer, const FaultRecord& record) {
+    // Liveness first: whatever the peer wrote before it ended is then visible below.
+    const bool gone = domain_->peer_is_gone(peer);
+    const ControlBlock& block = *blocks_[peer];
+    const RankState state = block.state.load(std::memory_order_acquire);
+    // It may have published between our look at the signal and its end.
+    if (reached(block.published.load(std::memory_order_acquire), record.expected)) return;
+    if (state == RankState::kFailed) {
+        const int blamed = block.blamed_peer.load(std::memory_order_relaxed);
+        fail(record, blamed >= 0 ? blamed : peer, block.blamed_cause.load(std::memory_order_relaxed));
+    }
+    if (state == RankState::kClosed) fail(record, peer, Cause::kPeerClosed);
+    if (gone) fail(record, peer, Cause::kPeerDied);
+}
+
+void Signals::fail(FaultRecord record, int peer, Cause cause) {
+    record.peer = peer;
+    record.cause = cause;
+    leave(RankState::kFailed, peer, cause);
+    throw FaultError(std::move(record));
+}
+
+void Signals::close() {
+    if (own_->state.load(std::memory_order_relaxed) == RankState::kReady) {
+        leave(RankState::kClosed, domain_->rank(), Cause::kPeerClosed);
+    }
+}
+
+void Signals::leave(RankState state, int blamed_peer, Cause cause) {
+    own_->blamed_peer.store(blamed_peer, std::memory_order_relaxed);
+    own_->blamed_cause.store(cause, std::memory_order_relaxed);
+    own_->state.store(state, std::memory_order_release);
+    // Peers that sleep on our signal look at our state when they wake.
+    futex_wake_all(&own_->published);
+}
+
+// A peer that itself waits for another is a victim: follow the chain to a rank that waits for nobody. A wait whose
+// signal has long come does not count: that rank was stopped in it.
+int Signals::follow_waits(int peer) const {
+    for (int step = 0; step < domain_->num_ranks(); ++step) {
+        const int next = blocks_[peer]->waiting_for.load(std::memory_order_acquire);
+        if (next < 0 || next >= domain_->num_ranks() || next == domain_->rank()) return peer;
+        const uint32_t wanted = blocks_[peer]->waiting_sequence.load(std::memory_order_relaxed);
+        if (reached(blocks_[next]->published.load(std::memory_order_acquire), wanted)) return peer;
+        peer = next;
+    }
+    return peer;
+}
+
+}  // namespace ray_deepep

@@ -1,0 +1,41 @@
+// Signals with deadlines: raise one's own, wait for those of all peers, and name the cause when a wait ends badly.
+#pragma once
+
+#include <functional>
+#include <string>
+#include <vector>
+
+#include "common/fault.h"
+#include "heap/domain.h"
+#include "host/control.h"
+
+namespace ray_deepep {
+
+// Called about ten times a second while waiting; throws to interrupt (Ctrl-C).
+using Interrupt = std::function<void()>;
+
+class Signals {
+  public:
+    Signals(const Domain* domain, std::vector<ControlBlock*> blocks, Interrupt interrupt);
+
+    // Tell all peers that operation `sequence` of this rank is published.
+    void raise(uint32_t sequence);
+    // Wait until every peer published `sequence`. Throws FaultError; this rank is then failed and its peers know why.
+    void wait_published(uint32_t sequence, Operation operation, double deadline_s);
+    // Say that this rank leaves; peers that wait for it learn so at once.
+    void close();
+
+  private:
+    void wait_for_peer(int peer, uint32_t sequence, Operation operation, const Deadline& deadline);
+    [[noreturn]] void fail(FaultRecord record, int peer, Cause cause);
+    void leave(RankState state, int blamed_peer, Cause cause);
+    void check_peer(int peer, const FaultRecord& record);
+    int follow_waits(int peer) const;
+
+    const Domain* domain_;
+    std::vector<ControlBlock*> blocks_;
+    ControlBlock* own_;
+    Interrupt interrupt_;
+};
+
+}  // namespace ray_deepep

@@ -1,0 +1,103 @@
+"""Differentiable dispatch and combine: each is the other's backward, on the same plan.
+
+With g the gradient of the output and w the weights:
+
+- rows = dispatch(x): dx = combine(drows), unweighted; the gradient of the received weights goes home beside it.
+- out = combine(rows, weighted): drows = w * dispatch(g) and dw = <dispatch(g), rows> per route, computed where the
+  rows are; dw goes home with the next combine of scalars. Unweighted: drows = dispatch(g).
+"""
+
+from __future__ import annotations
+
+import torch
+
+from .buffer import Buffer
+from .handle import CombineResult, DispatchHandle, DispatchResult, Layout
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, topk_weights, buffer, topk_idx, layout, locations, reduce, holder):
+        result = buffer.dispatch(x, topk_idx, topk_weights, layout=layout, locations=locations)
+        holder.append(result)
+        ctx.buffer, ctx.handle, ctx.reduce, ctx.dtype = buffer, result.handle, reduce, x.dtype
+        ctx.needs_weights = topk_weights is not None and ctx.needs_input_grad[1]
+        ctx.set_materialize_grads(False)
+        return result.x, result.topk_weights
+
+    @staticmethod
+    def backward(ctx, grad_rows, grad_weights):
+        handle, geometry = ctx.handle, ctx.buffer.geometry
+        if grad_rows is None:
+            # Every rank must enter the collective, even where nothing depends on the rows.
+            grad_rows = torch.zeros(handle.num_rows, geometry.hidden, dtype=ctx.dtype)
+        if not ctx.needs_weights:
+            grad_weights = None
+        elif grad_weights is None:
+            grad_weights = torch.zeros_like(handle.recv_topk_weights)
+        else:
+            grad_weights = grad_weights.contiguous()
+        result = ctx.buffer.combine(grad_rows.contiguous(), handle, topk_weights=grad_weights, reduce=ctx.reduce)
+        return result.x, result.topk_weights, *(None,) * 6
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows, topk_weights, buffer, handle, weighted, reduce):
+        result = buffer.combine(rows, handle, weighted=weighted, reduce=reduce)
+        ctx.buffer, ctx.handle, ctx.weighted, ctx.reduce = buffer, handle, weighted, reduce
+        ctx.needs_weights = weighted and topk_weights is not None and ctx.needs_input_grad[1]
+        ctx.save_for_backward(*([rows] if ctx.needs_weights else []))
+        return result.x
+
+    @staticmethod
+    def backward(ctx, grad_out):
+        grad_out = grad_out.contiguous()
+        if not ctx.needs_weights:
+            grad_rows = ctx.buffer.dispatch(grad_out, handle=ctx.handle, scale_by_weights=ctx.weighted).x
+            return grad_rows, *(None,) * 5
+        (rows,) = ctx.saved_tensors
+        arrived = ctx.buffer.dispatch(grad_out, handle=ctx.handle).x.float()
+        grad_route_weights = (arrived * rows.float()).sum(-1)
+        grad_rows = (arrived * ctx.handle.recv_topk_weights.unsqueeze(-1)).to(rows.dtype)
+        home = ctx.buffer.combine_weights(grad_route_weights, ctx.handle)
+        return grad_rows, home, *(None,) * 4
+
+
+def dispatch(
+    buffer: Buffer,
+    x: torch.Tensor,
+    topk_idx: torch.Tensor,
+    topk_weights: torch.Tensor | None = None,
+    *,
+    layout: Layout | None = None,
+    locations: torch.Tensor | None = None,
+    reduce: str = "exact",
+) -> DispatchResult:
+    """Differentiable :meth:`Buffer.dispatch` (float32, bfloat16, float16 rows).
+
+    Gradients flow from ``x`` of the result to ``x``, and from its ``topk_weights`` to ``topk_weights``. ``reduce`` says
+    how the backward adds up a token's row gradients. Collective, forward and backward.
+    """
+    holder: list[DispatchResult] = []
+    rows, weights = _Dispatch.apply(x, topk_weights, buffer, topk_idx, layout, locations, reduce, holder)
+    (result,) = holder
+    return DispatchResult(x=rows, x_scales=None, topk_idx=result.topk_idx, topk_weights=weights, handle=result.handle)
+
+
+def combine(
+    buffer: Buffer,
+    rows: torch.Tensor,
+    handle: DispatchHandle,
+    *,
+    topk_weights: torch.Tensor | None = None,
+    weighted: bool = False,
+    reduce: str = "exact",
+) -> CombineResult:
+    """Differentiable :meth:`Buffer.combine`.
+
+    With ``weighted=True`` pass the dispatch's ``topk_weights`` again to get their gradient. Collective, forward and
+    backward.
+    """
+    x = _Combine.apply(rows, topk_weights, buffer, handle, weighted, reduce)
+    return CombineResult(x=x, topk_weights=None, routes=None)

@@ -1,0 +1,219 @@
+"""``Buffer``: dispatch and combine for one geometry, shared by all layers of a model that has it.
+
+The buffer checks every argument on this rank before anything is sent, hands valid requests to the transport that its
+communicator picked, and wraps what comes back in frozen results.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from . import checks
+from .communicator import Communicator
+from .errors import ClosedError
+from .handle import CombineResult, DispatchHandle, DispatchResult, Layout
+from .telemetry import CommRecorder, CommStats
+from .transport import BufferGeometry, DispatchOutput, DispatchRequest
+
+
+class Buffer:
+    """Room for dispatch and combine on all ranks of ``comm``. Making one is collective, and so are its calls.
+
+    Args:
+        comm: communicator of the EP group.
+        num_experts: E, a multiple of ``comm.num_ranks``.
+        hidden: H, elements per row.
+        num_topk: largest K, 1 to 32.
+        max_tokens: largest T that any rank will dispatch.
+        max_capacity: largest capacity of a ``Padded`` layout; 0 if there is none.
+
+    Raises:
+        InvalidArgumentError: a size breaks its rule.
+        BootstrapError: a rank did not take part within ``comm.config.bootstrap_deadline_s``.
+    """
+
+    def __init__(
+        self,
+        comm: Communicator,
+        *,
+        num_experts: int,
+        hidden: int,
+        num_topk: int,
+        max_tokens: int,
+        max_capacity: int = 0,
+    ) -> None:
+        self.comm = comm
+        self.geometry = BufferGeometry(
+            num_experts=num_experts,
+            hidden=hidden,
+            num_topk=num_topk,
+            max_tokens=max_tokens,
+            max_capacity=max_capacity,
+        )
+        checks.geometry(self.geometry, comm.num_ranks)
+        self.num_local_experts = num_experts // comm.num_ranks
+        self._recorder = CommRecorder()
+        self._transport = comm.make_transport(self.geometry)
+        self._closed = False
+        comm.adopt(self)
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        x_scales: torch.Tensor | None = None,
+        layout: Layout | None = None,
+        locations: torch.Tensor | None = None,
+        handle: DispatchHandle | None = None,
+        scale_by_weights: bool = False,
+    ) -> DispatchResult:
+        """Send each token's row to the ranks of its experts; collective.
+
+        Args:
+            x: ``[T, H]`` float32, bfloat16, float16 or float8_e4m3fn, contiguous rows.
+            topk_idx: ``[T, K]`` int64 or int32, expert ids in ``[0, E)``, -1 = none.
+            topk_weights: ``[T, K]`` float32; ones where left out.
+            x_scales: ``[T, H / 128]`` float32, with float8 rows and only then.
+            layout: how rows land; :class:`TokenMajor` by default.
+            locations: ``[T, K]`` int32 in ``[0, capacity)``, for :class:`Padded` and only then.
+            handle: reuse the plan of an earlier dispatch; then none of the four arguments above but scales is given.
+            scale_by_weights: multiply each route's row by its weight on arrival (not token-major, not float8).
+
+        Returns:
+            The rows this rank received, and the handle.
+
+        Raises:
+            InvalidArgumentError, InvalidTypeError: naming the argument, before anything is sent.
+            MismatchError: ranks passed arguments that do not fit each other.
+            CommFaultError: a peer died or was late.
+            ClosedError: after ``close()``.
+        """
+        self._check_open("dispatch")
+        request = checks.dispatch_request(
+            self.geometry,
+            x=x,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            x_scales=x_scales,
+            layout=layout,
+            locations=locations,
+            handle=handle,
+            owner=id(self),
+            scale_by_weights=scale_by_weights,
+        )
+        with self._recorder.measure("dispatch"):
+            output = self._transport.dispatch(request)
+        self._recorder.add_bytes("dispatch", output.x.numel() * output.x.element_size())
+        return self._dispatch_result(request, output)
+
+    def combine(
+        self,
+        rows: torch.Tensor,
+        handle: DispatchHandle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        weighted: bool = False,
+        reduce: str = "exact",
+        keep_routes: bool = False,
+        bias: torch.Tensor | None = None,
+    ) -> CombineResult:
+        """Bring expert outputs back to their tokens and add them up; collective.
+
+        Args:
+            rows: ``[S, H]`` float32, bfloat16 or float16 in the layout of ``handle``. Token-major rows are already
+                reduced over the local experts of a token.
+            handle: from the dispatch.
+            topk_weights: row weights to carry back (their gradient's way home): ``[R, K]`` token-major, ``[S]``
+                otherwise, float32.
+            weighted: multiply each route's row by its dispatch weight before the sum; not for token-major rows.
+            reduce: ``exact``, ``fast`` or ``expert_order``; see :class:`~ray_deepep.transport.CombineRequest`.
+            keep_routes: also return the routes' rows, ``[K, T, H]``.
+            bias: ``[T, H]``, added before the result is rounded.
+
+        Raises:
+            As :meth:`dispatch`.
+        """
+        self._check_open("combine")
+        request = checks.combine_request(
+            self.geometry,
+            rows=rows,
+            handle=handle,
+            owner=id(self),
+            topk_weights=topk_weights,
+            weighted=weighted,
+            reduce=reduce,
+            keep_routes=keep_routes,
+            bias=bias,
+        )
+        with self._recorder.measure("combine"):
+            output = self._transport.combine(request)
+        self._recorder.add_bytes("combine", rows.numel() * rows.element_size())
+        return CombineResult(x=output.x, topk_weights=output.topk_weights, routes=output.routes)
+
+    def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        """Bring one number per route home without rows; collective.
+
+        Args:
+            topk_weights: ``[R, K]`` token-major, ``[S]`` otherwise, float32.
+
+        Returns:
+            ``[T, K]`` float32, 0 where there was no route.
+        """
+        self._check_open("combine_weights")
+        handle = checks.handle(handle, id(self))
+        topk_weights = checks.row_weights(topk_weights, handle)
+        with self._recorder.measure("combine"):
+            return self._transport.combine_weights(topk_weights, handle)
+
+    def stats(self, *, reset: bool = False) -> CommStats:
+        """Calls, ms and bytes of this buffer since the last reset."""
+        return self._recorder.stats(reset=reset)
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close()`` was called (here or through the communicator)."""
+        return self._closed
+
+    def close(self) -> None:
+        """Free the heap of this rank. Not collective: peers that already hold the rows keep them."""
+        if not self._closed:
+            self._closed = True
+            self._transport.close()
+            self.comm.release(self)
+
+    def __enter__(self) -> Buffer:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _check_open(self, operation: str) -> None:
+        if self._closed:
+            raise ClosedError(f"{operation}: the buffer is closed")
+        self.comm.check_usable(operation)
+
+    def _dispatch_result(self, request: DispatchRequest, output: DispatchOutput) -> DispatchResult:
+        handle = request.handle
+        if handle is None:
+            handle = DispatchHandle(
+                layout=request.layout,
+                num_tokens=request.x.shape[0],
+                num_topk=request.topk_idx.shape[1],
+                num_recv_tokens=output.num_recv_tokens,
+                num_rows=output.x.shape[0],
+                num_recv_tokens_per_expert=output.num_recv_tokens_per_expert,
+                expert_offsets=output.expert_offsets,
+                topk_weights=request.topk_weights,
+                recv_topk_weights=output.topk_weights,
+                plan=output.plan,
+                owner=id(self),
+            )
+        return DispatchResult(
+            x=output.x,
+            x_scales=output.x_scales,
+            topk_idx=output.topk_idx,
+            topk_weights=output.topk_weights if request.handle is None else handle.recv_topk_weights,
+            handle=handle,
+        )

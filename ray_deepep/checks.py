@@ -1,0 +1,213 @@
+"""Argument checks of dispatch and combine: the one place where torch tensors are judged before anything is sent."""
+
+from __future__ import annotations
+
+import torch
+
+from .errors import InvalidArgumentError, InvalidTypeError
+from .handle import DispatchHandle, ExpertMajor, Layout, Padded, TokenMajor
+from .transport import REDUCE_MODES, BufferGeometry, CombineRequest, DispatchRequest
+
+MAX_TOPK = 32
+SCALE_BLOCK = 128
+FLOAT8 = torch.float8_e4m3fn
+COMBINE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DISPATCH_DTYPES = (*COMBINE_DTYPES, FLOAT8)
+
+
+def geometry(geometry: BufferGeometry, num_ranks: int) -> None:
+    """Check a buffer's sizes."""
+    if geometry.num_experts < 1 or geometry.num_experts % num_ranks:
+        raise InvalidArgumentError(
+            "num_experts", geometry.num_experts, f"must be a positive multiple of the {num_ranks} ranks"
+        )
+    if geometry.hidden < 1:
+        raise InvalidArgumentError("hidden", geometry.hidden, "must be >= 1")
+    if not 1 <= geometry.num_topk <= MAX_TOPK:
+        raise InvalidArgumentError("num_topk", geometry.num_topk, f"must be 1 to {MAX_TOPK}")
+    if geometry.max_tokens < 0:
+        raise InvalidArgumentError("max_tokens", geometry.max_tokens, "must be >= 0")
+    if geometry.max_capacity < 0:
+        raise InvalidArgumentError("max_capacity", geometry.max_capacity, "must be >= 0")
+
+
+def _tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise InvalidTypeError(name, type(value).__name__, "must be a torch.Tensor")
+    if value.dtype not in dtypes:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        raise InvalidTypeError(name, str(value.dtype).removeprefix("torch."), f"dtype must be one of {names}")
+    if value.device.type != "cpu":
+        raise InvalidArgumentError(name, str(value.device), "must be on the CPU for this transport")
+    if tuple(value.shape) != shape:
+        raise InvalidArgumentError(name, tuple(value.shape), f"shape must be {shape}")
+    if not value.is_contiguous():
+        raise InvalidArgumentError(name, value.stride(), "must be contiguous (call .contiguous())")
+    return value
+
+
+def _rows(name: str, value: object, dtypes: tuple[torch.dtype, ...], hidden: int) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise InvalidTypeError(name, type(value).__name__, "must be a torch.Tensor")
+    if value.dim() != 2 or value.shape[1] != hidden:
+        raise InvalidArgumentError(name, tuple(value.shape), f"shape must be [rows, hidden={hidden}]")
+    return _tensor(name, value, dtypes, tuple(value.shape))
+
+
+def _absent(rule: str, **arguments: object) -> None:
+    for name, value in arguments.items():
+        if value is not None:
+            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else value
+            raise InvalidArgumentError(name, shown, rule)
+
+
+def _topk_idx(value: object, num_tokens: int, geometry: BufferGeometry) -> torch.Tensor:
+    if not isinstance(value, torch.Tensor):
+        raise InvalidTypeError("topk_idx", type(value).__name__, "must be a torch.Tensor (or give handle=)")
+    if value.dim() != 2 or value.shape[0] != num_tokens or not 1 <= value.shape[1] <= geometry.num_topk:
+        rule = f"shape must be [T={num_tokens}, K] with 1 <= K <= num_topk={geometry.num_topk}"
+        raise InvalidArgumentError("topk_idx", tuple(value.shape), rule)
+    value = _tensor("topk_idx", value, (torch.int64, torch.int32), tuple(value.shape)).to(torch.int64)
+    _in_range("topk_idx", value, -1, geometry.num_experts)
+    return value
+
+
+def _in_range(name: str, value: torch.Tensor, low: int, high: int) -> None:
+    """``low <= value < high`` everywhere."""
+    if value.numel() == 0:
+        return
+    smallest, largest = (int(v) for v in torch.aminmax(value))
+    if smallest < low or largest >= high:
+        bad = (value < low) | (value >= high)
+        where = tuple(int(i) for i in bad.nonzero()[0])
+        raise InvalidArgumentError(f"{name}{list(where)}", int(value[where]), f"must be in [{low}, {high})")
+
+
+def handle(handle: object, owner: int) -> DispatchHandle:
+    """Check that a handle belongs to the buffer with identity ``owner``."""
+    if not isinstance(handle, DispatchHandle):
+        raise InvalidTypeError("handle", type(handle).__name__, "must be a DispatchHandle")
+    if handle.owner != owner:
+        raise InvalidArgumentError("handle", "a handle of another buffer", "must come from a dispatch of this buffer")
+    return handle
+
+
+# The keyword ``handle`` of the requests below hides the function of that name.
+_check_handle = handle
+
+
+def row_weights(value: object, handle: DispatchHandle) -> torch.Tensor:
+    """Check numbers that travel beside the rows of ``handle``."""
+    token_major = isinstance(handle.layout, TokenMajor)
+    shape = (handle.num_recv_tokens, handle.num_topk) if token_major else (handle.num_rows,)
+    return _tensor("topk_weights", value, (torch.float32,), shape)
+
+
+def _layout(layout: Layout | None, locations: object, topk_idx: torch.Tensor, geometry: BufferGeometry) -> Layout:
+    layout = TokenMajor() if layout is None else layout
+    if not isinstance(layout, (TokenMajor, ExpertMajor, Padded)):
+        raise InvalidTypeError("layout", type(layout).__name__, "must be TokenMajor, ExpertMajor or Padded")
+    if not isinstance(layout, Padded):
+        _absent("goes with layout=Padded(capacity) only", locations=locations)
+        return layout
+    if layout.capacity > geometry.max_capacity:
+        raise InvalidArgumentError(
+            "layout.capacity", layout.capacity, f"must be <= max_capacity={geometry.max_capacity}"
+        )
+    if locations is None:
+        raise InvalidArgumentError("locations", None, "must be given with layout=Padded(capacity)")
+    locations = _tensor("locations", locations, (torch.int32,), tuple(topk_idx.shape))
+    _in_range("locations", torch.where(topk_idx >= 0, locations, 0), 0, max(layout.capacity, 1))
+    return layout
+
+
+def dispatch_request(
+    geometry: BufferGeometry,
+    *,
+    x: object,
+    topk_idx: object,
+    topk_weights: object,
+    x_scales: object,
+    layout: Layout | None,
+    locations: object,
+    handle: object,
+    owner: int,
+    scale_by_weights: bool,
+) -> DispatchRequest:
+    """Check the arguments of ``Buffer.dispatch`` and put them in the form that transports take."""
+    x = _rows("x", x, DISPATCH_DTYPES, geometry.hidden)
+    num_tokens = x.shape[0]
+    if num_tokens > geometry.max_tokens:
+        raise InvalidArgumentError("x", tuple(x.shape), f"must have at most max_tokens={geometry.max_tokens} rows")
+    if x.dtype == FLOAT8:
+        if geometry.hidden % SCALE_BLOCK:
+            raise InvalidArgumentError("hidden", geometry.hidden, f"must be a multiple of {SCALE_BLOCK} for fp8 rows")
+        if x_scales is None:
+            raise InvalidArgumentError("x_scales", None, "must be given with float8 rows")
+        x_scales = _tensor("x_scales", x_scales, (torch.float32,), (num_tokens, geometry.hidden // SCALE_BLOCK))
+    else:
+        _absent("goes with float8_e4m3fn rows only", x_scales=x_scales)
+    if handle is not None:
+        rule = "must be left out with handle="
+        _absent(rule, topk_idx=topk_idx, topk_weights=topk_weights, layout=layout, locations=locations)
+        handle = _check_handle(handle, owner)
+        layout = handle.layout
+        if num_tokens != handle.num_tokens:
+            raise InvalidArgumentError("x", tuple(x.shape), f"must have the handle's {handle.num_tokens} tokens")
+    else:
+        topk_idx = _topk_idx(topk_idx, num_tokens, geometry)
+        if topk_weights is None:
+            topk_weights = torch.ones(topk_idx.shape, dtype=torch.float32)
+        topk_weights = _tensor("topk_weights", topk_weights, (torch.float32,), tuple(topk_idx.shape))
+        layout = _layout(layout, locations, topk_idx, geometry)
+    if scale_by_weights and (isinstance(layout, TokenMajor) or x.dtype == FLOAT8):
+        raise InvalidArgumentError("scale_by_weights", True, "needs one row per route and rows that are not float8")
+    return DispatchRequest(
+        x=x,
+        x_scales=x_scales,
+        topk_idx=topk_idx,
+        topk_weights=topk_weights,
+        locations=locations,
+        layout=layout,
+        handle=handle,
+        scale_by_weights=scale_by_weights,
+    )
+
+
+def combine_request(
+    geometry: BufferGeometry,
+    *,
+    rows: object,
+    handle: object,
+    owner: int,
+    topk_weights: object,
+    weighted: bool,
+    reduce: str,
+    keep_routes: bool,
+    bias: object,
+) -> CombineRequest:
+    """Check the arguments of ``Buffer.combine``."""
+    handle = _check_handle(handle, owner)
+    rows = _rows("rows", rows, COMBINE_DTYPES, geometry.hidden)
+    if rows.shape[0] != handle.num_rows:
+        raise InvalidArgumentError("rows", tuple(rows.shape), f"must have the handle's {handle.num_rows} rows")
+    if reduce not in REDUCE_MODES:
+        raise InvalidArgumentError("reduce", reduce, f"must be one of {', '.join(REDUCE_MODES)}")
+    token_major = isinstance(handle.layout, TokenMajor)
+    if weighted and token_major:
+        raise InvalidArgumentError("weighted", True, "needs one row per route; token-major rows are already reduced")
+    if keep_routes and (token_major or reduce == "fast"):
+        raise InvalidArgumentError("keep_routes", True, "needs one row per route and a reduction at the source")
+    if topk_weights is not None:
+        topk_weights = row_weights(topk_weights, handle)
+    if bias is not None:
+        bias = _tensor("bias", bias, (rows.dtype,), (handle.num_tokens, geometry.hidden))
+    return CombineRequest(
+        rows=rows,
+        handle=handle,
+        topk_weights=topk_weights,
+        weighted=weighted,
+        reduce=reduce,
+        keep_routes=keep_routes,
+        bias=bias,
+    )

@@ -1,0 +1,170 @@
+"""``ExpertParallelConfig``: one argument that turns a Ray Train run into an expert-parallel one.
+
+    TorchTrainer(train_fn, torch_config=ExpertParallelConfig(), scaling_config=ScalingConfig(num_workers=8))
+
+Each worker gets its torch process group as Ray would make it, a communicator of its EP group, and DeepSpeed with
+swapped MoE layers; ``ray_deepep.cluster.current()`` gives them to the training function. Faults name their culprit
+(see ``supervision.py``), and a worker that does not come up is named within the bootstrap deadline.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import TYPE_CHECKING, Any
+
+from ray._common.network_utils import build_address
+from ray.train._internal.utils import get_address_and_port
+from ray.train.torch.config import TorchConfig, _TorchBackend
+from ray.train.v2._internal.constants import RAY_TRAIN_CALLBACKS_ENV_VAR
+from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
+
+from ..config import CommConfig
+from ..errors import BootstrapError, InvalidArgumentError, InvalidTypeError
+from . import worker
+from .gather import first_error, gather
+from .layout import ep_groups
+from .processes import ProcessId, kill_process, on_nodes
+
+if TYPE_CHECKING:
+    from ..deepspeed import SwapConfig
+
+logger = logging.getLogger("ray_deepep")
+
+_SUPERVISOR = "ray_deepep.cluster.supervision.FaultSupervisor"
+_STOP_DEADLINE_S = 5.0
+_NODE_DEADLINE_S = 5.0
+
+
+class WorkerBootstrapError(WorkerGroupStartupFailedError, BootstrapError):
+    """A :class:`BootstrapError` that Ray Train retries, as it does every worker group that fails to start.
+
+    ``FailureConfig(controller_failure_limit=…)`` says how often; Ray's default is without limit.
+    """
+
+
+@dataclasses.dataclass
+class ExpertParallelConfig(TorchConfig):
+    """Ray Train's torch configuration plus expert parallelism.
+
+    Args (besides ``backend``, ``init_method`` and ``timeout_s`` of ``TorchConfig``):
+        comm: settings of the communicators; those of the process that makes the config count, not the workers'.
+        ep_size: ranks of one EP group, a divisor of the number of workers; None: all workers are one group. Groups are
+            consecutive ranks, as in DeepSpeed, and must be those that the model asks DeepSpeed for.
+        swap: whether to swap DeepSpeed's MoE layers, or how.
+
+    Raises:
+        InvalidArgumentError, InvalidTypeError: a field breaks its rule.
+    """
+
+    comm: CommConfig = dataclasses.field(default_factory=CommConfig)
+    ep_size: int | None = None
+    swap: bool | SwapConfig = True
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.comm, CommConfig):
+            raise InvalidTypeError("comm", type(self.comm).__name__, "must be a CommConfig")
+        if self.ep_size is not None and (not isinstance(self.ep_size, int) or self.ep_size < 1):
+            raise InvalidArgumentError("ep_size", self.ep_size, "must be an integer >= 1, or None")
+        if self.init_method not in ("env", "tcp"):
+            raise InvalidArgumentError("init_method", self.init_method, "must be env or tcp")
+        register_supervisor()
+
+    @property
+    def backend_cls(self):
+        return ExpertParallelBackend
+
+    @property
+    def train_func_context(self):
+        return worker.TrainingThread
+
+    def to_dict(self) -> dict[str, Any]:
+        """Fields as Ray shows them with the run."""
+        swap = self.swap if isinstance(self.swap, bool) else dataclasses.asdict(self.swap)
+        return super().to_dict() | {"comm": dataclasses.asdict(self.comm), "ep_size": self.ep_size, "swap": swap}
+
+
+class ExpertParallelBackend(_TorchBackend):
+    """Runs in the Train controller. A singleton in Ray's hands: it keeps nothing between calls."""
+
+    def on_start(self, worker_group, backend_config: ExpertParallelConfig) -> None:
+        """Bring all workers up, or raise within the bootstrap deadline, naming who is missing."""
+        try:
+            _start(worker_group, backend_config)
+        except Exception:
+            # Ray keeps no reference to a group that fails here, and would leave its actors and its placement group.
+            worker_group.shutdown()
+            raise
+
+    def on_shutdown(self, worker_group, backend_config: ExpertParallelConfig) -> None:
+        """Tear down the workers that can; end those that cannot. A stopped process would outlive an actor call."""
+        refs = worker_group.execute_async(worker.stop_worker)
+        answers = gather(refs, _STOP_DEADLINE_S, stop_at_error=False)
+        for rank, error in answers.errors.items():
+            if rank not in answers.dead:
+                logger.warning("rank %d did not stop cleanly: %s", rank, error)
+        processes = worker_processes(worker_group)
+        killed = on_nodes(kill_process, [processes[rank] for rank in answers.missing], _NODE_DEADLINE_S)
+        for rank, done in zip(answers.missing, killed):
+            if done:
+                logger.warning("killed rank %d (%s), which did not answer", rank, processes[rank])
+
+
+def _start(worker_group, config: ExpertParallelConfig) -> None:
+    num_workers = len(worker_group)
+    groups = ep_groups(num_workers, config.ep_size)
+    # Alive and answering first: inside a collective, one stopped worker makes all of them silent.
+    addresses = _call_all(worker_group, "reach", [(get_address_and_port,)] * num_workers, config)
+    address, port = addresses[0]
+    spec = worker.WorkerSpec(
+        world_rank=0,
+        world_size=num_workers,
+        ep_groups=groups,
+        comm=config.comm,
+        swap=config.swap,
+        backend=config.backend or ("nccl" if worker_group.get_resources_per_worker().get("GPU", 0) > 0 else "gloo"),
+        init_method="env://" if config.init_method == "env" else f"tcp://{build_address(address, port)}",
+        master_addr=address,
+        master_port=port,
+        timeout_s=config.timeout_s,
+    )
+    calls = [(worker.start_worker, dataclasses.replace(spec, world_rank=rank)) for rank in range(num_workers)]
+    transport, reason = _call_all(worker_group, "start", calls, config)[0]
+    sizes = f"{len(groups)} EP group{'s' if len(groups) > 1 else ''} of {len(groups[0])}"
+    logger.info("expert parallel: %d workers, %s, transport %s: %s", num_workers, sizes, transport, reason)
+
+
+def _call_all(worker_group, phase: str, calls: list[tuple], config: ExpertParallelConfig) -> list[Any]:
+    """One call on each rank, all answers in rank order.
+
+    Raises:
+        WorkerBootstrapError: a worker died or did not answer in time.
+        Exception: what a worker raised.
+    """
+    deadline_s = config.comm.bootstrap_deadline_s
+    refs = [worker_group.execute_single_async(rank, *call) for rank, call in enumerate(calls)]
+    answers = gather(refs, deadline_s)
+    error = first_error(answers, phase=phase, deadline_s=deadline_s, who=worker_processes(worker_group))
+    if isinstance(error, BootstrapError):
+        raise WorkerBootstrapError(error.phase, error.missing, error.deadline_s, error.detail) from None
+    if error is not None:
+        raise error
+    return [answers.values[rank] for rank in range(len(calls))]
+
+
+def worker_processes(worker_group) -> list[ProcessId]:
+    """Each rank's process."""
+    metadata = [w.metadata for w in worker_group.get_workers()]
+    return [ProcessId(node_id=m.node_id, host=m.hostname, pid=m.pid) for m in metadata]
+
+
+def register_supervisor() -> None:
+    """Have Ray Train load :class:`~ray_deepep.cluster.supervision.FaultSupervisor` in every run of this process.
+
+    Its environment variable is the one way that needs no edit of the user's ``RunConfig``. The supervisor does nothing
+    in runs without ``ExpertParallelConfig``.
+    """
+    paths = [path for path in os.environ.get(RAY_TRAIN_CALLBACKS_ENV_VAR, "").split(",") if path]
+    if _SUPERVISOR not in paths:
+        os.environ[RAY_TRAIN_CALLBACKS_ENV_VAR] = ",".join([*paths, _SUPERVISOR])

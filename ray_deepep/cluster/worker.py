@@ -1,0 +1,124 @@
+"""What ``ExpertParallelConfig`` runs inside each Ray Train worker: start, the training thread's frame, stop."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import os
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+from ray.train.torch.config import (
+    TorchConfigContextManager,
+    _set_torch_distributed_env_vars,
+    _setup_torch_process_group,
+)
+
+from ..communicator import Communicator
+from ..config import CommConfig
+from ..errors import BootstrapError, FaultRecord
+from . import groups, state
+
+if TYPE_CHECKING:
+    from ..deepspeed import SwapConfig
+
+logger = logging.getLogger("ray_deepep")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerSpec:
+    """What a worker needs to come up; the same on all ranks but ``world_rank``."""
+
+    world_rank: int
+    world_size: int
+    ep_groups: tuple[tuple[int, ...], ...]
+    """World ranks of every EP group."""
+    comm: CommConfig
+    swap: bool | SwapConfig
+    backend: str
+    """torch.distributed backend."""
+    init_method: str
+    master_addr: str
+    master_port: int
+    timeout_s: int
+    """Deadline of a torch.distributed operation."""
+
+
+def start_worker(spec: WorkerSpec) -> tuple[str, str]:
+    """Process group, communicator, swap. Collective; returns the transport and why it was picked.
+
+    Runs on the actor's main thread; what is made here is used by the training thread.
+    """
+    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = spec.master_addr, str(spec.master_port)
+    _set_torch_distributed_env_vars()
+    TorchConfigContextManager().__enter__()  # all it does: this thread's CUDA device
+    _setup_torch_process_group(
+        backend=spec.backend,
+        world_rank=spec.world_rank,
+        world_size=spec.world_size,
+        init_method=spec.init_method,
+        timeout_s=spec.timeout_s,
+    )
+    ranks, group = groups.own_ep_group(spec.ep_groups, spec.world_rank, spec.timeout_s)
+    try:
+        communicator = Communicator.from_process_group(group, config=spec.comm)
+    except BootstrapError as error:
+        missing = [ranks[rank] for rank in error.missing]
+        raise BootstrapError(error.phase, missing, error.deadline_s, error.detail) from None
+    try:
+        swap = groups.swap_deepspeed(spec.swap, communicator, ranks, spec.comm)
+    except BaseException:
+        communicator.close()
+        raise
+    state.keep_state(
+        state.WorkerState(
+            world_rank=spec.world_rank,
+            world_size=spec.world_size,
+            ranks=ranks,
+            communicator=communicator,
+            swap=swap,
+        )
+    )
+    return communicator.transport, communicator.transport_reason
+
+
+class TrainingThread(TorchConfigContextManager):
+    """Around the training function, on its thread.
+
+    A training function that fails leaves the EP group at once: its peers then fail in milliseconds, not at their
+    deadline.
+    """
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        worker = state.own_state()
+        if worker is not None:
+            worker.set_training(True)
+
+    def __exit__(self, kind, error, traceback) -> bool:
+        worker = state.own_state()
+        if worker is not None:
+            worker.set_training(False)
+            if error is not None:
+                worker.close()
+        return super().__exit__(kind, error, traceback)
+
+
+def read_fault() -> FaultRecord | None:
+    """The fault record of this worker's communicator. Answers while the training thread waits in a collective."""
+    worker = state.own_state()
+    return None if worker is None else worker.fault
+
+
+def stop_worker() -> bool:
+    """Leave the EP group and the process group; False if the training function still runs, which needs them.
+
+    Then the process is about to be killed, and closing under a running collective would turn its fault into a crash.
+    """
+    worker = state.own_state()
+    if worker is not None and worker.is_training:
+        return False
+    state.drop_state()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    return True

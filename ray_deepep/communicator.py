@@ -1,0 +1,221 @@
+"""``Communicator``: the ranks of one EP group, brought together once and closed once.
+
+It picks a transport that serves all ranks, and says which and why. Making one is collective. Buffers are made from it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import os
+import socket
+from collections.abc import Callable
+from typing import TYPE_CHECKING
+
+import torch.distributed as dist
+
+from . import rendezvous, shm
+from .config import CommConfig
+from .errors import ClosedError, CommFaultError, FaultRecord, InvalidArgumentError, TransportUnavailableError
+from .reference import ReferenceTransport
+from .transport import BufferGeometry, Transport
+
+if TYPE_CHECKING:
+    from .buffer import Buffer
+
+logger = logging.getLogger("ray_deepep")
+
+Exchange = Callable[[str, bytes], list[bytes]]
+"""``exchange(phase, payload)`` returns the payloads of all ranks in rank order. It must raise ``BootstrapError``
+naming the missing ranks when its own deadline expires. Called the same number of times on every rank."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RankInfo:
+    """What a rank tells its peers at bootstrap."""
+
+    rank: int
+    host: str
+    pid: int
+    machine: str
+    """Equal on two ranks exactly if they can share memory: boot id, network namespace and user."""
+    core: str
+    """Version of the compiled core; empty if it cannot be loaded."""
+    core_problem: str
+    config: dict[str, object]
+    has_group: bool
+
+
+class Communicator:
+    """Ranks that dispatch and combine together.
+
+    Use :meth:`from_process_group` under torchrun, Ray Train or DeepSpeed, or :meth:`from_exchange` anywhere else.
+    A context manager; ``close()`` is not collective and never waits for a peer.
+    """
+
+    def __init__(
+        self,
+        exchange: Exchange,
+        *,
+        rank: int,
+        num_ranks: int,
+        config: CommConfig | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        if num_ranks < 1:
+            raise InvalidArgumentError("num_ranks", num_ranks, "must be >= 1")
+        if not 0 <= rank < num_ranks:
+            raise InvalidArgumentError("rank", rank, f"must be in [0, {num_ranks})")
+        self.rank, self.num_ranks = rank, num_ranks
+        self.config = CommConfig() if config is None else config
+        self.group = group
+        self._closed = False
+        self._fault: FaultRecord | None = None
+        self._buffers: list[Buffer] = []
+        self._domain: shm.ShmDomain | None = None
+        self.peers = self._meet(exchange)
+        self.transport, self.transport_reason = choose_transport(self.config.transport, self.peers)
+        if self.transport == "shm":
+            self._domain = shm.ShmDomain(exchange, peers=self.peers, rank=rank, config=self.config)
+        log = logger.info if rank == 0 else logger.debug
+        log("transport %s for %d ranks: %s", self.transport, num_ranks, self.transport_reason)
+
+    @classmethod
+    def from_process_group(
+        cls, group: dist.ProcessGroup | None = None, *, config: CommConfig | None = None
+    ) -> Communicator:
+        """Bring up the ranks of a torch process group (the default group if None); collective over it.
+
+        Raises:
+            BootstrapError: naming the ranks that did not come within ``config.bootstrap_deadline_s``.
+            InvalidArgumentError: torch.distributed is not initialised, or this rank is not in the group.
+        """
+        if not dist.is_initialized():
+            raise InvalidArgumentError("group", group, "torch.distributed must be initialised first")
+        group = dist.group.WORLD if group is None else group
+        rank = dist.get_rank(group)
+        if rank < 0:
+            raise InvalidArgumentError("group", "a group without this rank", "must contain this rank")
+        config = CommConfig() if config is None else config
+        num_ranks = dist.get_world_size(group)
+        exchange = rendezvous.store_exchange(group, rank, num_ranks, config.bootstrap_deadline_s)
+        return cls(exchange, rank=rank, num_ranks=num_ranks, config=config, group=group)
+
+    @classmethod
+    def from_exchange(
+        cls, exchange: Exchange, *, rank: int, num_ranks: int, config: CommConfig | None = None
+    ) -> Communicator:
+        """Bring up ranks with an exchange function of the caller's; see :data:`Exchange`."""
+        return cls(exchange, rank=rank, num_ranks=num_ranks, config=config)
+
+    @property
+    def closed(self) -> bool:
+        """Whether ``close()`` was called."""
+        return self._closed
+
+    @property
+    def fault(self) -> FaultRecord | None:
+        """The fault that ended this communicator, or None."""
+        return self._fault
+
+    def check_usable(self, operation: str) -> None:
+        """Raise if the communicator is closed or has failed."""
+        if self._closed:
+            raise ClosedError(f"{operation}: the communicator is closed")
+        if self._fault is not None:
+            raise CommFaultError(self._fault)
+
+    def mark_fault(self, record: FaultRecord) -> None:
+        """Record that an operation failed; every later call raises ``CommFaultError`` with the first record."""
+        if self._fault is None:
+            self._fault = record
+            logger.error("%s", record)
+
+    def make_transport(self, geometry: BufferGeometry) -> Transport:
+        """A transport for one buffer; collective."""
+        self.check_usable("allocate")
+        if self._domain is not None:
+            return shm.ShmTransport(self._domain, geometry, on_fault=self.mark_fault)
+        return ReferenceTransport(self, geometry)
+
+    def adopt(self, buffer: Buffer) -> None:
+        """Close ``buffer`` when the communicator closes."""
+        self._buffers.append(buffer)
+
+    def release(self, buffer: Buffer) -> None:
+        """Forget a buffer that closed itself."""
+        if buffer in self._buffers:
+            self._buffers.remove(buffer)
+
+    def close(self) -> None:
+        """Close all buffers, then leave. Peers that still wait for this rank get a fault that names it."""
+        if self._closed:
+            return
+        for buffer in list(self._buffers):
+            buffer.close()
+        self._closed = True
+        if self._domain is not None:
+            self._domain.close()
+
+    def __enter__(self) -> Communicator:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self.close()
+
+    def _meet(self, exchange: Exchange) -> tuple[RankInfo, ...]:
+        version, problem = shm.core_version()
+        mine = RankInfo(
+            rank=self.rank,
+            host=socket.gethostname(),
+            pid=os.getpid(),
+            machine=shm.machine_id(),
+            core=version,
+            core_problem=problem,
+            config=dataclasses.asdict(self.config),
+            has_group=self.group is not None,
+        )
+        payloads = exchange("meet", json.dumps(dataclasses.asdict(mine)).encode())
+        if len(payloads) != self.num_ranks:
+            raise InvalidArgumentError(
+                "exchange", len(payloads), f"must return one payload per rank ({self.num_ranks})"
+            )
+        peers = tuple(RankInfo(**json.loads(payload)) for payload in payloads)
+        for position, peer in enumerate(peers):
+            if peer.rank != position:
+                raise InvalidArgumentError("exchange", [p.rank for p in peers], "must return payloads in rank order")
+            if peer.config != peers[0].config:
+                different = sorted(k for k in mine.config if peer.config[k] != peers[0].config[k])
+                theirs, first = ([p.config[k] for k in different] for p in (peer, peers[0]))
+                values = f"rank {position}: {theirs}, rank 0: {first}"
+                raise InvalidArgumentError("config", values, f"{', '.join(different)} must be the same on all ranks")
+        return peers
+
+
+def choose_transport(wanted: str, peers: tuple[RankInfo, ...]) -> tuple[str, str]:
+    """Transport for these ranks and the reason, in words. A pure function of what all ranks know, so all agree.
+
+    Raises:
+        TransportUnavailableError: the wanted transport cannot serve them.
+    """
+    without_core = [p for p in peers if not p.core]
+    versions = sorted({p.core for p in peers})
+    machines = {p.machine for p in peers}
+    if without_core:
+        problem = f"rank {without_core[0].rank} cannot load the compiled core ({without_core[0].core_problem})"
+    elif len(versions) > 1:
+        problem = f"ranks run different versions of the compiled core ({', '.join(versions)})"
+    elif len(machines) > 1:
+        hosts = sorted({p.host for p in peers})
+        problem = f"ranks cannot share memory (hosts {', '.join(hosts)})"
+    else:
+        problem = ""
+    has_group = all(p.has_group for p in peers)
+    if wanted == "reference" or (wanted == "auto" and problem and has_group):
+        if not has_group:
+            raise TransportUnavailableError("transport reference needs a torch process group on every rank")
+        return "reference", "asked for" if wanted == "reference" else f"{problem}; torch.distributed serves any hosts"
+    if problem:
+        raise TransportUnavailableError(f"transport {wanted}: {problem}, and no torch process group to fall back on")
+    return "shm", "asked for" if wanted == "shm" else f"all {len(peers)} ranks share the memory of {peers[0].host}"

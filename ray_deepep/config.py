@@ -1,0 +1,36 @@
+"""Frozen settings of a communicator. Defaults come from the environment (see ``env.py``) when the object is made."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from . import env
+from .errors import InvalidArgumentError
+
+TRANSPORTS = ("auto", "shm", "reference")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CommConfig:
+    """Settings of a :class:`~ray_deepep.Communicator`; the same on every rank."""
+
+    transport: str = dataclasses.field(default_factory=env.transport)
+    """``shm``: the compiled core over shared memory (one host); ``reference``: torch.distributed (any hosts);
+    ``auto``: the first that serves all ranks."""
+    deadline_s: float = dataclasses.field(default_factory=env.deadline_s)
+    """Seconds that one wait inside an operation may last."""
+    bootstrap_deadline_s: float = dataclasses.field(default_factory=env.bootstrap_deadline_s)
+    """Seconds that bootstrap and buffer allocation wait for all ranks."""
+    num_threads: int = dataclasses.field(default_factory=env.num_threads)
+    """Copy threads of this rank; 0: cores of the host divided by the ranks on it."""
+    heap_gib: float = dataclasses.field(default_factory=env.heap_gib)
+    """Largest address space of one rank's part of a buffer's heap, GiB. Memory is used only where rows were written."""
+
+    def __post_init__(self) -> None:
+        if self.transport not in TRANSPORTS:
+            raise InvalidArgumentError("transport", self.transport, f"must be one of {', '.join(TRANSPORTS)}")
+        for name in ("deadline_s", "bootstrap_deadline_s", "heap_gib"):
+            if not getattr(self, name) > 0:
+                raise InvalidArgumentError(name, getattr(self, name), "must be > 0")
+        if self.num_threads < 0:
+            raise InvalidArgumentError("num_threads", self.num_threads, "must be >= 0")

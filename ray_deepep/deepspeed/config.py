@@ -1,0 +1,33 @@
+"""Frozen settings of a swap. Defaults come from the environment (see ``ray_deepep/env.py``) when the object is made."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from .. import env
+from ..config import CommConfig
+from ..errors import InvalidArgumentError, InvalidTypeError
+
+LAYOUTS = ("padded", "compact")
+COMBINES = ("exact", "fast")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SwapConfig:
+    """How swapped layers move rows; the same on every rank."""
+
+    layout: str = dataclasses.field(default_factory=env.layout)
+    """``padded``: experts see ``[ep_size, 1, C, M]`` as stock, zero where no token was routed. ``compact``: each expert
+    sees its real rows alone, ``[1, 1, n, M]``, in order of (source rank, token)."""
+    combine: str = dataclasses.field(default_factory=env.combine)
+    """``exact``: every route's row goes home and is weighted and added there in float32, in k order, as stock does.
+    ``fast``: routes of a token that meet on a rank are added there first, and one row goes home; rounds differently."""
+    comm: CommConfig = dataclasses.field(default_factory=CommConfig)
+    """Settings of the communicators that the swap makes."""
+
+    def __post_init__(self) -> None:
+        for name, allowed in (("layout", LAYOUTS), ("combine", COMBINES)):
+            if getattr(self, name) not in allowed:
+                raise InvalidArgumentError(name, getattr(self, name), f"must be one of {', '.join(allowed)}")
+        if not isinstance(self.comm, CommConfig):
+            raise InvalidTypeError("comm", type(self.comm).__name__, "must be a CommConfig")

@@ -1,0 +1,144 @@
+"""``MOELayer.forward`` over a buffer: stock gate, dispatch, stock experts, combine.
+
+Follows deepspeed 0.19.8 ``moe/sharded_moe.py``; what is kept as it is there: the gate and its call, ``l_aux``,
+``exp_counts``, the shapes that experts see (padded layout), the timers and their names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from deepspeed.moe.experts import Experts
+from deepspeed.moe.sharded_moe import FIRST_ALLTOALL_TIMER, MOE_TIMER, SECOND_ALLTOALL_TIMER, MOELayer
+from deepspeed.utils import groups
+from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
+
+from ..checks import COMBINE_DTYPES, MAX_TOPK
+from ..errors import InvalidArgumentError, MismatchError
+from ..handle import ExpertMajor, Padded, TokenMajor
+from .config import SwapConfig
+from .exchange import Dispatched, Routes, combine, dispatch
+from .gating import route
+from .registry import BufferRegistry, SharedBuffer
+
+
+def stock_reason(layer: MOELayer, hidden_states: torch.Tensor) -> str:
+    """Why this layer must run as DeepSpeed wrote it, or an empty string. The same on every rank."""
+    if layer.use_tutel:
+        return "the layer uses Tutel"
+    tensor_parallel = bwc_tensor_model_parallel_world_size(groups.mpu)
+    if tensor_parallel > 1:
+        return f"tensor parallelism of {tensor_parallel} ranks"
+    expert_parallel = groups._get_expert_model_parallel_world_size()
+    if expert_parallel > 1:
+        return f"tensor parallelism of experts over {expert_parallel} ranks"
+    if hidden_states.dtype not in COMBINE_DTYPES:
+        return f"rows are {str(hidden_states.dtype).removeprefix('torch.')}"
+    if getattr(layer.gate, "k", 1) > MAX_TOPK:
+        return f"top-{layer.gate.k} is more than {MAX_TOPK} experts per token"
+    if layer.ep_group is None:
+        return "the layer has no expert-parallel group (set_deepspeed_parallelism was not called)"
+    return ""
+
+
+def moe_forward(
+    registry: BufferRegistry,
+    config: SwapConfig,
+    layer: MOELayer,
+    hidden_states: torch.Tensor,
+    used_token: torch.Tensor | None,
+) -> torch.Tensor:
+    """Output of ``layer`` for ``hidden_states`` ``[..., M]``, same shape; collective over the layer's EP group."""
+    with _timed(layer, MOE_TIMER, "time_moe"):
+        d_model = hidden_states.shape[-1]
+        tokens = hidden_states.reshape(-1, d_model)
+        routes = route(layer, tokens, used_token)
+        # Fused or hand-written expert containers know the stock shape only.
+        compact = config.layout == "compact" and type(layer.experts).forward is Experts.forward
+        shared = registry.for_layer(layer, hidden=d_model, num_topk=routes.gates.shape[0], padded=not compact)
+        _check_room(shared, tokens, routes)
+        with _timed(layer, FIRST_ALLTOALL_TIMER, "time_falltoall"):
+            if compact:
+                arrived = dispatch(shared.buffer, tokens, routes, layout=ExpertMajor(), combine=config.combine)
+            else:
+                arrived = _dispatch_padded(shared, tokens, routes, config.combine)
+        rows = _compact_experts(layer, arrived) if compact else _padded_experts(layer, arrived)
+        with _timed(layer, SECOND_ALLTOALL_TIMER, "time_salltoall"):
+            combined = combine(shared.buffer, rows, arrived, combine=config.combine)
+        return combined.reshape(hidden_states.shape)
+
+
+def _padded_experts(layer: MOELayer, arrived: Dispatched) -> torch.Tensor:
+    d_model = arrived.rows.shape[-1]
+    return layer.experts(arrived.rows.reshape(layer.ep_size, layer.num_local_experts, -1, d_model)).reshape(-1, d_model)
+
+
+def _compact_experts(layer: MOELayer, arrived: Dispatched) -> torch.Tensor:
+    """Every expert once, also with no rows: ZeRO's hooks and its gradients (zeros) are expected on every rank."""
+    d_model = arrived.rows.shape[-1]
+    outputs = []
+    chunks = arrived.rows.split(list(arrived.handle.num_recv_tokens_per_expert))
+    for chunk, expert in zip(chunks, layer.experts.deepspeed_experts):
+        # As many dimensions as stock gives, for experts that count on them.
+        out = expert(chunk.view(1, 1, -1, d_model))
+        out = out[0] if isinstance(out, tuple) else out
+        outputs.append(out.reshape(-1, d_model))
+    return torch.cat(outputs)
+
+
+def _dispatch_padded(shared: SharedBuffer, tokens: torch.Tensor, routes: Routes, combine: str) -> Dispatched:
+    """Dispatch with one capacity for all ranks, the largest.
+
+    Capacities differ only where token counts do, which stock does not allow. So ranks take them for equal and find out
+    at no cost: a dispatch with different ones fails on every rank before a row moves. From then on they agree first.
+    """
+    if not shared.capacities_differ:
+        try:
+            return dispatch(shared.buffer, tokens, routes, layout=Padded(routes.capacity), combine=combine)
+        except MismatchError as error:
+            if error.field not in ("layout", "capacity", "layout.capacity"):
+                raise
+            shared.capacities_differ = True
+    capacity = _largest_capacity(shared, tokens, routes.capacity)
+    return dispatch(shared.buffer, tokens, routes, layout=Padded(capacity), combine=combine)
+
+
+def _largest_capacity(shared: SharedBuffer, tokens: torch.Tensor, capacity: int) -> int:
+    """Largest capacity of all ranks, by sending each rank one row.
+
+    Over the buffer rather than an all-reduce of torch: the same deadline, and a fault that names who did not come.
+    """
+    buffer = shared.buffer
+    first_experts = torch.arange(buffer.comm.num_ranks, device=tokens.device) * buffer.num_local_experts
+    # float32 holds integers to 2^24; a capacity is below 2^20 (room.MAX_ROWS).
+    x = torch.full((buffer.comm.num_ranks, buffer.geometry.hidden), float(capacity), device=tokens.device)
+    received = buffer.dispatch(x, first_experts.unsqueeze(1), layout=TokenMajor())
+    return int(received.x[:, 0].max())
+
+
+def _check_room(shared: SharedBuffer, tokens: torch.Tensor, routes: Routes) -> None:
+    geometry = shared.buffer.geometry
+    more = "(RAY_DEEPEP_HEAP_GIB or CommConfig.heap_gib gives more)"
+    if tokens.shape[0] > geometry.max_tokens:
+        rule = f"must hold at most {geometry.max_tokens} tokens {more}"
+        raise InvalidArgumentError("hidden_states", tuple(tokens.shape), rule)
+    if geometry.max_capacity and routes.capacity > geometry.max_capacity:
+        rule = f"must be at most {geometry.max_capacity} {more}; layout='compact' needs no capacity"
+        raise InvalidArgumentError("capacity", routes.capacity, rule)
+
+
+@contextmanager
+def _timed(layer: MOELayer, name: str, attribute: str) -> Iterator[None]:
+    """Stock's timer ``name`` around a block, its total in ms in the layer's ``attribute``, if breakdown is on."""
+    if not layer.wall_clock_breakdown:
+        yield
+        return
+    layer.timers(name).start()
+    try:
+        yield
+    finally:
+        # Activation checkpointing may leave a recomputed block early, by an exception.
+        layer.timers(name).stop()
+        setattr(layer, attribute, layer.timers(name).elapsed(reset=False))

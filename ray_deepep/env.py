@@ -1,0 +1,96 @@
+"""All environment variables of ray_deepep: the only file that reads them.
+
+| variable | default | meaning |
+|---|---|---|
+| ``RAY_DEEPEP`` | ``0`` | ``1``: programs started by ``ray-deepep run`` swap DeepSpeed's MoE layers at import |
+| ``RAY_DEEPEP_TRANSPORT`` | ``auto`` | ``auto``, ``shm`` or ``reference`` |
+| ``RAY_DEEPEP_DEADLINE_S`` | ``120`` | seconds that a collective waits for a peer before it reports a fault |
+| ``RAY_DEEPEP_BOOTSTRAP_DEADLINE_S`` | ``60`` | seconds that bootstrap waits for all ranks |
+| ``RAY_DEEPEP_NUM_THREADS`` | ``0`` | copy threads of a rank's CPU core; 0: cores of the host / ranks on it |
+| ``RAY_DEEPEP_LAYOUT`` | ``padded`` | rows that DeepSpeed's experts see: ``padded`` (as stock) or ``compact`` |
+| ``RAY_DEEPEP_COMBINE`` | ``exact`` | ``exact`` (bit-equal to stock) or ``fast`` (expert side first) |
+| ``RAY_DEEPEP_HEAP_GIB`` | ``64`` | largest address space per rank and buffer; memory is used only where rows are |
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import TypeVar
+
+from .errors import InvalidArgumentError
+
+T = TypeVar("T")
+
+
+def _read(name: str, default: T, parse: Callable[[str], T], rule: str) -> T:
+    text = os.environ.get(name)
+    if text is None or text == "":
+        return default
+    try:
+        return parse(text)
+    except ValueError as error:
+        raise InvalidArgumentError(name, text, rule) from error
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError(text)
+        return text
+
+    return parse
+
+
+def _positive(text: str) -> float:
+    value = float(text)
+    if not value > 0:
+        raise ValueError(text)
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise ValueError(text)
+    return value
+
+
+def enabled() -> bool:
+    """``RAY_DEEPEP``."""
+    return _read("RAY_DEEPEP", "0", _choice("0", "1"), "must be 0 or 1") == "1"
+
+
+def transport() -> str:
+    """``RAY_DEEPEP_TRANSPORT``."""
+    return _read("RAY_DEEPEP_TRANSPORT", "auto", _choice("auto", "shm", "reference"), "must be auto, shm or reference")
+
+
+def deadline_s() -> float:
+    """``RAY_DEEPEP_DEADLINE_S``."""
+    return _read("RAY_DEEPEP_DEADLINE_S", 120.0, _positive, "must be a positive number of seconds")
+
+
+def bootstrap_deadline_s() -> float:
+    """``RAY_DEEPEP_BOOTSTRAP_DEADLINE_S``."""
+    return _read("RAY_DEEPEP_BOOTSTRAP_DEADLINE_S", 60.0, _positive, "must be a positive number of seconds")
+
+
+def num_threads() -> int:
+    """``RAY_DEEPEP_NUM_THREADS``."""
+    return _read("RAY_DEEPEP_NUM_THREADS", 0, _count, "must be an integer >= 0")
+
+
+def layout() -> str:
+    """``RAY_DEEPEP_LAYOUT``."""
+    return _read("RAY_DEEPEP_LAYOUT", "padded", _choice("padded", "compact"), "must be padded or compact")
+
+
+def combine() -> str:
+    """``RAY_DEEPEP_COMBINE``."""
+    return _read("RAY_DEEPEP_COMBINE", "exact", _choice("exact", "fast"), "must be exact or fast")
+
+
+def heap_gib() -> float:
+    """``RAY_DEEPEP_HEAP_GIB``."""
+    return _read("RAY_DEEPEP_HEAP_GIB", 64.0, _positive, "must be a positive number of GiB")

@@ -1,0 +1,136 @@
+"""Typed errors. Every one says what was wrong, with which value, and which rule it broke.
+
+All carry their data as attributes and survive pickling (Ray ships exceptions between processes), which
+exceptions with required arguments only do through ``__reduce__``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from typing import Any
+
+FAULT_LOG_PREFIX = "RAY_DEEPEP_FAULT"
+
+
+class RayDeepEPError(Exception):
+    """Base of all errors raised by ray_deepep."""
+
+
+class _ArgumentError(RayDeepEPError):
+    def __init__(self, argument: str, value: Any, rule: str) -> None:
+        self.argument, self.value, self.rule = argument, value, rule
+        super().__init__(f"{argument}: {rule}; got {value!r}")
+
+    def __reduce__(self):
+        return type(self), (self.argument, self.value, self.rule)
+
+
+class InvalidArgumentError(_ArgumentError, ValueError):
+    """An argument has a value that breaks a rule. Raised before anything is sent."""
+
+
+class InvalidTypeError(_ArgumentError, TypeError):
+    """An argument has a type or dtype that is not accepted. Raised before anything is sent."""
+
+
+class MismatchError(RayDeepEPError, ValueError):
+    """Ranks called the same collective with arguments that do not fit each other.
+
+    Every rank of the group raises it for the same call, before a row is moved; the communicator stays usable.
+    """
+
+    def __init__(self, operation: str, peer: int, field: str, expected: Any, seen: Any) -> None:
+        self.operation, self.peer, self.field, self.expected, self.seen = operation, peer, field, expected, seen
+        super().__init__(f"{operation}: rank {peer} passed {field}={seen}, rank 0 passed {field}={expected}")
+
+    def __reduce__(self):
+        return type(self), (self.operation, self.peer, self.field, self.expected, self.seen)
+
+
+class ClosedError(RayDeepEPError, RuntimeError):
+    """A communicator or buffer was used after ``close()``."""
+
+
+class TransportUnavailableError(RayDeepEPError, RuntimeError):
+    """The asked transport cannot serve this group of ranks; the message says why and what would."""
+
+
+class BootstrapError(RayDeepEPError, RuntimeError):
+    """Ranks did not come together within the bootstrap deadline.
+
+    Attributes: ``missing`` (ranks that never arrived), ``deadline_s``, ``phase``.
+    """
+
+    def __init__(self, phase: str, missing: list[int], deadline_s: float, detail: str = "") -> None:
+        self.phase, self.missing, self.deadline_s, self.detail = phase, list(missing), deadline_s, detail
+        who = f"rank{'s' if len(missing) != 1 else ''} {', '.join(map(str, missing))}" if missing else "a rank"
+        tail = f" ({detail})" if detail else ""
+        super().__init__(f"bootstrap: {who} did not reach '{phase}' within {deadline_s:g} s{tail}")
+
+    def __reduce__(self):
+        return type(self), (self.phase, self.missing, self.deadline_s, self.detail)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FaultRecord:
+    """Why an operation failed: what waited, for whom, and what was seen."""
+
+    operation: str
+    """``dispatch``, ``combine`` or ``allocate``."""
+    sequence: int
+    """Sequence number of the operation in its buffer, from 1."""
+    phase: str
+    """Step that waited, such as ``wait_published``."""
+    cause: str
+    """``timeout`` (no signal within the deadline), ``peer_died`` (its process is gone), ``peer_closed`` (it closed
+    the communicator) or ``aborted`` (``Communicator.abort`` was called)."""
+    rank: int
+    """Rank that reports."""
+    peer: int
+    """Rank that is to blame."""
+    expected: int
+    """Signal value waited for."""
+    seen: int
+    """Signal value last seen."""
+    elapsed_s: float
+    """Seconds waited."""
+    deadline_s: float
+    """Seconds allowed."""
+    peer_host: str = ""
+    peer_pid: int = 0
+    peer_gpu: str = ""
+    """UUID of the peer's GPU; empty on the CPU core."""
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+
+    @classmethod
+    def from_json(cls, text: str) -> FaultRecord:
+        """Inverse of :meth:`to_json`."""
+        return cls(**json.loads(text))
+
+    def __str__(self) -> str:
+        where = f" (pid {self.peer_pid} on {self.peer_host})" if self.peer_pid else ""
+        what = {
+            "timeout": f"rank {self.peer}{where} sent no signal for {self.elapsed_s:.1f} s",
+            "peer_died": f"the process of rank {self.peer}{where} is gone",
+            "peer_closed": f"rank {self.peer}{where} closed its communicator",
+            "aborted": f"rank {self.peer}{where} aborted the communicator",
+        }.get(self.cause, self.cause)
+        return (
+            f"{self.operation} #{self.sequence} on rank {self.rank}, {self.phase}: {what}"
+            f" (expected signal {self.expected}, seen {self.seen}, deadline {self.deadline_s:g} s)"
+        )
+
+
+class CommFaultError(RayDeepEPError, RuntimeError):
+    """A collective failed because of another rank; ``record`` names it. The communicator refuses further use."""
+
+    def __init__(self, record: FaultRecord) -> None:
+        self.record = record
+        super().__init__(str(record))
+
+    def __reduce__(self):
+        return type(self), (self.record,)

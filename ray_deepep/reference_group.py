@@ -1,0 +1,210 @@
+"""Exchanges of the reference transport, each with a deadline and a name for whom it waited.
+
+Signatures go through the key-value store behind torch.distributed, because a store can say *who* has not come; rows go
+through collectives of the process group (gloo or NCCL), which cannot.
+"""
+
+from __future__ import annotations
+
+import datetime
+import json
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from . import rendezvous
+from .errors import CommFaultError, FaultRecord, MismatchError
+
+if TYPE_CHECKING:
+    from .communicator import Communicator
+
+# Only then it is worth asking who is missing and whether they have closed.
+_LATE_S = 0.2
+# A failed collective says nothing about the culprit, so survivors sign a list and look who is not on it.
+_ROLL_CALL_S = 0.5
+
+Signature = dict[str, object]
+"""What a rank asks for: JSON values by field name; all fields must agree between ranks."""
+
+
+def check_signatures(operation: str, signatures: Sequence[Signature]) -> None:
+    """Raise ``MismatchError`` for the first field of the first rank that differs from rank 0's."""
+    for peer, signature in enumerate(signatures):
+        for field, expected in signatures[0].items():
+            if signature.get(field) != expected:
+                raise MismatchError(operation, peer, field, expected, signature.get(field))
+
+
+class ReferenceGroup:
+    """The ranks of one buffer. Making one is collective.
+
+    Raises:
+        BootstrapError: naming the ranks that did not come within ``comm.config.bootstrap_deadline_s``.
+        MismatchError: ranks passed different ``settings``.
+    """
+
+    def __init__(self, comm: Communicator, settings: Signature) -> None:
+        self._comm, self._group = comm, comm.group
+        self._deadline_s = comm.config.deadline_s
+        self.sequence = 0
+        self._operation = "allocate"
+        exchange = rendezvous.store_exchange(comm.group, comm.rank, comm.num_ranks, comm.config.bootstrap_deadline_s)
+        payload = {"settings": settings, "token": secrets.token_hex(8)}
+        replies = [json.loads(reply) for reply in exchange("allocate", json.dumps(payload).encode())]
+        check_signatures("allocate", [reply["settings"] for reply in replies])
+        store = distributed_c10d._get_default_store()
+        self._store = dist.PrefixStore(f"ray_deepep/reference/{replies[0]['token']}", store)
+
+    def begin(self, operation: str, signature: Signature, num_tokens: int) -> list[int]:
+        """Start an operation: all ranks show what they ask for.
+
+        Returns:
+            ``num_tokens`` of every rank.
+
+        Raises:
+            MismatchError: on every rank, if signatures differ.
+            CommFaultError: a rank did not come within the deadline, or closed.
+        """
+        self._comm.check_usable(operation)
+        self.sequence += 1
+        self._operation = operation
+        mine = {"operation": operation, **signature}
+        self._store_call(
+            "publish",
+            lambda: self._store.set(
+                self._key("ask", self._comm.rank), json.dumps({"signature": mine, "num_tokens": num_tokens})
+            ),
+        )
+        self._wait_all_published()
+        keys = [self._key("ask", peer) for peer in range(self._comm.num_ranks)]
+        asked = [json.loads(value) for value in self._store_call("publish", lambda: self._store.multi_get(keys))]
+        # All ranks came here, so all have read the operation before this one.
+        self._store_call("publish", lambda: self._store.delete_key(self._key("ask", self._comm.rank, -1)))
+        check_signatures(operation, [a["signature"] for a in asked])
+        return [a["num_tokens"] for a in asked]
+
+    def all_gather(self, value: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
+        """``value`` (``lengths[rank]`` rows) of every rank; padded on the way, since collectives want equal shapes."""
+        longest = max(lengths)
+        if longest == 0:
+            return [value] * len(lengths)
+        padded = value.new_zeros(longest, *value.shape[1:])
+        padded[: len(value)] = value
+        gathered = [torch.empty_like(padded) for _ in lengths]
+        self._collective("all_gather", lambda: dist.all_gather(gathered, padded, group=self._group, async_op=True))
+        return [rows[:length] for rows, length in zip(gathered, lengths)]
+
+    def all_to_all(self, value: torch.Tensor, num_send: Sequence[int], num_recv: Sequence[int]) -> torch.Tensor:
+        """Rows of ``value`` (``num_send[r]`` for each rank r, one after the other) to their ranks."""
+        # Bytes, because collectives know fewer dtypes than rows have.
+        send = as_bytes(value)
+        recv = send.new_empty(sum(num_recv), send.shape[1])
+        if send.shape[1]:
+            self._collective(
+                "all_to_all",
+                lambda: dist.all_to_all_single(
+                    recv, send, list(num_recv), list(num_send), group=self._group, async_op=True
+                ),
+            )
+        return from_bytes(recv, value.dtype)
+
+    def close(self) -> None:
+        """Tell peers that still wait; does not wait for them."""
+        try:
+            self._store.set(f"closed/{self._comm.rank}", b"1")
+        except RuntimeError:
+            # The store's host is gone already: nobody is left to be told.
+            return
+
+    def _key(self, kind: str, peer: int, step: int = 0) -> str:
+        return f"{kind}/{self.sequence + step}/{peer}"
+
+    def _wait_all_published(self) -> None:
+        start = time.monotonic()
+        keys = [self._key("ask", peer) for peer in range(self._comm.num_ranks)]
+        # Polls instead of Store.wait, which holds the client's lock while it blocks and logs every expiry.
+        while not self._present(keys):
+            elapsed_s = time.monotonic() - start
+            if elapsed_s > _LATE_S:
+                self._judge_late(elapsed_s)
+            time.sleep(min(0.0001 + elapsed_s / 20, 0.02))
+
+    def _judge_late(self, elapsed_s: float) -> None:
+        missing = [p for p in range(self._comm.num_ranks) if not self._present([self._key("ask", p)])]
+        for peer in missing:
+            # Asked again after: a peer may finish this very operation and close between the two questions.
+            if self._present([f"closed/{peer}"]) and not self._present([self._key("ask", peer)]):
+                self._fail("wait_published", "peer_closed", peer, elapsed_s)
+        if missing and elapsed_s >= self._deadline_s:
+            self._fail("wait_published", "timeout", missing[0], elapsed_s)
+
+    def _present(self, keys: list[str]) -> bool:
+        return self._store_call("wait_published", lambda: self._store.check(keys))
+
+    def _store_call(self, phase: str, call: Callable):
+        try:
+            return call()
+        except RuntimeError:
+            # The process that hosts torch's store is gone; which rank that is, torch does not say.
+            self._fail(phase, "peer_died", -1, 0.0)
+
+    def _collective(self, phase: str, start_collective: Callable[[], dist.Work]) -> None:
+        start = time.monotonic()
+        try:
+            start_collective().wait(datetime.timedelta(seconds=self._deadline_s))
+        except RuntimeError as error:
+            cause = "timeout" if "timed out" in str(error).lower() else "peer_died"
+            self._fail(phase, cause, self._roll_call(start + self._deadline_s + _ROLL_CALL_S), time.monotonic() - start)
+
+    def _roll_call(self, end: float) -> int:
+        """The rank that does not report the failed collective, or -1 if all do or the store is gone.
+
+        Ranks may notice at different times (at once where the connection broke, else at their deadline), so wait for
+        all but one.
+        """
+        others = [p for p in range(self._comm.num_ranks) if p != self._comm.rank]
+        try:
+            self._store.set(self._key("failed", self._comm.rank), b"1")
+            while True:
+                silent = [p for p in others if not self._store.check([self._key("failed", p)])]
+                if len(silent) <= 1 or time.monotonic() > end:
+                    return silent[0] if silent else -1
+                time.sleep(0.02)
+        except RuntimeError:
+            return -1
+
+    def _fail(self, phase: str, cause: str, peer: int, elapsed_s: float) -> NoReturn:
+        info = self._comm.peers[peer] if peer >= 0 else None
+        record = FaultRecord(
+            operation=self._operation,
+            sequence=self.sequence,
+            phase=phase,
+            cause=cause,
+            rank=self._comm.rank,
+            peer=peer,
+            expected=self.sequence,
+            seen=self.sequence - (phase == "wait_published"),
+            elapsed_s=elapsed_s,
+            deadline_s=self._deadline_s,
+            peer_host=info.host if info else "",
+            peer_pid=info.pid if info else 0,
+        )
+        self._comm.mark_fault(record)
+        raise CommFaultError(record)
+
+
+def as_bytes(value: torch.Tensor) -> torch.Tensor:
+    """``[rows, ...]`` of any dtype as ``[rows, bytes]`` uint8: torch moves few things in float8 otherwise."""
+    # A dimension of size 1 may have any stride in a contiguous tensor, but not in one that is viewed as bytes.
+    value = value.contiguous() if value.stride(-1) == 1 else value.clone(memory_format=torch.contiguous_format)
+    return value.view(torch.uint8).flatten(1)
+
+
+def from_bytes(value: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Inverse of :func:`as_bytes` for two-dimensional rows."""
+    return value.view(dtype)

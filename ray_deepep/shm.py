@@ -1,0 +1,221 @@
+"""Transport ``shm``: the compiled CPU core over shared memory, for ranks of one host.
+
+This file is the only one that touches ``ray_deepep._core``: it unpacks torch tensors into addresses, allocates outputs,
+and turns the core's exceptions into public ones.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
+from typing import TYPE_CHECKING
+
+import torch
+
+from .checks import SCALE_BLOCK
+from .config import CommConfig
+from .errors import BootstrapError, CommFaultError, FaultRecord, InvalidArgumentError, MismatchError
+from .handle import DispatchHandle, ExpertMajor, Layout, Padded, TokenMajor
+from .transport import BufferGeometry, CombineOutput, CombineRequest, DispatchOutput, DispatchRequest
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .communicator import Exchange, RankInfo
+
+
+def _load() -> ModuleType:
+    core = importlib.import_module("ray_deepep._core")
+    if core.version != __version__:
+        raise ImportError(f"the compiled core is version {core.version}, the package {__version__}; build it again")
+    return core
+
+
+def core_version() -> tuple[str, str]:
+    """Version of the compiled core, or an empty string and what kept it from loading."""
+    try:
+        return _load().version, ""
+    except ImportError as error:
+        return "", str(error)
+
+
+def machine_id() -> str:
+    """Equal in two processes exactly if they can share memory: same boot, network namespace and user."""
+    try:
+        with open("/proc/sys/kernel/random/boot_id") as file:
+            boot = file.read().strip()
+        namespace = os.readlink("/proc/self/ns/net")
+    except OSError as error:
+        return f"pid {os.getpid()}: {error}"
+    return f"{boot} {namespace} uid {os.geteuid()}"
+
+
+class ShmDomain:
+    """The ranks of one host, connected: what buffers of transport ``shm`` are made from.
+
+    Raises:
+        BootstrapError: naming the ranks that did not connect within ``config.bootstrap_deadline_s``.
+    """
+
+    def __init__(self, exchange: Exchange, *, peers: tuple[RankInfo, ...], rank: int, config: CommConfig) -> None:
+        self.config, self.peers, self.rank = config, peers, rank
+        self.core = _load()
+        self._domain = self.core.Domain(rank, len(peers))
+        payload = json.dumps([self._domain.address, self._domain.secret]).encode()
+        offers = [json.loads(offer) for offer in exchange("connect", payload)]
+        with _public_errors(self, lambda record: None):
+            addresses, secrets = zip(*offers)
+            self._domain.connect(list(addresses), list(secrets), config.bootstrap_deadline_s)
+
+    def make_buffer(self, geometry: BufferGeometry):
+        """A core buffer; collective."""
+        sizes = self.core.BufferSizes()
+        sizes.num_experts, sizes.hidden, sizes.num_topk = geometry.num_experts, geometry.hidden, geometry.num_topk
+        sizes.max_tokens, sizes.max_capacity = geometry.max_tokens, geometry.max_capacity
+        sizes.max_segment_bytes = int(self.config.heap_gib * 2**30)
+        num_threads = self.config.num_threads or max(1, len(os.sched_getaffinity(0)) // len(self.peers))
+        return self.core.HostBuffer(
+            self._domain,
+            sizes,
+            bootstrap_deadline_s=self.config.bootstrap_deadline_s,
+            deadline_s=self.config.deadline_s,
+            num_threads=num_threads,
+        )
+
+    def close(self) -> None:
+        """Hang up; peers that wait for this rank learn it at once."""
+        self._domain.close()
+
+
+@contextmanager
+def _public_errors(domain: ShmDomain, on_fault: Callable[[FaultRecord], None]) -> Iterator[None]:
+    core = domain.core
+    try:
+        yield
+    except core.CoreFault as error:
+        fields = dict(error.args[0])
+        peer = domain.peers[fields["peer"]]
+        record = FaultRecord(**fields, peer_host=peer.host, peer_pid=peer.pid)
+        on_fault(record)
+        raise CommFaultError(record) from None
+    except core.CoreMismatch as error:
+        raise MismatchError(*error.args) from None
+    except core.CoreBootstrapError as error:
+        raise BootstrapError(*error.args) from None
+    except core.CoreArgumentError as error:
+        raise InvalidArgumentError(*error.args) from None
+
+
+class ShmTransport:
+    """One buffer over shared memory; see :class:`~ray_deepep.transport.Transport`."""
+
+    def __init__(self, domain: ShmDomain, geometry: BufferGeometry, *, on_fault: Callable[[FaultRecord], None]) -> None:
+        self._geometry, self._core = geometry, domain.core
+        self._errors = lambda: _public_errors(domain, on_fault)
+        # The autograd engine calls backward from threads of its own.
+        self._lock = threading.Lock()
+        self._dtypes = {
+            torch.float32: self._core.DType.FLOAT32,
+            torch.bfloat16: self._core.DType.BFLOAT16,
+            torch.float16: self._core.DType.FLOAT16,
+            torch.float8_e4m3fn: self._core.DType.FLOAT8_E4M3,
+        }
+        with self._errors():
+            self._buffer = domain.make_buffer(geometry)
+
+    def dispatch(self, request: DispatchRequest) -> DispatchOutput:
+        """See :meth:`Transport.dispatch`."""
+        args = self._core.DispatchArgs()
+        args.x, args.dtype, args.num_tokens = request.x.data_ptr(), self._dtypes[request.x.dtype], len(request.x)
+        args.x_scales = _address(request.x_scales)
+        args.scale_by_weights = request.scale_by_weights
+        args.layout = self._layout(request.layout)
+        with self._lock, self._errors():
+            if request.handle is not None:
+                plan = request.handle.plan
+                self._buffer.begin_cached_dispatch(args, plan)
+            else:
+                args.topk_idx, args.topk_weights = _address(request.topk_idx), _address(request.topk_weights)
+                args.locations = _address(request.locations)
+                args.num_topk = request.topk_idx.shape[1]
+                plan = self._buffer.begin_dispatch(args)
+            output = self._allocate(request, plan)
+            out = self._core.DispatchOutputs()
+            out.x, out.x_scales = _address(output.x), _address(output.x_scales)
+            out.topk_idx, out.topk_weights = _address(output.topk_idx), _address(output.topk_weights)
+            self._buffer.pull_dispatch(args, plan, out)
+        return output
+
+    def combine(self, request: CombineRequest) -> CombineOutput:
+        """See :meth:`Transport.combine`."""
+        rows, handle = request.rows, request.handle
+        args = self._core.CombineArgs()
+        args.rows, args.dtype, args.bias = rows.data_ptr(), self._dtypes[rows.dtype], _address(request.bias)
+        args.weighted, args.reduce = request.weighted, getattr(self._core.Reduce, request.reduce)
+        args.row_weights, args.has_row_weights = _address(request.topk_weights), request.topk_weights is not None
+        num_tokens, num_topk, hidden = handle.num_tokens, handle.num_topk, rows.shape[1]
+        output = CombineOutput(
+            x=torch.empty(num_tokens, hidden, dtype=rows.dtype),
+            topk_weights=torch.empty(num_tokens, num_topk) if args.has_row_weights else None,
+            routes=torch.empty(num_topk, num_tokens, hidden, dtype=rows.dtype) if request.keep_routes else None,
+        )
+        out = self._core.CombineOutputs()
+        out.x, out.topk_weights, out.routes = map(_address, (output.x, output.topk_weights, output.routes))
+        with self._lock, self._errors():
+            self._buffer.combine(args, handle.plan, out)
+        return output
+
+    def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+        """See :meth:`Transport.combine_weights`."""
+        args, out = self._core.CombineArgs(), self._core.CombineOutputs()
+        args.has_rows, args.has_row_weights, args.row_weights = False, True, topk_weights.data_ptr()
+        home = torch.empty(handle.num_tokens, handle.num_topk)
+        out.topk_weights = home.data_ptr()
+        with self._lock, self._errors():
+            self._buffer.combine(args, handle.plan, out)
+        return home
+
+    def close(self) -> None:
+        """Free this rank's mappings."""
+        with self._lock:
+            self._buffer.close()
+
+    def _layout(self, layout: Layout):
+        kinds = self._core.LayoutKind
+        if isinstance(layout, ExpertMajor):
+            return self._core.Layout(kinds.EXPERT_MAJOR, alignment=layout.alignment)
+        if isinstance(layout, Padded):
+            return self._core.Layout(kinds.PADDED, capacity=layout.capacity)
+        return self._core.Layout(kinds.TOKEN_MAJOR)
+
+    def _allocate(self, request: DispatchRequest, plan) -> DispatchOutput:
+        rows, received = plan.num_rows, plan.num_recv_tokens
+        hidden, cached = request.x.shape[1], request.handle is not None
+        scales = None
+        if request.x_scales is not None:
+            scales = torch.empty(rows, hidden // SCALE_BLOCK, dtype=torch.float32)
+        topk_idx = topk_weights = None
+        if isinstance(request.layout, TokenMajor):
+            num_topk = request.handle.num_topk if cached else request.topk_idx.shape[1]
+            topk_idx = None if cached else torch.empty(received, num_topk, dtype=torch.int64)
+            topk_weights = None if cached else torch.empty(received, num_topk, dtype=torch.float32)
+        elif not cached:
+            topk_weights = torch.empty(rows, dtype=torch.float32)
+        return DispatchOutput(
+            x=torch.empty(rows, hidden, dtype=request.x.dtype),
+            x_scales=scales,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            num_recv_tokens=received,
+            num_recv_tokens_per_expert=tuple(plan.expert_count),
+            expert_offsets=tuple(plan.expert_offset) if isinstance(request.layout, ExpertMajor) else (),
+            plan=plan,
+        )
+
+
+def _address(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,200 @@
+"""What dispatch and combine must give, worked out route by route from the inputs of all ranks.
+
+Shares no code with the package's own reference: plain loops over (expert, source, token, k), one row at a time. Sums
+follow the documented orders, so results are compared bit by bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import torch
+
+from ray_deepep import ExpertMajor, TokenMajor
+from ray_deepep.handle import Layout
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class World:
+    """The inputs of one dispatch on all ranks; lists are by rank."""
+
+    num_experts: int
+    hidden: int
+    layout: Layout
+    x: list[torch.Tensor]
+    topk_idx: list[torch.Tensor]
+    topk_weights: list[torch.Tensor]
+    x_scales: list[torch.Tensor] | None
+    locations: list[torch.Tensor] | None
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.x)
+
+    @property
+    def num_local_experts(self) -> int:
+        return self.num_experts // self.num_ranks
+
+    @functools.cached_property
+    def arrivals(self) -> list[Arrival]:
+        """What each rank receives."""
+        return [_arrival(self, rank) for rank in range(self.num_ranks)]
+
+    def rank_of(self, expert: int) -> int:
+        """Rank that holds an expert."""
+        return expert // self.num_local_experts
+
+    def routes(self) -> list[tuple[int, int, int, int]]:
+        """All routes as (source, token, k, expert)."""
+        return [
+            (source, token, k, expert)
+            for source, idx in enumerate(self.topk_idx)
+            for token, experts in enumerate(idx.tolist())
+            for k, expert in enumerate(experts)
+            if expert >= 0
+        ]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """What one rank receives."""
+
+    tokens: list[tuple[int, int]]
+    """(source, token) of each token-major row."""
+    slot_of: dict[tuple[int, int, int], int]
+    """Row of each route (source, token, k) in the layout."""
+    num_rows: int
+    num_per_expert: tuple[int, ...]
+    expert_offsets: tuple[int, ...]
+
+
+def _arrival(world: World, rank: int) -> Arrival:
+    """Rows that land on ``rank``, and where."""
+    routes = [route for route in world.routes() if world.rank_of(route[3]) == rank]
+    tokens = sorted({(source, token) for source, token, _, _ in routes})
+    first_expert = rank * world.num_local_experts
+    by_expert = [[r for r in routes if r[3] == first_expert + e] for e in range(world.num_local_experts)]
+    slot_of, offsets, num_rows = {}, (), len(tokens)
+    if isinstance(world.layout, TokenMajor):
+        slot_of = {(s, t, k): tokens.index((s, t)) for s, t, k, _ in routes}
+    elif isinstance(world.layout, ExpertMajor):
+        end, starts = 0, []
+        for group in by_expert:
+            starts.append(end)
+            for position, (s, t, k, _) in enumerate(group):
+                slot_of[s, t, k] = end + position
+            end += len(group)
+            while end % world.layout.alignment:
+                end += 1
+        offsets, num_rows = (*starts, end), end
+    else:
+        capacity = world.layout.capacity
+        blocks = torch.arange(world.num_experts * capacity).view(world.num_ranks, world.num_local_experts, capacity)
+        for s, t, k, expert in routes:
+            slot_of[s, t, k] = int(blocks[s, expert - first_expert, int(world.locations[s][t, k])])
+        num_rows = world.num_experts * capacity
+    return Arrival(
+        tokens=tokens,
+        slot_of=slot_of,
+        num_rows=num_rows,
+        num_per_expert=tuple(len(group) for group in by_expert),
+        expert_offsets=offsets,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Dispatched:
+    """Expected fields of a ``DispatchResult`` and its handle."""
+
+    x: torch.Tensor
+    x_scales: torch.Tensor | None
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor
+
+
+def dispatch(world: World, rank: int, *, scale_by_weights: bool = False) -> Dispatched:
+    """Expected result of a dispatch on ``rank``."""
+    here = world.arrivals[rank]
+    x = torch.zeros(here.num_rows, world.hidden).to(world.x[0].dtype)
+    scales = None if world.x_scales is None else torch.zeros(here.num_rows, world.x_scales[0].shape[1])
+    num_topk = world.topk_idx[0].shape[1]
+    token_major = isinstance(world.layout, TokenMajor)
+    topk_idx = torch.full((here.num_rows, num_topk), -1) if token_major else None
+    weights = torch.zeros(here.num_rows, num_topk) if token_major else torch.zeros(here.num_rows)
+    for (source, token, k), slot in here.slot_of.items():
+        row, weight = world.x[source][token], world.topk_weights[source][token, k]
+        x[slot] = (row.float() * weight).to(row.dtype) if scale_by_weights else row
+        if scales is not None:
+            scales[slot] = world.x_scales[source][token]
+        if token_major:
+            topk_idx[slot, k] = world.topk_idx[source][token, k] - rank * world.num_local_experts
+            weights[slot, k] = weight
+        else:
+            weights[slot] = weight
+    return Dispatched(x=x, x_scales=scales, topk_idx=topk_idx, topk_weights=weights)
+
+
+def combine(
+    world: World,
+    rank: int,
+    rows: list[torch.Tensor],
+    *,
+    weighted: bool,
+    reduce: str,
+    bias: torch.Tensor | None,
+) -> torch.Tensor:
+    """Expected rows of a combine on source ``rank``; ``rows`` of all ranks."""
+    dtype = rows[0].dtype
+    out = torch.zeros(len(world.x[rank]), world.hidden, dtype=dtype)
+    for token, experts in enumerate(world.topk_idx[rank].tolist()):
+        routes = [(k, expert) for k, expert in enumerate(experts) if expert >= 0]
+        total = torch.zeros(world.hidden)
+
+        def row(k: int, expert: int, token: int = token) -> torch.Tensor:
+            owner = world.rank_of(expert)
+            value = rows[owner][world.arrivals[owner].slot_of[rank, token, k]].float()
+            return value * world.topk_weights[rank][token, k] if weighted else value
+
+        owners = sorted({world.rank_of(expert) for _, expert in routes})
+        if isinstance(world.layout, TokenMajor):
+            for owner in owners:
+                k, expert = next(route for route in routes if world.rank_of(route[1]) == owner)
+                total = total + row(k, expert)
+        elif reduce == "fast":
+            for owner in owners:
+                partial = torch.zeros(world.hidden)
+                for k, expert in routes:
+                    if world.rank_of(expert) == owner:
+                        partial = partial + row(k, expert)
+                total = total + partial.to(dtype).float()
+        elif reduce == "exact":
+            for k, expert in routes:
+                total = total + row(k, expert)
+        else:
+            for k, expert in sorted(routes, key=lambda route: route[1]):
+                total = total + row(k, expert)
+        out[token] = (total if bias is None else total + bias[token].float()).to(dtype)
+    return out
+
+
+def routes_home(world: World, rank: int, rows: list[torch.Tensor]) -> torch.Tensor:
+    """Expected ``[K, T, H]`` of ``keep_routes`` on source ``rank``."""
+    num_tokens, num_topk = world.topk_idx[rank].shape
+    out = torch.zeros(num_topk, num_tokens, world.hidden, dtype=rows[0].dtype)
+    for source, token, k, expert in world.routes():
+        if source == rank:
+            owner = world.rank_of(expert)
+            out[k, token] = rows[owner][world.arrivals[owner].slot_of[rank, token, k]]
+    return out
+
+
+def weights_home(world: World, rank: int, weights: list[torch.Tensor]) -> torch.Tensor:
+    """Expected ``[T, K]`` of row weights given to combine on all ranks."""
+    out = torch.zeros(world.topk_idx[rank].shape)
+    for source, token, k, expert in world.routes():
+        if source == rank:
+            owner = world.rank_of(expert)
+            slot = world.arrivals[owner].slot_of[rank, token, k]
+            out[token, k] = weights[owner][slot, k] if weights[owner].dim() == 2 else weights[owner][slot]
+    return out

@@ -1,0 +1,113 @@
+"""The DeepSpeed engine of a run: its JSON config, its parameter groups, its model with deterministic weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
+from deepspeed.utils import groups, logger
+
+from train.config import TrainConfig
+from train.distributed import World
+from train.errors import ConfigError
+from train.model import MoELanguageModel, init_weights, split_for_weight_decay
+
+_VOCAB_MULTIPLE = 8
+_NEVER = 10**9
+
+
+def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+    """DeepSpeed's JSON config for this run; the keys of `run.deepspeed_config`, if given, replace generated ones.
+
+    Raises ConfigError when that file cannot be read, contradicts the batch size or asks for what MoE cannot do.
+    """
+    generated = _generated_config(config)
+    if config.run.deepspeed_config:
+        user = _read_json(config.run.deepspeed_config)
+        for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+            given = user.get(key, "auto")
+            if given not in ("auto", generated[key]):
+                rule = f"contradicts this run's {generated[key]}; leave it out or set it to auto"
+                raise ConfigError(f"{config.run.deepspeed_config}: {key}", given, rule)
+            user[key] = generated[key]
+        generated |= user
+    stage = generated.get("zero_optimization", {}).get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise ConfigError("zero_optimization.stage", stage, "DeepSpeed's MoE layer supports 0, 1 and 2")
+    return generated
+
+
+def _generated_config(config: TrainConfig) -> dict[str, Any]:
+    optim = config.optim
+    betas = [optim.beta1, optim.beta2]
+    # torch_adam: DeepSpeed's own fused Adam would be compiled on first use, and is no faster on the CPU.
+    adam = {"lr": optim.lr, "betas": betas, "weight_decay": optim.weight_decay, "torch_adam": True}
+    schedule = {
+        "total_num_steps": max(config.run.steps, optim.warmup_steps + 1),
+        "warmup_num_steps": optim.warmup_steps,
+        "warmup_min_ratio": 1.0 / optim.warmup_steps,
+        "warmup_type": "linear",
+        "cos_min_ratio": optim.min_lr_ratio,
+    }
+    generated = {
+        "train_micro_batch_size_per_gpu": optim.micro_batch,
+        "gradient_accumulation_steps": optim.grad_accum,
+        "gradient_clipping": optim.grad_clip,
+        "optimizer": {"type": "AdamW", "params": adam},
+        "scheduler": {"type": "WarmupCosineLR", "params": schedule},
+        "zero_optimization": {"stage": optim.zero_stage},
+        "steps_per_print": _NEVER,
+    }
+    if config.model.dtype == "bf16":
+        generated["bf16"] = {"enabled": True}
+    return generated
+
+
+def _read_json(path: str) -> dict[str, Any]:
+    try:
+        raw = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError("run.deepspeed_config", path, f"must be a readable JSON file ({error})") from error
+    if not isinstance(raw, dict):
+        raise ConfigError("run.deepspeed_config", path, "must hold a JSON object")
+    return raw
+
+
+def padded_vocab_size(vocab_size: int) -> int:
+    """Rows of embedding and head: the next multiple of 8, which matrix units like."""
+    return -(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
+
+
+def build_engine(config: TrainConfig, *, vocab_size: int, world: World) -> deepspeed.DeepSpeedEngine:
+    """Model with weights decided by the seed, its optimizer groups, and DeepSpeed around them. Collective."""
+    ds_config = deepspeed_config(config)
+    ep_size = config.model.resolve_ep_size(world.world_size)
+    data_before_expert = bool(ds_config.get("use_data_before_expert_parallelism", False))
+    ep_rank = _ep_rank(world, ep_size, data_before_expert)
+    model = MoELanguageModel(config.model, vocab_size=padded_vocab_size(vocab_size), ep_size=ep_size)
+    init_weights(model, seed=config.run.seed, ep_rank=ep_rank)
+    param_groups = split_for_weight_decay(model, config.optim.weight_decay)
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=split_params_into_different_moe_groups_for_optimizer(param_groups),
+        config=ds_config,
+    )
+    name = f"ep_size_{ep_size}"
+    if engine.has_moe_layers and groups._get_expert_parallel_rank(name) != ep_rank:
+        # Experts would carry another expert's initial weights; a DeepSpeed release with a new rank order would do it.
+        raise RuntimeError(f"DeepSpeed put rank {world.rank} at another place of its EP group than {ep_rank}")
+    return engine
+
+
+def _ep_rank(world: World, ep_size: int, data_before_expert: bool) -> int:
+    """Place in the EP group: DeepSpeed takes consecutive ranks, or strided ones with data before expert parallelism."""
+    return world.rank // (world.world_size // ep_size) if data_before_expert else world.rank % ep_size
+
+
+def quiet_deepspeed() -> None:
+    """Only errors from DeepSpeed's logger: its notes on every start would drown the progress bar."""
+    logger.setLevel(logging.ERROR)

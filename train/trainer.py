@@ -1,0 +1,375 @@
+"""The training loop. No Ray in here: the same code runs under torchrun, alone, or inside a Ray Train worker.
+
+    torchrun --nproc-per-node 2 -m train.main --preset demo
+
+`run(config)` does everything: data, DeepSpeed engine, resume, steps, validation, checkpoints, plot, sample, summary.
+Who wants to hear about it passes callbacks; who brings an all-to-all backend passes `swap`. Every step reseeds torch
+from (seed, step, rank), so a resumed run repeats the interrupted one bit for bit.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import shutil
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from deepspeed.accelerator import get_accelerator
+from tqdm import tqdm
+
+from train import checkpoint
+from train.api import CheckpointInfo, CommStats, TrainerCallback, TrainSummary
+from train.config import TrainConfig
+from train.data import BatchSampler, TokenStore, build_token_store
+from train.distributed import World, join_world, mean_over_ranks, on_main
+from train.engine import build_engine, quiet_deepspeed
+from train.errors import ConfigError, TrainingDivergedError
+from train.files import write_text_atomic
+from train.metrics import MetricsWriter, StepMetrics, run_stats, truncate_metrics
+from train.plots import plot_losses
+from train.sample import sample_tokens
+from train.stock_comm import StockCommTimer
+
+logger = logging.getLogger("train")
+
+_PROMPT_TOKENS = 64
+_TEMPERATURE = 0.7
+
+
+def run(
+    config: TrainConfig, *, swap: CommStats | None = None, callbacks: Sequence[TrainerCallback] = ()
+) -> TrainSummary:
+    """Train as `config` says and return the summary (the same on every rank). Collective over the job.
+
+    swap: the all-to-all backend already in place, asked for its times; None: this function enables
+    `config.run.backend` itself. A process group that exists already is used and left alive.
+    Raises ConfigError, DataError, CheckpointError, TrainingDivergedError, and what the backend raises.
+    """
+    quiet_deepspeed()
+    with _cpu_threads(config.run.num_threads), join_world(config.run) as world, _comm(config, swap) as comm:
+        trainer = Trainer(config, world=world, comm=comm, callbacks=callbacks)
+        try:
+            return trainer.run()
+        finally:
+            trainer.close()
+
+
+@contextmanager
+def _cpu_threads(num_threads: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def _comm(config: TrainConfig, swap: CommStats | None):
+    if swap is not None:
+        return nullcontext(swap)
+    if config.run.backend == "stock":
+        return StockCommTimer()
+    from ray_deepep.deepspeed import enable  # the stock backend needs no ray_deepep
+
+    return enable()
+
+
+def seed_for(seed: int, *where: object) -> int:
+    """A 63-bit seed for one place in a run, e.g. `seed_for(1234, "train", step, rank)`."""
+    digest = hashlib.sha256("/".join(map(str, (seed, *where))).encode()).digest()
+    return int.from_bytes(digest[:8], "little") >> 1
+
+
+class Trainer:
+    """One run on one rank: built from the config, resumed if asked, then stepped to the end by `run`."""
+
+    def __init__(self, config: TrainConfig, *, world: World, comm: CommStats, callbacks: Sequence[TrainerCallback]):
+        self.config = config
+        self.world = world
+        self._comm = comm
+        self._callbacks = callbacks
+        self._engine = None
+        self._writer: MetricsWriter | None = None
+        self._out = Path(config.run.out_dir)
+        self._checkpoints = self._out / "checkpoints"
+        self._metrics_path = self._out / "metrics.jsonl"
+        self._last_checkpoint: Path | None = None
+        config.model.resolve_ep_size(world.world_size)
+        on_main(world, self._prepare_folder)
+        progress = config.run.progress and world.is_main
+        on_main(world, lambda: build_token_store(config.data, self._out / "data", progress=progress))
+        self._store = TokenStore(self._out / "data")
+        self._sampler = BatchSampler(
+            store=self._store,
+            seq_len=config.data.seq_len,
+            micro_batch=config.optim.micro_batch,
+            seed=config.run.seed,
+            rank=world.rank,
+            world_size=world.world_size,
+        )
+        choice = self._choose_checkpoint()
+        self._engine = build_engine(config, vocab_size=self._store.info.vocab_size, world=world)
+        self._resume(choice)
+
+    def close(self) -> None:
+        """Close the metrics file and let DeepSpeed free what it holds. Not collective."""
+        if self._writer is not None:
+            self._writer.close()
+        if self._engine is not None:
+            self._engine.destroy()
+
+    # Getting ready
+
+    def _prepare_folder(self) -> None:
+        run = self.config.run
+        existing = checkpoint.step_folders(self._checkpoints)
+        if existing and run.on_existing == "error":
+            rule = f"holds checkpoints (newest: {existing[0].name}); resume, overwrite, or choose another folder"
+            raise ConfigError("run.out_dir", run.out_dir, rule)
+        if run.on_existing == "overwrite":
+            shutil.rmtree(self._checkpoints, ignore_errors=True)
+            self._metrics_path.unlink(missing_ok=True)
+        self._checkpoints.mkdir(parents=True, exist_ok=True)
+        write_text_atomic(self._out / "config.json", self.config.to_json())
+
+    def _choose_checkpoint(self) -> checkpoint.CheckpointChoice | None:
+        run = self.config.run
+        choice = None
+        if run.resume_from:
+            choice = self._choose_named(Path(run.resume_from))
+        elif run.on_existing == "resume":
+            choice = checkpoint.choose_checkpoint(self._checkpoints, self.world)
+        if choice is not None:
+            digest = self._store.info.content_digest
+            checkpoint.check_fits(choice.folder, choice.state, config=self.config, data_digest=digest, world=self.world)
+        return choice
+
+    def _choose_named(self, path: Path) -> checkpoint.CheckpointChoice:
+        roots = [root for root in (path / "checkpoints", path) if checkpoint.step_folders(root)]
+        choice = checkpoint.choose_checkpoint(roots[0], self.world) if roots else None
+        if choice is None:
+            state = checkpoint.verify_checkpoint(path, self.world)
+            choice = checkpoint.CheckpointChoice(folder=path, state=state, skipped=())
+        return choice
+
+    def _resume(self, choice: checkpoint.CheckpointChoice | None) -> None:
+        self._start_step = 0
+        if choice is not None:
+            checkpoint.load_checkpoint(self._engine, choice)
+            self._start_step = choice.state.step
+            self._last_checkpoint = choice.folder
+            if self.world.is_main:
+                for reason in choice.skipped:
+                    logger.warning("checkpoint passed over: %s", reason)
+                logger.info("resumed from %s (step %d)", choice.folder, choice.state.step)
+        # Broadcast, because the metrics file is rank 0's and every rank gives the same summary.
+        self._steps: list[StepMetrics] = on_main(self.world, lambda: self._earlier_metrics(choice))
+        if self.world.is_main:
+            self._writer = MetricsWriter(self._metrics_path)
+
+    def _earlier_metrics(self, choice: checkpoint.CheckpointChoice | None) -> list[StepMetrics]:
+        if choice is not None and not self._metrics_path.exists():
+            source = choice.folder.parent.parent / self._metrics_path.name
+            if source.is_file():
+                shutil.copyfile(source, self._metrics_path)
+        return truncate_metrics(self._metrics_path, self._start_step)
+
+    # Steps
+
+    def run(self) -> TrainSummary:
+        """Step to `run.steps`, then plot, sample and summarise. Collective."""
+        config = self.config
+        self._engine.train()
+        bar = self._progress_bar()
+        for step in range(self._start_step + 1, config.run.steps + 1):
+            metrics = self._step(step)
+            if self._due(step, config.run.eval_every):
+                metrics = replace(metrics, val_loss=self._validate())
+            self._record(metrics, bar)
+            if self._due(step, config.run.checkpoint_every):
+                self._save(step)
+        bar.close()
+        return self._finish()
+
+    def _due(self, step: int, every: int) -> bool:
+        return step == self.config.run.steps or (every > 0 and step % every == 0)
+
+    def _progress_bar(self) -> tqdm:
+        run = self.config.run
+        return tqdm(
+            total=run.steps,
+            initial=self._start_step,
+            desc=f"{self.config.name} · {run.backend}",
+            unit="step",
+            disable=not (run.progress and self.world.is_main),
+            dynamic_ncols=True,
+            mininterval=0.5 if sys.stderr.isatty() else 5.0,  # each update is a line where output is a log
+        )
+
+    def _step(self, step: int) -> StepMetrics:
+        optim = self.config.optim
+        torch.manual_seed(seed_for(self.config.run.seed, "train", step, self.world.rank))
+        self._comm.comm_stats(reset=True)
+        lr = self._engine.get_lr()[0]
+        clock = _Clock()
+        losses = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        forward_ms = backward_ms = optimizer_ms = 0.0
+        for micro_step in range(optim.grad_accum):
+            batch = self._sampler.train_batch(step, micro_step)
+            output = self._engine(batch.tokens_BS.to(self.world.device), batch.targets_BS.to(self.world.device))
+            forward_ms += clock.lap()
+            self._engine.backward(output.total)
+            backward_ms += clock.lap()
+            self._engine.step()
+            optimizer_ms += clock.lap()
+            losses += torch.stack([output.lm, output.aux]).double() / optim.grad_accum
+        step_ms = clock.total()
+        stats = self._comm.comm_stats(reset=True)
+        loss, aux_loss, dispatch_ms, combine_ms, comm_calls = mean_over_ranks(
+            [*losses.tolist(), stats["dispatch_ms"], stats["combine_ms"], stats["num_calls"]], self.world
+        )
+        if not torch.isfinite(torch.tensor(loss)):
+            raise TrainingDivergedError(step, loss)
+        num_tokens = self.world.world_size * optim.micro_batch * optim.grad_accum * self.config.data.seq_len
+        return StepMetrics(
+            step=step,
+            loss=loss,
+            aux_loss=aux_loss,
+            lr=lr,
+            tokens_per_s=num_tokens / (step_ms / 1e3),
+            step_ms=step_ms,
+            forward_ms=forward_ms,
+            backward_ms=backward_ms,
+            optimizer_ms=optimizer_ms,
+            dispatch_ms=dispatch_ms,
+            combine_ms=combine_ms,
+            comm_calls=comm_calls,
+        )
+
+    @torch.no_grad()
+    def _validate(self) -> float:
+        config = self.config
+        torch.manual_seed(seed_for(config.run.seed, "validation", self.world.rank))
+        self._engine.eval()
+        total = 0.0
+        for index in range(config.run.eval_batches):
+            batch = self._sampler.val_batch(index)
+            output = self._engine.module(batch.tokens_BS.to(self.world.device), batch.targets_BS.to(self.world.device))
+            total += float(output.lm)
+        self._engine.train()
+        return mean_over_ranks([total / config.run.eval_batches], self.world)[0]
+
+    def _record(self, metrics: StepMetrics, bar: tqdm) -> None:
+        self._steps.append(metrics)
+        if self._writer is not None:
+            self._writer.write(metrics)
+        shown = {"loss": f"{metrics.loss:.3f}", "tok/s": f"{metrics.tokens_per_s:,.0f}"}
+        validated = [m.val_loss for m in self._steps if m.val_loss is not None]
+        if validated:
+            shown["val"] = f"{validated[-1]:.3f}"
+        bar.set_postfix(shown, refresh=False)
+        bar.update()
+        for callback in self._callbacks:
+            callback.on_step(metrics)
+
+    def _save(self, step: int) -> None:
+        config = self.config
+        state = checkpoint.TrainerState(
+            step=step,
+            world_size=self.world.world_size,
+            ep_size=config.model.resolve_ep_size(self.world.world_size),
+            backend=config.run.backend,
+            config_digest=config.digest(),
+            config_identity=config.identity(),
+            data_digest=self._store.info.content_digest,
+            files={},
+        )
+        folder = checkpoint.save_checkpoint(
+            self._engine, self._checkpoints, state=state, keep=config.run.keep_checkpoints, world=self.world
+        )
+        self._last_checkpoint = folder
+        for callback in self._callbacks:
+            callback.on_checkpoint(CheckpointInfo(step=step, folder=folder, metrics=self._steps[-1]))
+
+    # The end
+
+    def _finish(self) -> TrainSummary:
+        config = self.config
+        sample = self._sample() if config.run.sample_tokens else ""
+        plot = self._out / "loss.png"
+        title = f"{config.name} on {self.world.world_size} ranks"
+        on_main(self.world, lambda: plot_losses({config.run.backend: self._steps}, plot, title=title))
+        summary = TrainSummary(
+            preset=config.name,
+            backend=config.run.backend,
+            world_size=self.world.world_size,
+            ep_size=config.model.resolve_ep_size(self.world.world_size),
+            device=self.world.device.type,
+            num_params=self._count_params(),
+            resumed_from_step=self._start_step,
+            stats=run_stats(self._steps),
+            out_dir=self._out,
+            metrics_path=self._metrics_path,
+            plot_path=plot,
+            checkpoint_path=self._last_checkpoint,
+            sample=sample,
+        )
+        # Times are each rank's own; rank 0's are the ones in the metrics file.
+        summary = on_main(self.world, lambda: summary)
+        for callback in self._callbacks:
+            callback.on_end(summary)
+        return summary
+
+    def _count_params(self) -> int:
+        """Parameters of the whole model: this rank's share of experts counts once for each rank of the EP group."""
+        ep_size = self.config.model.resolve_ep_size(self.world.world_size)
+        return sum(
+            p.numel() * (1 if getattr(p, "allreduce", True) else ep_size) for p in self._engine.module.parameters()
+        )
+
+    def _sample(self) -> str:
+        config, tokenizer = self.config, self._store.tokenizer
+        torch.manual_seed(seed_for(config.run.seed, "sample"))
+        prompt = self._store.val_prompt(min(_PROMPT_TOKENS, config.data.seq_len))
+        self._engine.eval()
+        ids = sample_tokens(
+            self._engine.module,
+            prompt,
+            num_tokens=config.run.sample_tokens,
+            max_context=config.data.seq_len,
+            vocab_size=tokenizer.vocab_size,
+            temperature=_TEMPERATURE,
+            seed=seed_for(config.run.seed, "sample"),
+            world=self.world,
+        )
+        self._engine.train()
+        text = f"{tokenizer.decode(prompt)}⟶{tokenizer.decode(ids)}"
+        on_main(self.world, lambda: write_text_atomic(self._out / "sample.txt", text + "\n"))
+        return text
+
+
+class _Clock:
+    """Milliseconds between laps, each taken when the device has finished its queue."""
+
+    def __init__(self) -> None:
+        self._start = self._last = self._now()
+
+    def lap(self) -> float:
+        now = self._now()
+        elapsed, self._last = now - self._last, now
+        return elapsed * 1e3
+
+    def total(self) -> float:
+        return (self._last - self._start) * 1e3
+
+    @staticmethod
+    def _now() -> float:
+        get_accelerator().synchronize()
+        return time.perf_counter()
