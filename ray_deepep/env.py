@@ -9,6 +9,7 @@
 | ``RAY_DEEPEP_NUM_THREADS`` | ``0`` | copy threads of a rank's CPU core; 0: cores of the host / ranks on it |
 | ``RAY_DEEPEP_LAYOUT`` | ``padded`` | rows that DeepSpeed's experts see: ``padded`` (as stock) or ``compact`` |
 | ``RAY_DEEPEP_COMBINE`` | ``exact`` | ``exact`` (bit-equal to stock) or ``fast`` (expert side first) |
+| ``RAY_TRAIN_CALLBACKS`` | empty | Ray's own: callbacks of Train runs; fault supervision is added to it |
 | ``RAY_DEEPEP_HEAP_GIB`` | ``64`` | largest address space per rank and buffer; memory is used only where rows are |
 """
 
@@ -94,3 +95,8 @@ def combine() -> str:
 def heap_gib() -> float:
     """``RAY_DEEPEP_HEAP_GIB``."""
     return _read("RAY_DEEPEP_HEAP_GIB", 64.0, _positive, "must be a positive number of GiB")
+
+
+def ray_train_callbacks() -> list[str]:
+    """``RAY_TRAIN_CALLBACKS``: dotted paths of Ray Train callbacks that are already asked for."""
+    return [path for path in os.environ.get("RAY_TRAIN_CALLBACKS", "").split(",") if path]

@@ -26,9 +26,9 @@ struct Geometry {
 struct Routing {
     int64_t num_tokens = 0;
     const int32_t* topk_idx = nullptr;
-    const int32_t* locations = nullptr;      // padded layout only
-    const int64_t* num_per_rank = nullptr;   // [num_ranks] token rows this rank sends to each
-    const int64_t* num_per_expert = nullptr; // [num_experts] routes this rank sends to each
+    const int32_t* locations = nullptr;       // padded layout only
+    const int64_t* num_per_rank = nullptr;    // [num_ranks] token rows this rank sends to each
+    const int64_t* num_per_expert = nullptr;  // [num_experts] routes this rank sends to each
 };
 
 // Everything a rank needs to pull its rows, and to pull expert outputs back.

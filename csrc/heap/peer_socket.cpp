@@ -16,7 +16,9 @@
 namespace ray_deepep {
 namespace {
 
-[[noreturn]] void throw_errno(const std::string& what) { throw std::system_error(errno, std::generic_category(), what); }
+[[noreturn]] void throw_errno(const std::string& what) {
+    throw std::system_error(errno, std::generic_category(), what);
+}
 
 socklen_t fill_address(const std::string& name, sockaddr_un* address) {
     *address = {};

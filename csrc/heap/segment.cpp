@@ -13,7 +13,9 @@
 namespace ray_deepep {
 namespace {
 
-[[noreturn]] void throw_errno(const std::string& what) { throw std::system_error(errno, std::generic_category(), what); }
+[[noreturn]] void throw_errno(const std::string& what) {
+    throw std::system_error(errno, std::generic_category(), what);
+}
 
 }  // namespace
 
@@ -54,7 +56,7 @@ Segment Segment::create(size_t bytes, Fd* fd) {
 }
 
 Segment Segment::map(int fd, size_t bytes) {
-    struct stat info {};
+    struct stat info{};
     if (::fstat(fd, &info) != 0) throw_errno("fstat of a heap segment");
     if (static_cast<size_t>(info.st_size) != bytes) {
         throw std::runtime_error("a peer's heap segment has " + std::to_string(info.st_size) + " bytes, expected " +

@@ -135,7 +135,8 @@ void HostBuffer::pull_outputs(const CombineArgs& args, const HostPlan& host_plan
     const bool scaled = args.weighted && !by_rank;
     const bool own_staged = args.reduce == Reduce::kFast && plan.layout.kind != LayoutKind::kTokenMajor;
     std::vector<const std::byte*> sources(geometry_.num_ranks);
-    for (int rank = 0; rank < geometry_.num_ranks; ++rank) sources[rank] = at<const std::byte>(rank, header(rank).rows_at);
+    for (int rank = 0; rank < geometry_.num_ranks; ++rank)
+        sources[rank] = at<const std::byte>(rank, header(rank).rows_at);
     if (!own_staged) sources[geometry_.rank] = pointer<const std::byte>(args.rows);
     auto* routes = pointer<std::byte>(out.routes);
 
@@ -157,7 +158,8 @@ void HostBuffer::pull_outputs(const CombineArgs& args, const HostPlan& host_plan
                 }
                 if (routes != nullptr) std::memcpy(routes + (order[i] * plan.num_tokens + t) * bytes, src, bytes);
             }
-            if (args.bias != 0) add_row(acc.data(), pointer<const std::byte>(args.bias) + t * bytes, hidden, args.dtype);
+            if (args.bias != 0)
+                add_row(acc.data(), pointer<const std::byte>(args.bias) + t * bytes, hidden, args.dtype);
             store_row(pointer<std::byte>(out.x) + t * bytes, acc.data(), hidden, args.dtype);
             for (int k = 0; routes != nullptr && k < num_topk; ++k) {
                 if (plan.send_expert[first + k] < 0) std::memset(routes + (k * plan.num_tokens + t) * bytes, 0, bytes);

@@ -107,8 +107,8 @@ void HostBuffer::check_locations(const DispatchArgs& args) const {
         if (topk_idx[i] < 0) continue;
         const int64_t slot = topk_idx[i] * args.layout.capacity + locations[i];
         if (taken[slot]) {
-            throw ArgumentError("locations", std::to_string(locations[i]) + " twice for expert " +
-                                                 std::to_string(topk_idx[i]),
+            throw ArgumentError("locations",
+                                std::to_string(locations[i]) + " twice for expert " + std::to_string(topk_idx[i]),
                                 "must differ between the routes of one expert");
         }
         taken[slot] = true;
@@ -159,7 +159,8 @@ void HostBuffer::pull_rows(const DispatchArgs& args, const HostPlan& host_plan, 
         const bool own = source == geometry_.rank;
         const OpHeader& from = header(source);
         const auto* x = own ? pointer<const std::byte>(args.x) : at<const std::byte>(source, from.rows_at);
-        const auto* x_scales = own ? pointer<const std::byte>(args.x_scales) : at<const std::byte>(source, from.scales_at);
+        const auto* x_scales =
+            own ? pointer<const std::byte>(args.x_scales) : at<const std::byte>(source, from.scales_at);
         const auto copy = [&](int64_t slot, int64_t token) {
             std::memcpy(out_x + slot * bytes, x + token * bytes, bytes);
             if (out_scales != nullptr) std::memcpy(out_scales + slot * scales, x_scales + token * scales, scales);
@@ -174,7 +175,8 @@ void HostBuffer::pull_rows(const DispatchArgs& args, const HostPlan& host_plan, 
                 for (int64_t r = plan.route_begin[i]; r < plan.route_begin[i + 1]; ++r) {
                     const int64_t slot = plan.route_slot[r], token = plan.recv_token[i];
                     if (args.scale_by_weights) {
-                        scale_row(out_x + slot * bytes, x + token * bytes, hidden, args.dtype, host_plan.route_weight[r]);
+                        scale_row(out_x + slot * bytes, x + token * bytes, hidden, args.dtype,
+                                  host_plan.route_weight[r]);
                     } else {
                         copy(slot, token);
                     }
@@ -194,7 +196,8 @@ void HostBuffer::fill_unused(const Plan& plan, const DispatchArgs& args, const D
     };
     if (plan.layout.kind == LayoutKind::kExpertMajor) {
         for (size_t e = 0; e < plan.expert_count.size(); ++e) {
-            for (int64_t slot = plan.expert_offset[e] + plan.expert_count[e]; slot < plan.expert_offset[e + 1]; ++slot) {
+            for (int64_t slot = plan.expert_offset[e] + plan.expert_count[e]; slot < plan.expert_offset[e + 1];
+                 ++slot) {
                 clear(slot);
             }
         }

@@ -69,8 +69,8 @@ struct CombineOutputs {
 class HostBuffer {
   public:
     // Collective over `domain`.
-    HostBuffer(std::shared_ptr<Domain> domain, const BufferSizes& sizes, double bootstrap_deadline_s,
-               double deadline_s, int num_threads, Interrupt interrupt);
+    HostBuffer(std::shared_ptr<Domain> domain, const BufferSizes& sizes, double bootstrap_deadline_s, double deadline_s,
+               int num_threads, Interrupt interrupt);
     ~HostBuffer() { close(); }
 
     // Publish rows and routing, and plan. `pull_dispatch` must follow, with outputs of the plan's sizes.

@@ -12,19 +12,19 @@
 namespace ray_deepep {
 namespace {
 
-#define RAY_DEEPEP_ROW_LOOPS(T, NAME)                                                                          \
+#define RAY_DEEPEP_ROW_LOOPS(T, NAME)                                                                           \
     RAY_DEEPEP_MULTIVERSION void scale_##NAME(T* __restrict dst, const T* __restrict src, int64_t n, float w) { \
-        for (int64_t i = 0; i < n; ++i) dst[i] = from_float<T>(w * to_float(src[i]));                          \
-    }                                                                                                          \
+        for (int64_t i = 0; i < n; ++i) dst[i] = from_float<T>(w * to_float(src[i]));                           \
+    }                                                                                                           \
     RAY_DEEPEP_MULTIVERSION void add_##NAME(float* __restrict acc, const T* __restrict src, int64_t n) {        \
-        for (int64_t i = 0; i < n; ++i) acc[i] += to_float(src[i]);                                            \
-    }                                                                                                          \
+        for (int64_t i = 0; i < n; ++i) acc[i] += to_float(src[i]);                                             \
+    }                                                                                                           \
     RAY_DEEPEP_MULTIVERSION void add_scaled_##NAME(float* __restrict acc, const T* __restrict src, int64_t n,   \
-                                                   float w) {                                                  \
-        for (int64_t i = 0; i < n; ++i) acc[i] += w * to_float(src[i]);                                        \
-    }                                                                                                          \
+                                                   float w) {                                                   \
+        for (int64_t i = 0; i < n; ++i) acc[i] += w * to_float(src[i]);                                         \
+    }                                                                                                           \
     RAY_DEEPEP_MULTIVERSION void store_##NAME(T* __restrict dst, const float* __restrict acc, int64_t n) {      \
-        for (int64_t i = 0; i < n; ++i) dst[i] = from_float<T>(acc[i]);                                        \
+        for (int64_t i = 0; i < n; ++i) dst[i] = from_float<T>(acc[i]);                                         \
     }
 
 // Macros, because versioned functions cannot be templates.

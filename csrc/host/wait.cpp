@@ -12,9 +12,9 @@
 namespace ray_deepep {
 namespace {
 
-constexpr int kSpins = 200;             // about 10 us: a peer that runs beside us is met here
-constexpr int kYields = 20;             // ranks that share cores let each other run before sleeping
-constexpr double kSleep_s = 0.005;      // longest sleep: a peer may end without waking us
+constexpr int kSpins = 200;         // about 10 us: a peer that runs beside us is met here
+constexpr int kYields = 20;         // ranks that share cores let each other run before sleeping
+constexpr double kSleep_s = 0.005;  // longest sleep: a peer may end without waking us
 constexpr double kInterruptEvery_s = 0.1;
 
 void futex_wait(const std::atomic<uint32_t>* word, uint32_t value, double seconds) {

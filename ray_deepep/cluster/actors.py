@@ -106,13 +106,13 @@ def bootstrap(
         swap=swap,
     )
     refs = [
-        actor.__ray_call__.remote(_join, rendezvous, dataclasses.replace(spec, world_rank=rank))
+        actor.__ray_call__.remote(_try_join, rendezvous, dataclasses.replace(spec, world_rank=rank))
         for rank, actor in enumerate(actors)
     ]
     answers = gather(refs, config.bootstrap_deadline_s)
     if answers.errors or answers.missing:
         error = _diagnose(actors, answers, rendezvous, config.bootstrap_deadline_s)
-        _break_off(refs, rendezvous)
+        _break_off(refs, rendezvous, error.missing if isinstance(error, BootstrapError) else ())
         raise error
     return [answers.values[rank] for rank in range(len(actors))]
 
@@ -159,12 +159,10 @@ def _diagnose(
     return BootstrapError(phase, missing, deadline_s, details)
 
 
-def _break_off(refs: Sequence[ray.ObjectRef], rendezvous: ray.actor.ActorHandle) -> None:
-    """Release the actors that wait, and keep those that have not begun from beginning."""
+def _break_off(refs: Sequence[ray.ObjectRef], rendezvous: ray.actor.ActorHandle, missing: Sequence[int]) -> None:
+    """Release the actors that wait, and let those that come late meet nobody; all but ``missing`` are soon back."""
     ray.kill(rendezvous)
-    left = gather(refs, _CLEANUP_S, stop_at_error=False)
-    for rank in left.missing:
-        ray.cancel(refs[rank])
+    gather([ref for rank, ref in enumerate(refs) if rank not in missing], _CLEANUP_S, stop_at_error=False)
 
 
 def _describe(actor: ray.actor.ActorHandle) -> str:
@@ -176,6 +174,14 @@ def _describe(actor: ray.actor.ActorHandle) -> str:
         return f"{info.get('ActorClassName', 'actor')}, {where}, {info.get('State', 'unknown')}"
     except Exception as error:  # the description is an extra: whatever fails here must not hide the fault
         return f"actor {actor._actor_id.hex()} ({one_line(error, 80)})"
+
+
+def _try_join(actor: Any, rendezvous: ray.actor.ActorHandle, spec: _JoinSpec) -> ActorRank | Exception:
+    """Errors are values here: Ray would log those of a late actor as unhandled, long after the bootstrap failed."""
+    try:
+        return _join(actor, rendezvous, spec)
+    except Exception as error:
+        return error
 
 
 def _join(actor: Any, rendezvous: ray.actor.ActorHandle, spec: _JoinSpec) -> ActorRank:

@@ -20,6 +20,7 @@ from ray.train.torch.config import TorchConfig, _TorchBackend
 from ray.train.v2._internal.constants import RAY_TRAIN_CALLBACKS_ENV_VAR
 from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
+from .. import env
 from ..config import CommConfig
 from ..errors import BootstrapError, InvalidArgumentError, InvalidTypeError
 from . import worker
@@ -165,6 +166,6 @@ def register_supervisor() -> None:
     Its environment variable is the one way that needs no edit of the user's ``RunConfig``. The supervisor does nothing
     in runs without ``ExpertParallelConfig``.
     """
-    paths = [path for path in os.environ.get(RAY_TRAIN_CALLBACKS_ENV_VAR, "").split(",") if path]
+    paths = env.ray_train_callbacks()
     if _SUPERVISOR not in paths:
         os.environ[RAY_TRAIN_CALLBACKS_ENV_VAR] = ",".join([*paths, _SUPERVISOR])

@@ -32,7 +32,7 @@ class Answers:
 def gather(refs: Sequence[ray.ObjectRef], deadline_s: float, *, stop_at_error: bool = True) -> Answers:
     """Wait for ``refs[rank]`` of every rank; at the first error at once if ``stop_at_error``, else to the deadline.
 
-    An actor that is gone counts as an error. What a rank raised comes back as it was raised there.
+    An actor that is gone counts as an error. What a rank raised, or returned as an exception, comes back as it was.
     """
     rank_of = {ref: rank for rank, ref in enumerate(refs)}
     values: dict[int, Any] = {}
@@ -45,7 +45,8 @@ def gather(refs: Sequence[ray.ObjectRef], deadline_s: float, *, stop_at_error: b
             break
         for ref in done:
             try:
-                values[rank_of[ref]] = ray.get(ref)
+                value = ray.get(ref)
+                (errors if isinstance(value, Exception) else values)[rank_of[ref]] = value
             except ray.exceptions.RayTaskError as error:
                 errors[rank_of[ref]] = error.cause if isinstance(error.cause, Exception) else error
             except ray.exceptions.RayError as error:

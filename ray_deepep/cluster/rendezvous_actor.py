@@ -1,4 +1,4 @@
-"""The actor in which other actors meet. Imports nothing but asyncio: it is shipped by value and starts in about a second."""
+"""The actor in which other actors meet. Imports nothing but asyncio: it is shipped by value and starts quickly."""
 
 import asyncio
 
@@ -19,7 +19,7 @@ class Meeting:
 
 
 class Rendezvous:
-    """An async actor: every waiting rank is one pending call. See :func:`~ray_deepep.cluster.exchange.make_rendezvous`."""
+    """An async actor: every waiting rank is one pending call. Started by ``exchange.make_rendezvous``."""
 
     def __init__(self) -> None:
         self._meetings: dict[str, Meeting] = {}
@@ -39,7 +39,7 @@ class Rendezvous:
             meeting.complete.set()
         try:
             await asyncio.wait_for(meeting.complete.wait(), deadline_s)
-        except asyncio.TimeoutError:
+        except TimeoutError:
             meeting.failed = True
         if meeting.failed:
             return (), meeting.missing()

@@ -43,7 +43,9 @@ def enable(config: SwapConfig | None = None) -> Swap:
     switch = ForwardSwitch.current() or ForwardSwitch()
     if switch.whole is not None:
         if config is not None and config != switch.whole.config:
-            raise InvalidArgumentError("config", config, f"a swap is enabled with {switch.whole.config}; close it first")
+            raise InvalidArgumentError(
+                "config", config, f"a swap is enabled with {switch.whole.config}; close it first"
+            )
         return switch.whole
     swap = Swap(SwapConfig() if config is None else config, switch, layers=None)
     switch.add(swap)

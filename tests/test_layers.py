@@ -1,0 +1,114 @@
+"""Imports point one way, as docs/design.md says."""
+
+from __future__ import annotations
+
+import ast
+import pathlib
+import re
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+
+CPP_MAY_INCLUDE = {
+    "common": {"common"},
+    "heap": {"common", "heap"},
+    "host": {"common", "heap", "host"},
+    "bindings": {"common", "heap", "host", "bindings"},
+}
+
+# From the bottom: a module imports only from lower rows and from its own.
+PYTHON_LAYERS = [
+    {"version", "errors", "env", "config"},
+    {"handle", "telemetry"},
+    {"transport"},
+    {"checks", "rendezvous"},
+    {"shm", "reference", "reference_group", "plan_reference", "communicator"},
+    {"buffer"},
+    {"autograd"},
+    {"__init__"},
+    {"deepspeed"},
+    {"cluster"},
+    {"doctor"},
+    {"cli"},
+]
+LAYER = {name: level for level, names in enumerate(PYTHON_LAYERS) for name in names}
+# Who may import a heavy package at all.
+MAY_IMPORT = {
+    "ray": {"ray_deepep/cluster", "train/ray_main.py", "train/demo.py"},
+    "deepspeed": {"ray_deepep/deepspeed", "train"},
+    "train": {"train"},
+}
+
+
+def python_files() -> list[pathlib.Path]:
+    return sorted(path for folder in ("ray_deepep", "train") for path in (ROOT / folder).rglob("*.py"))
+
+
+def runtime_imports(path: pathlib.Path) -> list[tuple[str, int]]:
+    """Absolute dotted names that a file imports, those under ``if TYPE_CHECKING`` left out."""
+    package = path.relative_to(ROOT).with_suffix("").parts[:-1]
+    found: list[tuple[str, int]] = []
+
+    def visit(node: ast.AST) -> None:
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            return
+        if isinstance(node, ast.Import):
+            found.extend((alias.name, node.lineno) for alias in node.names)
+        if isinstance(node, ast.ImportFrom):
+            base = ".".join(package[: len(package) - node.level + 1]) if node.level else ""
+            name = ".".join(part for part in (base, node.module or "") if part)
+            names = [name] if node.module else [f"{name}.{alias.name}" for alias in node.names]
+            found.extend((name, node.lineno) for name in names)
+        for child in ast.iter_child_nodes(node):
+            visit(child)
+
+    visit(ast.parse(path.read_text()))
+    return found
+
+
+def layer_name(dotted: str) -> str:
+    parts = dotted.split(".")
+    return parts[1] if len(parts) > 1 else "__init__"
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_python_imports_point_down(path: pathlib.Path) -> None:
+    relative = path.relative_to(ROOT)
+    for name, line in runtime_imports(path):
+        top = name.split(".")[0]
+        if top in MAY_IMPORT:
+            allowed = any(str(relative).startswith(place) for place in MAY_IMPORT[top])
+            assert allowed, f"{relative}:{line} imports {top}, which only {sorted(MAY_IMPORT[top])} may"
+        if top == "ray_deepep" and relative.parts[0] == "ray_deepep":
+            own, other = layer_name(".".join(relative.with_suffix("").parts)), layer_name(name)
+            assert own in LAYER and other in LAYER, f"{relative}:{line}: give {own} and {other} a place in PYTHON_LAYERS"
+            assert LAYER[other] <= LAYER[own], f"{relative}:{line} imports {other}, which is above {own}"
+
+
+@pytest.mark.parametrize("path", python_files(), ids=lambda p: str(p.relative_to(ROOT)))
+def test_environment_is_read_in_one_file(path: pathlib.Path) -> None:
+    if path.relative_to(ROOT).parts[0] != "ray_deepep" or path.name == "env.py":
+        return
+    for node in ast.walk(ast.parse(path.read_text())):
+        text = ast.unparse(node) if isinstance(node, ast.expr) else ""
+        read = isinstance(node, ast.Call) and text.startswith(("os.getenv(", "os.environ.get("))
+        read |= isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and text.startswith("os.environ[")
+        assert not read, f"{path}:{node.lineno} reads the environment: {text}; that belongs to env.py"
+
+
+@pytest.mark.parametrize("folder", sorted(CPP_MAY_INCLUDE))
+def test_cpp_includes_point_down(folder: str) -> None:
+    files = sorted((ROOT / "csrc" / folder).glob("*"))
+    assert files
+    for path in files:
+        text = path.read_text()
+        for included in re.findall(r'#include "([^"]+)"', text):
+            assert included.split("/")[0] in CPP_MAY_INCLUDE[folder], f"{path} includes {included}"
+        assert "torch/" not in text, f"{path}: torch stays out of C++"
+        if folder != "bindings":
+            assert "pybind11" not in text, f"{path}: pybind11 belongs to bindings"
+
+
+def test_every_cpp_folder_has_a_rule() -> None:
+    assert {path.name for path in (ROOT / "csrc").iterdir() if path.is_dir()} == set(CPP_MAY_INCLUDE)
