@@ -11,6 +11,7 @@ import dataclasses
 
 import torch
 
+from .errors import InvalidArgumentError
 from .handle import ExpertMajor, Layout, Padded, TokenMajor
 
 
@@ -46,6 +47,8 @@ class ReferencePlan:
     """Number of the dispatch that made the plan, to tell when ranks pass different handles."""
     topk_idx: torch.Tensor
     """``[T, K]`` int64: this rank's own routing, global ids."""
+    topk_weights: torch.Tensor
+    """``[T, K]`` float32: this rank's own weights."""
     send_tokens: tuple[torch.Tensor, ...]
     """Per destination rank: this rank's tokens with an expert there, ascending."""
     send_routes: tuple[torch.Tensor, ...]
@@ -102,6 +105,7 @@ def make_plan(
     return ReferencePlan(
         sequence=sequence,
         topk_idx=mine,
+        topk_weights=routing[rank].topk_weights,
         send_tokens=tuple((owner == r).any(1).nonzero().flatten() for r in range(len(routing))),
         send_routes=tuple((owner == r).flatten().nonzero().flatten() for r in range(len(routing))),
         num_recv_rows=tuple(len(index) for index in tokens),
@@ -125,6 +129,17 @@ def expert_major_slots(route_expert: torch.Tensor, num_per_expert: torch.Tensor,
     route_slot = torch.empty_like(order)
     route_slot[order] = offsets[expert] + torch.arange(len(order), device=order.device) - first[expert]
     return Slots(route_slot=route_slot, num_slots=int(offsets[-1]), expert_offsets=tuple(offsets.tolist()))
+
+
+def check_locations(topk_idx: torch.Tensor, locations: torch.Tensor | None) -> None:
+    """Raise ``InvalidArgumentError`` if two routes of a rank take one slot: one of them would be lost."""
+    if locations is None:
+        return
+    routes = topk_idx >= 0
+    taken, counts = torch.stack([topk_idx[routes], locations[routes].to(torch.int64)]).unique(dim=1, return_counts=True)
+    for expert, location in taken[:, counts > 1].T.tolist():
+        rule = "must differ between the routes of one expert"
+        raise InvalidArgumentError("locations", f"{location} twice for expert {expert}", rule)
 
 
 def is_token_major(layout: Layout) -> bool:

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import ClosedError
-from .handle import DispatchHandle, Padded
-from .plan_reference import RankRouting, ReferencePlan, is_token_major, make_plan
+from .handle import DispatchHandle, Layout, Padded
+from .plan_reference import RankRouting, ReferencePlan, check_locations, is_token_major, make_plan
 from .reference_group import ReferenceGroup, as_bytes, from_bytes
 from .transport import BufferGeometry, CombineOutput, CombineRequest, DispatchOutput, DispatchRequest
 
@@ -31,13 +31,25 @@ class ReferenceTransport:
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """Rows to the ranks of their experts; see :class:`DispatchRequest`."""
-        num_tokens = self._begin_dispatch(request)
-        plan = self._plan(request, num_tokens) if request.handle is None else request.handle.plan
+        handle = request.handle
+        if handle is None:
+            check_locations(request.topk_idx, request.locations)
+        num_tokens = self._begin(
+            "dispatch",
+            len(request.x),
+            dtype=request.x.dtype,
+            plan=None if handle is None else handle.plan,
+            num_topk=request.topk_idx.shape[1] if handle is None else handle.num_topk,
+            layout=request.layout,
+            scale_by_weights=request.scale_by_weights,
+        )
+        plan = self._plan(request, num_tokens) if handle is None else handle.plan
         x = self._rows_out(request.x, plan)
         x_scales = None if request.x_scales is None else self._rows_out(request.x_scales, plan)
         token_major = is_token_major(request.layout)
         if token_major:
-            weights = plan.recv_topk_weights
+            # The caller may write to what it gets; the plan must not see it.
+            weights = plan.recv_topk_weights.clone()
         else:
             route_weights = plan.route_weights
             x_routes = from_bytes(as_bytes(x)[plan.route_row], x.dtype)
@@ -49,7 +61,7 @@ class ReferenceTransport:
         return DispatchOutput(
             x=x,
             x_scales=x_scales,
-            topk_idx=plan.recv_topk_idx if token_major and request.handle is None else None,
+            topk_idx=plan.recv_topk_idx.clone() if token_major and handle is None else None,
             topk_weights=weights,
             num_recv_tokens=sum(plan.num_recv_rows),
             num_recv_tokens_per_expert=plan.num_recv_tokens_per_expert,
@@ -59,27 +71,27 @@ class ReferenceTransport:
 
     def combine(self, request: CombineRequest) -> CombineOutput:
         """Expert rows back to their tokens; see :class:`CombineRequest`."""
-        plan: ReferencePlan = request.handle.plan
+        handle, plan = request.handle, request.handle.plan
         self._begin(
             "combine",
-            request.handle.num_tokens,
-            handle=plan.sequence,
-            dtype=str(request.rows.dtype),
-            hidden=request.rows.shape[1],
-            weighted=request.weighted,
+            handle.num_tokens,
+            dtype=request.rows.dtype,
+            plan=plan,
+            num_topk=handle.num_topk,
+            layout=handle.layout,
             reduce=request.reduce,
-            keep_routes=request.keep_routes,
-            has_topk_weights=request.topk_weights is not None,
+            weighted=request.weighted,
+            topk_weights=request.topk_weights is not None,
         )
         routes = None
-        if is_token_major(request.handle.layout):
+        if is_token_major(handle.layout):
             total = self._sum_over_ranks(request.rows, plan)
         elif request.reduce == "fast":
             total = self._sum_over_ranks(_reduce_at_experts(request, plan), plan)
         else:
             routes = self._routes_home(request.rows[plan.slots.route_slot], plan)
             reduce = _reduce_exact if request.reduce == "exact" else _reduce_expert_order
-            total = reduce(routes, plan.topk_idx, request.handle.topk_weights if request.weighted else None)
+            total = reduce(routes, plan.topk_idx, plan.topk_weights if request.weighted else None)
         if request.bias is not None:
             total = total.float() + request.bias.float()
         weights = None if request.topk_weights is None else self._weights_home(request.topk_weights, plan)
@@ -91,7 +103,14 @@ class ReferenceTransport:
 
     def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
         """One number per route home, ``[T, K]`` float32."""
-        self._begin("combine_weights", handle.num_tokens, handle=handle.plan.sequence)
+        self._begin(
+            "combine_weights",
+            handle.num_tokens,
+            dtype=topk_weights.dtype,
+            plan=handle.plan,
+            num_topk=handle.num_topk,
+            layout=handle.layout,
+        )
         return self._weights_home(topk_weights, handle.plan)
 
     def close(self) -> None:
@@ -100,25 +119,30 @@ class ReferenceTransport:
             self._closed = True
             self._group.close()
 
-    def _begin(self, operation: str, num_tokens: int, **signature: object) -> list[int]:
+    def _begin(
+        self,
+        operation: str,
+        num_tokens: int,
+        *,
+        dtype: torch.dtype,
+        plan: ReferencePlan | None,
+        num_topk: int,
+        layout: Layout,
+        **more: object,
+    ) -> list[int]:
+        """Meet the other ranks, which must ask for the same. Returns the number of tokens of each."""
         if self._closed:
             raise ClosedError(f"{operation}: the buffer is closed")
+        signature = {
+            "dtype": str(dtype).removeprefix("torch."),
+            # 0 for a new plan.
+            "handle (dispatch number)": 0 if plan is None else plan.sequence,
+            "num_topk": num_topk,
+            "layout": type(layout).__name__,
+            **{f"layout.{name}": value for name, value in dataclasses.asdict(layout).items()},
+            **more,
+        }
         return self._group.begin(operation, signature, num_tokens)
-
-    def _begin_dispatch(self, request: DispatchRequest) -> list[int]:
-        handle = request.handle
-        return self._begin(
-            "dispatch",
-            len(request.x),
-            # The number of the dispatch whose plan is reused, None for a new plan.
-            handle=None if handle is None else handle.plan.sequence,
-            layout=repr(request.layout),
-            dtype=str(request.x.dtype),
-            hidden=request.x.shape[1],
-            num_topk=request.topk_idx.shape[1] if handle is None else handle.num_topk,
-            has_x_scales=request.x_scales is not None,
-            scale_by_weights=request.scale_by_weights,
-        )
 
     def _plan(self, request: DispatchRequest, num_tokens: list[int]) -> ReferencePlan:
         gather = self._group.all_gather

@@ -37,7 +37,7 @@ def check_signatures(operation: str, signatures: Sequence[Signature]) -> None:
     for peer, signature in enumerate(signatures):
         for field, expected in signatures[0].items():
             if signature.get(field) != expected:
-                raise MismatchError(operation, peer, field, expected, signature.get(field))
+                raise MismatchError(operation, peer, field, str(expected), str(signature.get(field)))
 
 
 class ReferenceGroup:
@@ -85,7 +85,7 @@ class ReferenceGroup:
         asked = [json.loads(value) for value in self._store_call("publish", lambda: self._store.multi_get(keys))]
         # All ranks came here, so all have read the operation before this one.
         self._store_call("publish", lambda: self._store.delete_key(self._key("ask", self._comm.rank, -1)))
-        check_signatures(operation, [a["signature"] for a in asked])
+        check_signatures(asked[0]["signature"]["operation"], [a["signature"] for a in asked])
         return [a["num_tokens"] for a in asked]
 
     def all_gather(self, value: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:

@@ -10,11 +10,11 @@ import dataclasses
 import hashlib
 import json
 import math
-import typing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from train.convert import build_dataclass, require, set_dotted
 from train.errors import ConfigError
 
 BACKENDS = ("stock", "ray_deepep")
@@ -23,19 +23,14 @@ TOKENIZERS = ("bytes", "bpe")
 ON_EXISTING = ("error", "resume", "overwrite")
 
 
-def _require(ok: bool, name: str, value: object, rule: str) -> None:
-    if not ok:
-        raise ConfigError(name, value, rule)
-
-
 def _require_at_least(section: object, prefix: str, minimum: float, *names: str) -> None:
     for name in names:
         value = getattr(section, name)
-        _require(math.isfinite(value) and value >= minimum, f"{prefix}.{name}", value, f"must be at least {minimum}")
+        require(math.isfinite(value) and value >= minimum, f"{prefix}.{name}", value, f"must be at least {minimum}")
 
 
 def _require_one_of(name: str, value: str, allowed: tuple[str, ...]) -> None:
-    _require(value in allowed, name, value, f"must be one of {', '.join(allowed)}")
+    require(value in allowed, name, value, f"must be one of {', '.join(allowed)}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,15 +79,15 @@ class ModelConfig:
         _require_at_least(self, "model", 1, *positive, "rope_theta")
         _require_at_least(self, "model", 0, "ep_size", "min_capacity", "aux_loss_coef", "init_std")
         head_ok = self.hidden % self.num_heads == 0 and (self.hidden // self.num_heads) % 2 == 0
-        _require(head_ok, "model.num_heads", self.num_heads, f"must divide hidden={self.hidden} into an even head size")
-        _require(
+        require(head_ok, "model.num_heads", self.num_heads, f"must divide hidden={self.hidden} into an even head size")
+        require(
             self.num_topk <= min(self.num_experts, 32),
             "model.num_topk",
             self.num_topk,
             f"must be at most num_experts={self.num_experts} and at most 32",
         )
         if self.ep_size:
-            _require(
+            require(
                 self.num_experts % self.ep_size == 0,
                 "model.ep_size",
                 self.ep_size,
@@ -100,14 +95,14 @@ class ModelConfig:
             )
         for name in ("capacity_factor", "eval_capacity_factor"):
             value = getattr(self, name)
-            _require(math.isfinite(value) and value > 0, f"model.{name}", value, "must be positive")
+            require(math.isfinite(value) and value > 0, f"model.{name}", value, "must be positive")
         _require_one_of("model.noisy_gate_policy", self.noisy_gate_policy, ("", "Jitter", "RSample"))
         _require_one_of("model.dtype", self.dtype, DTYPES)
 
     def resolve_ep_size(self, world_size: int) -> int:
         """The EP degree in a job of `world_size` ranks. Raises ConfigError when a fixed degree does not fit."""
         ep_size = self.ep_size or math.gcd(world_size, self.num_experts)
-        _require(world_size % ep_size == 0, "model.ep_size", ep_size, f"must divide the world size {world_size}")
+        require(world_size % ep_size == 0, "model.ep_size", ep_size, f"must divide the world size {world_size}")
         return ep_size
 
     def is_moe_layer(self, layer: int) -> bool:
@@ -137,7 +132,7 @@ class DataConfig:
         _require_at_least(self, "data", 2, "seq_len")
         _require_at_least(self, "data", 0, "max_bytes")
         _require_at_least(self, "data", 257, "bpe_vocab")
-        _require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must lie between 0 and 1")
+        require(0 < self.val_fraction < 1, "data.val_fraction", self.val_fraction, "must lie between 0 and 1")
         _require_one_of("data.tokenizer", self.tokenizer, TOKENIZERS)
 
 
@@ -168,11 +163,11 @@ class OptimConfig:
         _require_at_least(self, "optim", 1, "micro_batch", "grad_accum")
         _require_at_least(self, "optim", 2, "warmup_steps")
         _require_at_least(self, "optim", 0, "weight_decay", "grad_clip")
-        _require(math.isfinite(self.lr) and self.lr > 0, "optim.lr", self.lr, "must be positive")
+        require(math.isfinite(self.lr) and self.lr > 0, "optim.lr", self.lr, "must be positive")
         for name in ("min_lr_ratio", "beta1", "beta2"):
             value = getattr(self, name)
-            _require(0 <= value < 1, f"optim.{name}", value, "must be at least 0 and less than 1")
-        _require(self.zero_stage in (0, 1, 2), "optim.zero_stage", self.zero_stage, "must be 0, 1 or 2")
+            require(0 <= value < 1, f"optim.{name}", value, "must be at least 0 and less than 1")
+        require(self.zero_stage in (0, 1, 2), "optim.zero_stage", self.zero_stage, "must be 0, 1 or 2")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -213,8 +208,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require_at_least(self, "run", 1, "steps", "eval_batches", "keep_checkpoints")
         _require_at_least(self, "run", 0, "seed", "eval_every", "checkpoint_every", "sample_tokens", "num_threads")
-        _require(self.dist_timeout_s > 0, "run.dist_timeout_s", self.dist_timeout_s, "must be positive")
-        _require(bool(self.out_dir), "run.out_dir", self.out_dir, "must name a folder")
+        require(self.dist_timeout_s > 0, "run.dist_timeout_s", self.dist_timeout_s, "must be positive")
+        require(bool(self.out_dir), "run.out_dir", self.out_dir, "must name a folder")
         _require_one_of("run.backend", self.backend, BACKENDS)
         _require_one_of("run.on_existing", self.on_existing, ON_EXISTING)
         _require_one_of("run.device", self.device, ("auto", "cpu", "cuda"))
@@ -235,9 +230,9 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         bf16_ok = self.model.dtype != "bf16" or self.optim.zero_stage in (1, 2)
-        _require(bf16_ok, "optim.zero_stage", self.optim.zero_stage, "must be 1 or 2 when model.dtype is bf16")
+        require(bf16_ok, "optim.zero_stage", self.optim.zero_stage, "must be 1 or 2 when model.dtype is bf16")
         num_tokens = self.optim.micro_batch * self.data.seq_len
-        _require(
+        require(
             num_tokens >= self.model.min_capacity,
             "model.min_capacity",
             self.model.min_capacity,
@@ -253,7 +248,7 @@ class TrainConfig:
     @classmethod
     def from_dict(cls, raw: dict[str, Any]) -> TrainConfig:
         """Build from `to_dict` output; missing fields keep their defaults, unknown ones raise ConfigError."""
-        return _build(cls, raw, "")
+        return build_dataclass(cls, raw)
 
     @classmethod
     def from_json(cls, text: str) -> TrainConfig:
@@ -286,43 +281,5 @@ class TrainConfig:
         """A copy with dotted fields replaced, e.g. `replace(**{"model.hidden": 64})`. Strings are converted."""
         raw = self.to_dict()
         for name, value in values.items():
-            _set_dotted(raw, name, value)
+            set_dotted(raw, name, value)
         return type(self).from_dict(raw)
-
-
-def _set_dotted(raw: dict[str, Any], name: str, value: Any) -> None:
-    section_name, _, key = name.rpartition(".")
-    section = raw.get(section_name) if section_name else raw
-    _require(isinstance(section, dict) and key in section, name, value, "no such field")
-    section[key] = value
-
-
-def _build(cls: type, raw: Any, prefix: str) -> Any:
-    _require(isinstance(raw, dict), prefix or "config", raw, "must be a JSON object")
-    types = typing.get_type_hints(cls)
-    for key in raw:
-        _require(key in types, f"{prefix}{key}", raw[key], "no such field")
-    return cls(**{key: _convert(types[key], value, f"{prefix}{key}") for key, value in raw.items()})
-
-
-def _convert(kind: Any, value: Any, name: str) -> Any:
-    if dataclasses.is_dataclass(kind):
-        return _build(kind, value, f"{name}.")
-    if typing.get_origin(kind) is tuple:
-        items = [value] if isinstance(value, str) else value
-        _require(isinstance(items, (list, tuple)), name, value, "must be a list of strings")
-        return tuple(str(item) for item in items)
-    if kind is bool:
-        words = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}
-        found = value if isinstance(value, bool) else words.get(str(value).lower())
-        _require(found is not None, name, value, "must be true or false")
-        return found
-    if kind is str:
-        _require(isinstance(value, str), name, value, "must be a string")
-        return value
-    try:
-        if isinstance(value, bool) or (kind is int and isinstance(value, float) and not value.is_integer()):
-            raise ValueError
-        return kind(value)
-    except (TypeError, ValueError):
-        raise ConfigError(name, value, f"must be of type {kind.__name__}") from None

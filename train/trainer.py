@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import shutil
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -29,10 +28,11 @@ from train.config import TrainConfig
 from train.data import BatchSampler, TokenStore, build_token_store
 from train.distributed import World, join_world, mean_over_ranks, on_main
 from train.engine import build_engine, quiet_deepspeed
-from train.errors import ConfigError, TrainingDivergedError
+from train.errors import TrainingDivergedError
 from train.files import write_text_atomic
-from train.metrics import MetricsWriter, StepMetrics, run_stats, truncate_metrics
+from train.metrics import MetricsWriter, StepMetrics, run_stats
 from train.plots import plot_losses
+from train.run_folder import RunFolder
 from train.sample import sample_tokens
 from train.stock_comm import StockCommTimer
 
@@ -97,15 +97,15 @@ class Trainer:
         self._callbacks = callbacks
         self._engine = None
         self._writer: MetricsWriter | None = None
-        self._out = Path(config.run.out_dir)
-        self._checkpoints = self._out / "checkpoints"
-        self._metrics_path = self._out / "metrics.jsonl"
+        self._folder = RunFolder(config.run, world)
         self._last_checkpoint: Path | None = None
-        config.model.resolve_ep_size(world.world_size)
-        on_main(world, self._prepare_folder)
+        self._start_step = 0
+        self._steps: list[StepMetrics] = []
+        config.model.resolve_ep_size(world.world_size)  # refuse a degree that does not fit before anything is written
+        on_main(world, lambda: self._folder.prepare(config))
         progress = config.run.progress and world.is_main
-        on_main(world, lambda: build_token_store(config.data, self._out / "data", progress=progress))
-        self._store = TokenStore(self._out / "data")
+        on_main(world, lambda: build_token_store(config.data, self._folder.data, progress=progress))
+        self._store = TokenStore(self._folder.data)
         self._sampler = BatchSampler(
             store=self._store,
             seq_len=config.data.seq_len,
@@ -114,7 +114,7 @@ class Trainer:
             rank=world.rank,
             world_size=world.world_size,
         )
-        choice = self._choose_checkpoint()
+        choice = self._folder.choose_checkpoint(config, data_digest=self._store.info.content_digest)
         self._engine = build_engine(config, vocab_size=self._store.info.vocab_size, world=world)
         self._resume(choice)
 
@@ -125,42 +125,7 @@ class Trainer:
         if self._engine is not None:
             self._engine.destroy()
 
-    # Getting ready
-
-    def _prepare_folder(self) -> None:
-        run = self.config.run
-        existing = checkpoint.step_folders(self._checkpoints)
-        if existing and run.on_existing == "error":
-            rule = f"holds checkpoints (newest: {existing[0].name}); resume, overwrite, or choose another folder"
-            raise ConfigError("run.out_dir", run.out_dir, rule)
-        if run.on_existing == "overwrite":
-            shutil.rmtree(self._checkpoints, ignore_errors=True)
-            self._metrics_path.unlink(missing_ok=True)
-        self._checkpoints.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(self._out / "config.json", self.config.to_json())
-
-    def _choose_checkpoint(self) -> checkpoint.CheckpointChoice | None:
-        run = self.config.run
-        choice = None
-        if run.resume_from:
-            choice = self._choose_named(Path(run.resume_from))
-        elif run.on_existing == "resume":
-            choice = checkpoint.choose_checkpoint(self._checkpoints, self.world)
-        if choice is not None:
-            digest = self._store.info.content_digest
-            checkpoint.check_fits(choice.folder, choice.state, config=self.config, data_digest=digest, world=self.world)
-        return choice
-
-    def _choose_named(self, path: Path) -> checkpoint.CheckpointChoice:
-        roots = [root for root in (path / "checkpoints", path) if checkpoint.step_folders(root)]
-        choice = checkpoint.choose_checkpoint(roots[0], self.world) if roots else None
-        if choice is None:
-            state = checkpoint.verify_checkpoint(path, self.world)
-            choice = checkpoint.CheckpointChoice(folder=path, state=state, skipped=())
-        return choice
-
     def _resume(self, choice: checkpoint.CheckpointChoice | None) -> None:
-        self._start_step = 0
         if choice is not None:
             checkpoint.load_checkpoint(self._engine, choice)
             self._start_step = choice.state.step
@@ -169,17 +134,10 @@ class Trainer:
                 for reason in choice.skipped:
                     logger.warning("checkpoint passed over: %s", reason)
                 logger.info("resumed from %s (step %d)", choice.folder, choice.state.step)
-        # Broadcast, because the metrics file is rank 0's and every rank gives the same summary.
-        self._steps: list[StepMetrics] = on_main(self.world, lambda: self._earlier_metrics(choice))
+        # Given to all ranks, because the metrics file is rank 0's and every rank makes the same summary.
+        self._steps = on_main(self.world, lambda: self._folder.earlier_metrics(choice))
         if self.world.is_main:
-            self._writer = MetricsWriter(self._metrics_path)
-
-    def _earlier_metrics(self, choice: checkpoint.CheckpointChoice | None) -> list[StepMetrics]:
-        if choice is not None and not self._metrics_path.exists():
-            source = choice.folder.parent.parent / self._metrics_path.name
-            if source.is_file():
-                shutil.copyfile(source, self._metrics_path)
-        return truncate_metrics(self._metrics_path, self._start_step)
+            self._writer = MetricsWriter(self._folder.metrics)
 
     # Steps
 
@@ -292,7 +250,7 @@ class Trainer:
             files={},
         )
         folder = checkpoint.save_checkpoint(
-            self._engine, self._checkpoints, state=state, keep=config.run.keep_checkpoints, world=self.world
+            self._engine, self._folder.checkpoints, state=state, keep=config.run.keep_checkpoints, world=self.world
         )
         self._last_checkpoint = folder
         for callback in self._callbacks:
@@ -303,9 +261,8 @@ class Trainer:
     def _finish(self) -> TrainSummary:
         config = self.config
         sample = self._sample() if config.run.sample_tokens else ""
-        plot = self._out / "loss.png"
         title = f"{config.name} on {self.world.world_size} ranks"
-        on_main(self.world, lambda: plot_losses({config.run.backend: self._steps}, plot, title=title))
+        on_main(self.world, lambda: plot_losses({config.run.backend: self._steps}, self._folder.plot, title=title))
         summary = TrainSummary(
             preset=config.name,
             backend=config.run.backend,
@@ -315,9 +272,9 @@ class Trainer:
             num_params=self._count_params(),
             resumed_from_step=self._start_step,
             stats=run_stats(self._steps),
-            out_dir=self._out,
-            metrics_path=self._metrics_path,
-            plot_path=plot,
+            out_dir=self._folder.root,
+            metrics_path=self._folder.metrics,
+            plot_path=self._folder.plot,
             checkpoint_path=self._last_checkpoint,
             sample=sample,
         )
@@ -351,7 +308,7 @@ class Trainer:
         )
         self._engine.train()
         text = f"{tokenizer.decode(prompt)}⟶{tokenizer.decode(ids)}"
-        on_main(self.world, lambda: write_text_atomic(self._out / "sample.txt", text + "\n"))
+        on_main(self.world, lambda: write_text_atomic(self._folder.sample, text + "\n"))
         return text
 
 

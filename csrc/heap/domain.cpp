@@ -93,47 +93,39 @@ std::vector<int> Domain::missing_peers() const {
     return missing;
 }
 
-SymmetricHeap Domain::allocate(size_t bytes, const std::vector<uint64_t>& geometry,
-                               const std::vector<std::string>& field_names, double deadline_s) {
+std::vector<HeapOffer> Domain::exchange_offers(const HeapOffer& own, const AgreedSizes& sizes, double deadline_s) {
     const Deadline deadline(deadline_s);
-    PeerMessage offer;
-    if (geometry.size() + 2 > std::size(offer.values)) throw std::logic_error("geometry has too many fields");
-    offer.magic = kMagic;
-    offer.kind = kHeap;
-    offer.rank = rank_;
-    offer.values[0] = ++num_heaps_;
-    offer.values[1] = bytes;
-    std::copy(geometry.begin(), geometry.end(), offer.values + 2);
-
-    SymmetricHeap heap;
-    heap.bytes = bytes;
-    heap.segments.resize(num_ranks_);
-    Fd own;
-    heap.segments[rank_] = Segment::create(bytes, &own);
+    PeerMessage mine;
+    if (sizes.values.size() + 1 > std::size(mine.values)) throw std::logic_error("too many sizes to agree on");
+    mine.magic = kMagic;
+    mine.kind = kHeap;
+    mine.rank = rank_;
+    mine.values[0] = ++num_heaps_;
+    std::copy(sizes.values.begin(), sizes.values.end(), mine.values + 1);
+    std::copy(own.blob.begin(), own.blob.end(), mine.blob);
     for (int peer = 0; peer < num_ranks_; ++peer) {
-        if (peer != rank_) send_message(peers_[peer].socket.get(), offer, own.get());
+        if (peer != rank_) send_message(peers_[peer].socket.get(), mine, own.fd.get());
     }
-    std::vector<PeerMessage> offers(num_ranks_, offer);
-    std::vector<Fd> fds(num_ranks_);
+    std::vector<PeerMessage> messages(num_ranks_, mine);
+    std::vector<HeapOffer> offers(num_ranks_);
     std::vector<int> missing;
     for (int peer = 0; peer < num_ranks_; ++peer) {
         if (peer == rank_) continue;
-        if (!receive_message(peers_[peer].socket.get(), deadline, &offers[peer], &fds[peer])) missing.push_back(peer);
+        if (!receive_message(peers_[peer].socket.get(), deadline, &messages[peer], &offers[peer].fd)) {
+            missing.push_back(peer);
+        }
+        std::copy(std::begin(messages[peer].blob), std::end(messages[peer].blob), offers[peer].blob.begin());
     }
     if (!missing.empty()) throw BootstrapError("allocate", missing, deadline_s, "");
     for (int peer = 0; peer < num_ranks_; ++peer) {
-        for (size_t i = 0; i < geometry.size(); ++i) {
-            const uint64_t expected = offers[0].values[2 + i], seen = offers[peer].values[2 + i];
-            if (expected != seen) {
-                throw MismatchError(Operation::kAllocate, peer, field_names[i], std::to_string(expected),
-                                    std::to_string(seen));
-            }
+        for (size_t i = 0; i < sizes.values.size(); ++i) {
+            const uint64_t expected = messages[0].values[1 + i], seen = messages[peer].values[1 + i];
+            if (expected == seen) continue;
+            throw MismatchError(Operation::kAllocate, peer, sizes.names[i], std::to_string(expected),
+                                std::to_string(seen));
         }
     }
-    for (int peer = 0; peer < num_ranks_; ++peer) {
-        if (peer != rank_) heap.segments[peer] = Segment::map(fds[peer].get(), bytes);
-    }
-    return heap;
+    return offers;
 }
 
 bool Domain::peer_is_gone(int peer) const {

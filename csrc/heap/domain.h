@@ -1,6 +1,7 @@
 // The ranks that share memory: one authenticated socket to each peer, and heaps made over them.
 #pragma once
 
+#include <array>
 #include <memory>
 #include <string>
 #include <vector>
@@ -11,10 +12,16 @@
 
 namespace ray_deepep {
 
-// One segment per rank, all mapped here.
-struct SymmetricHeap {
-    std::vector<Segment> segments;  // by rank; [rank] is this rank's own
-    size_t bytes = 0;               // of each
+// What a rank gives its peers when a heap is made: a descriptor or a handle, and sizes that all must agree on.
+struct HeapOffer {
+    Fd fd;
+    std::array<unsigned char, 64> blob{};
+};
+
+// Sizes that must be the same on all ranks, with the names that an error uses.
+struct AgreedSizes {
+    std::vector<const char*> names;
+    std::vector<uint64_t> values;
 };
 
 class Domain {
@@ -30,10 +37,9 @@ class Domain {
     // Connect to all peers; collective. Throws BootstrapError naming the ranks that did not come.
     void connect(const std::vector<std::string>& addresses, const std::vector<std::string>& secrets, double deadline_s);
 
-    // Make a heap of `bytes` per rank; collective. `geometry` must be the same on all ranks (checked, field by field
-    // under `field_names`).
-    SymmetricHeap allocate(size_t bytes, const std::vector<uint64_t>& geometry,
-                           const std::vector<std::string>& field_names, double deadline_s);
+    // Swap offers with all peers; collective, in the same order on all ranks. Returns them by rank, this rank's own
+    // entry empty. Throws BootstrapError naming who did not come, MismatchError where sizes differ.
+    std::vector<HeapOffer> exchange_offers(const HeapOffer& own, const AgreedSizes& sizes, double deadline_s);
 
     // Whether the peer's process ended or left. Safe to call from the waiting thread only.
     bool peer_is_gone(int peer) const;

@@ -7,18 +7,15 @@
 #include <sys/un.h>
 #include <unistd.h>
 
-#include <cerrno>
 #include <cmath>
 #include <cstddef>
 #include <cstring>
-#include <system_error>
+
+#include "heap/system_error.h"
 
 namespace ray_deepep {
-namespace {
 
-[[noreturn]] void throw_errno(const std::string& what) {
-    throw std::system_error(errno, std::generic_category(), what);
-}
+namespace {
 
 socklen_t fill_address(const std::string& name, sockaddr_un* address) {
     *address = {};

@@ -17,6 +17,7 @@ struct PeerMessage {
     int32_t rank = -1;
     char secret[32] = {};
     uint64_t values[8] = {};
+    unsigned char blob[64] = {};  // a handle that is not a descriptor
 };
 
 std::string random_hex(size_t num_bytes);

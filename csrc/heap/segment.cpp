@@ -5,19 +5,12 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <cerrno>
 #include <string>
-#include <system_error>
 #include <utility>
 
+#include "heap/system_error.h"
+
 namespace ray_deepep {
-namespace {
-
-[[noreturn]] void throw_errno(const std::string& what) {
-    throw std::system_error(errno, std::generic_category(), what);
-}
-
-}  // namespace
 
 Fd& Fd::operator=(Fd&& other) noexcept {
     if (this != &other) {

@@ -37,13 +37,11 @@ HostBuffer::HostBuffer(std::shared_ptr<Domain> domain, const BufferSizes& sizes,
     if (largest < 64 * kPage) {
         throw ArgumentError("heap_gib", std::to_string(gib(sizes.max_segment_bytes)), "must be at least 0.001");
     }
-    const std::vector<uint64_t> agreed = {static_cast<uint64_t>(sizes.num_experts), static_cast<uint64_t>(sizes.hidden),
-                                          static_cast<uint64_t>(sizes.num_topk),
-                                          static_cast<uint64_t>(sizes.max_tokens),
-                                          static_cast<uint64_t>(sizes.max_capacity)};
-    heap_ =
-        domain_->allocate(kPage + 2 * area_bytes_, agreed,
-                          {"num_experts", "hidden", "num_topk", "max_tokens", "max_capacity"}, bootstrap_deadline_s);
+    const AgreedSizes agreed{{"num_experts", "hidden", "num_topk", "max_tokens", "max_capacity", "heap_bytes"},
+                             {static_cast<uint64_t>(sizes.num_experts), static_cast<uint64_t>(sizes.hidden),
+                              static_cast<uint64_t>(sizes.num_topk), static_cast<uint64_t>(sizes.max_tokens),
+                              static_cast<uint64_t>(sizes.max_capacity), static_cast<uint64_t>(area_bytes_)}};
+    heap_ = allocate_shared_heap(*domain_, kPage + 2 * area_bytes_, agreed, bootstrap_deadline_s);
     std::vector<ControlBlock*> blocks;
     for (const Segment& segment : heap_.segments) blocks.push_back(reinterpret_cast<ControlBlock*>(segment.data()));
     signals_ = std::make_unique<Signals>(domain_.get(), std::move(blocks), std::move(interrupt));

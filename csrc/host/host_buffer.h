@@ -12,6 +12,7 @@
 #include "common/dtype.h"
 #include "common/plan.h"
 #include "heap/domain.h"
+#include "heap/symmetric_heap.h"
 #include "host/control.h"
 #include "host/thread_pool.h"
 #include "host/wait.h"
@@ -110,7 +111,7 @@ class HostBuffer {
     Geometry geometry_;
     BufferSizes sizes_;
     double deadline_s_;
-    SymmetricHeap heap_;
+    SharedHeap heap_;
     int64_t area_bytes_ = 0, used_ = 0;
     uint32_t sequence_ = 0;
     std::unique_ptr<Signals> signals_;

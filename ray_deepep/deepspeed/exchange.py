@@ -1,12 +1,12 @@
 """Differentiable dispatch and combine as DeepSpeed's layer computes them: a pair per way of reducing.
 
-*Exact* repeats the arithmetic of ``sharded_moe._sparse_encode`` and ``_sparse_decode`` step by step, so that outputs and
-gradients are bit-equal. With g the gradient of the layer's output, w the gates and r a route's row:
+*Exact* repeats the arithmetic of ``sharded_moe._sparse_encode`` and ``_sparse_decode`` step by step, so that outputs
+and gradients are bit-equal. With g the gradient of the layer's output, w the gates and r a route's row:
 
-- encode's backward adds a token's row gradients in the rows' dtype by ascending expert: ``reduce="expert_order"``;
+- encode's backward is an ``index_add`` of a token's row gradients by ascending expert: ``reduce="expert_order"``;
 - decode is ``(r * w).sum(0)`` over k in float32, rounded once: ``reduce="exact", weighted=True``;
-- decode's backward is ``(g.float() * w)`` rounded to the rows' dtype for each route, which is the dispatch of g scaled on
-  arrival, and ``(g.float() * r).sum(-1)`` for the gates, at the source, from the rows that combine keeps.
+- decode's backward is ``g.float() * w`` rounded to the rows' dtype for each route, which is the dispatch of g scaled
+  on arrival, and ``(g.float() * r).sum(-1)`` for the gates, at the source, from the rows that combine keeps.
 
 *Fast* adds up where rows are. Its gate gradients are computed beside the experts and go home with the row gradients.
 """
@@ -20,6 +20,10 @@ from torch.autograd.function import once_differentiable
 
 from ..buffer import Buffer
 from ..handle import DispatchHandle, DispatchResult, Layout, Padded
+
+# torch adds up to four terms one after the other. With more, the order depends on shape and number of threads, and the
+# bits of stock can only be had from torch itself.
+_MAX_SEQUENTIAL_K = 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -94,11 +98,12 @@ class _CombineExact(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, gates, buffer, handle):
         ctx.buffer, ctx.handle = buffer, handle
-        keep_routes = ctx.needs_input_grad[1]
+        torch_order = handle.num_topk > _MAX_SEQUENTIAL_K
+        keep_routes = ctx.needs_input_grad[1] or torch_order
         result = buffer.combine(rows.contiguous(), handle, weighted=True, keep_routes=keep_routes)
         # Through save_for_backward, so that activation checkpointing frees it.
-        ctx.save_for_backward(*([result.routes] if keep_routes else []))
-        return result.x
+        ctx.save_for_backward(*([result.routes] if ctx.needs_input_grad[1] else []))
+        return (result.routes * gates.unsqueeze(-1)).sum(0).to(rows.dtype) if torch_order else result.x
 
     @staticmethod
     @once_differentiable

@@ -23,20 +23,29 @@ from .autoswap import AutoSwap
 def run_script(argv: Sequence[str]) -> None:
     """Run ``argv[0]`` as ``__main__`` with the rest as its arguments, as ``python script args`` would.
 
-    Options before the script are handed on to it: DeepSpeed's launcher puts ``--local_rank=N`` first. The swap is closed
-    when the script ends, however it ends.
+    Options before the script are handed on to it: DeepSpeed's launcher puts ``--local_rank=N`` first. The swap is
+    closed when the script ends, however it ends.
 
     Raises:
         InvalidArgumentError: no script is named, or there is no such file.
     """
+    _run(*_split(argv))
+
+
+def _split(argv: Sequence[str]) -> tuple[str, list[str]]:
+    """Script and arguments."""
     position = next((i for i, argument in enumerate(argv) if not argument.startswith("-")), None)
     if position is None:
         raise InvalidArgumentError("argv", list(argv), "must name a script")
     script = argv[position]
     if not os.path.isfile(script):
         raise InvalidArgumentError("script", script, "must be an existing file")
+    return script, [*argv[:position], *argv[position + 1 :]]
+
+
+def _run(script: str, arguments: list[str]) -> None:
     saved_argv, saved_path = sys.argv, list(sys.path)
-    sys.argv = [script, *argv[:position], *argv[position + 1 :]]
+    sys.argv = [script, *arguments]
     # As python does: modules beside the script are importable.
     sys.path[0] = os.path.dirname(os.path.abspath(script))
     try:
@@ -49,11 +58,10 @@ def run_script(argv: Sequence[str]) -> None:
 def main() -> None:
     """``python -m ray_deepep.deepspeed.launch script.py args``."""
     try:
-        run_script(sys.argv[1:])
+        script, arguments = _split(sys.argv[1:])
     except InvalidArgumentError as error:
-        if error.argument not in ("argv", "script"):
-            raise
         raise SystemExit(f"ray_deepep.deepspeed.launch: {error}") from None
+    _run(script, arguments)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@
     ...
     engine.destroy()                    # frees its buffers; swap.close() does too
 
-Only ``MOELayer.forward`` is replaced, on the class: modules, ``isinstance``, state_dict keys and checkpoints are stock's.
+Only ``MOELayer.forward`` is replaced, on the class: modules, ``isinstance``, state_dict keys and checkpoints are
+stock's.
 """
 
 from __future__ import annotations
@@ -43,9 +44,8 @@ def enable(config: SwapConfig | None = None) -> Swap:
     switch = ForwardSwitch.current() or ForwardSwitch()
     if switch.whole is not None:
         if config is not None and config != switch.whole.config:
-            raise InvalidArgumentError(
-                "config", config, f"a swap is enabled with {switch.whole.config}; close it first"
-            )
+            rule = f"must be that of the swap which is enabled, {switch.whole.config} (or close it first)"
+            raise InvalidArgumentError("config", config, rule)
         return switch.whole
     swap = Swap(SwapConfig() if config is None else config, switch, layers=None)
     switch.add(swap)

@@ -1,0 +1,115 @@
+"""Results as JSON lines: one line per variant, with all that is needed to judge it later."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+import statistics
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .timing import Timing
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+# What a figure depends on; results and texts made from them may differ from the commit.
+_MEASURED = ("ray_deepep", "csrc", "setup.py", "pyproject.toml", "benchmarks/*.py")
+
+Record = dict[str, Any]
+
+
+def run_facts() -> Record:
+    """What all lines of one run share: date, commit, machine."""
+    now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
+    return {
+        "run": now,
+        "git_sha": _git("rev-parse", "--short=12", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain", "--", *_MEASURED)),
+        "cpu": _cpu_name(),
+        "cores": len(os.sched_getaffinity(0)),
+        "load_1m": round(os.getloadavg()[0], 2),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+    }
+
+
+def summarise(timing: Timing) -> Record:
+    """Median, 10th and 90th percentile of a variant, and the medians of its parts, ms."""
+    deciles = _deciles(timing.span_ms)
+    record = {
+        "variant": timing.name,
+        "num_rounds": len(timing.span_ms),
+        "median_ms": _round(statistics.median(timing.span_ms)),
+        "p10_ms": _round(deciles[0]),
+        "p90_ms": _round(deciles[-1]),
+        "rank_median_ms": _round(statistics.median(timing.rank_ms)),
+        "cpu_median_ms": _round(statistics.median(timing.cpu_ms)),
+    }
+    if timing.parts:
+        record["parts"] = {name: _round(statistics.median(values)) for name, values in timing.parts.items()}
+    return record
+
+
+def append(path: Path, records: list[Record]) -> None:
+    """Add lines to a results file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a", encoding="utf-8") as file:
+        file.writelines(json.dumps(record) + "\n" for record in records)
+
+
+def latest_run(path: Path) -> list[Record]:
+    """Lines of the newest run in a results file; empty if there is none."""
+    if not path.is_file():
+        return []
+    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+    newest = max((record["run"] for record in records), default="")
+    return [record for record in records if record["run"] == newest]
+
+
+def markdown_table(header: list[str], rows: list[list[str]]) -> str:
+    """A table that reads well as text too: the first column to the left, the others to the right."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: list[str]) -> str:
+        padded = [cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(cells, widths))]
+        return "| " + " | ".join(padded) + " |"
+
+    rule = ["-" * w if i == 0 else "-" * (w - 1) + ":" for i, w in enumerate(widths)]
+    return "\n".join([line(header), line(rule), *map(line, rows)])
+
+
+def origin(records: list[Record], path: Path) -> str:
+    """One sentence on where a table comes from."""
+    first = records[0]
+    commit = f"commit `{first['git_sha']}`" + (" with local changes" if first["git_dirty"] else "")
+    where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+    return f"From `{where}`, {commit}, {first['run'][:10]}, {first['cores']} cores of {first['cpu']}."
+
+
+def _deciles(values: list[float]) -> list[float]:
+    return statistics.quantiles(values, n=10, method="inclusive") if len(values) > 1 else [values[0]]
+
+
+def _round(value: float) -> float:
+    return round(value, 4)
+
+
+def _git(*args: str) -> str:
+    try:
+        done = subprocess.run(["git", *args], cwd=ROOT, capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    return done.stdout.strip()
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

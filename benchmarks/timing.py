@@ -1,0 +1,106 @@
+"""Times variants in turn on all ranks: round after round, each variant once per round, in rotating order."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Variant:
+    """One way to do the thing that is measured."""
+
+    name: str
+    run: Callable[[], Any]
+    """Does it once. Its value is dropped after the clock stops."""
+    prepare: Callable[[], None] | None = None
+    """Called before each run, outside the clock."""
+    parts: Callable[[], dict[str, float]] | None = None
+    """Called after each run, outside the clock: further numbers about it, such as ms of its parts."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Times of one variant, one per round."""
+
+    name: str
+    span_ms: list[float]
+    """From the first rank's start to the last rank's end. Ranks start together, after a barrier."""
+    rank_ms: list[float]
+    """Largest time of any rank between its own start and end. Less than the span where ranks share cores in turn."""
+    cpu_ms: list[float]
+    """Processor time of all ranks and their threads together; waiting asleep is not in it, nor is what others run."""
+    parts: dict[str, list[float]]
+    """Mean over ranks of each part."""
+
+
+def measure(variants: list[Variant], *, num_rounds: int, num_warmup: int = 3, title: str = "") -> list[Timing]:
+    """Time all variants; collective over the default process group, the same answer on every rank."""
+    samples = [_Samples() for _ in variants]
+    rounds = range(-num_warmup, num_rounds)
+    for round_ in tqdm(rounds, desc=title, unit="round", disable=dist.get_rank() != 0, leave=False):
+        for position in range(len(variants)):
+            # Rotated, so that no variant always runs in the caches that one certain other left behind.
+            index = (position + round_) % len(variants)
+            sample = _run_once(variants[index])
+            if round_ >= 0:
+                samples[index].add(sample)
+    return [_gather(variant.name, own) for variant, own in zip(variants, samples, strict=True)]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sample:
+    start: float
+    end: float
+    cpu: float
+    parts: dict[str, float]
+
+
+class _Samples:
+    def __init__(self) -> None:
+        self.starts: list[float] = []
+        self.ends: list[float] = []
+        self.cpus: list[float] = []
+        self.parts: dict[str, list[float]] = {}
+
+    def add(self, sample: _Sample) -> None:
+        self.starts.append(sample.start)
+        self.ends.append(sample.end)
+        self.cpus.append(sample.cpu)
+        for name, value in sample.parts.items():
+            self.parts.setdefault(name, []).append(value)
+
+
+def _run_once(variant: Variant) -> _Sample:
+    if variant.prepare is not None:
+        variant.prepare()
+    dist.barrier()
+    start, cpu = time.perf_counter(), time.process_time()
+    # Kept alive while the clock runs: freeing it is not part of the work.
+    result = variant.run()
+    end, cpu = time.perf_counter(), time.process_time() - cpu
+    del result
+    return _Sample(start=start, end=end, cpu=cpu, parts={} if variant.parts is None else variant.parts())
+
+
+def _gather(name: str, own: _Samples) -> Timing:
+    # perf_counter is the host's monotonic clock, the same in all processes.
+    mine = torch.tensor([own.starts, own.ends, own.cpus, *own.parts.values()], dtype=torch.float64)
+    everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
+    dist.all_gather(everyone, mine)
+    every = torch.stack(everyone)
+    starts, ends = every[:, 0] * 1e3, every[:, 1] * 1e3
+    parts = every[:, 3:].mean(0)
+    return Timing(
+        name=name,
+        span_ms=(ends.amax(0) - starts.amin(0)).tolist(),
+        rank_ms=(ends - starts).amax(0).tolist(),
+        cpu_ms=(every[:, 2].sum(0) * 1e3).tolist(),
+        parts={part: parts[i].tolist() for i, part in enumerate(own.parts)},
+    )
