@@ -1,37 +1,116 @@
-"""Build of ray_deepep: the CPU core always, with plain pybind11 and no torch headers."""
+"""Build of ray_deepep: the CPU core always, the CUDA core where nvcc is found; plain pybind11, no torch headers.
+
+RAY_DEEPEP_CUDA=0 leaves the CUDA core out, =1 insists on it. RAY_DEEPEP_CUDA_ARCHS="90" or "80;90;100" says for which
+chips; RAY_DEEPEP_BUILD_JOBS how many compilers run at once.
+"""
 
 from __future__ import annotations
 
+import concurrent.futures
+import os
 import pathlib
 import re
+import shutil
+import sys
 
-from pybind11.setup_helpers import ParallelCompile, Pybind11Extension, naive_recompile
-from setuptools import setup
+import pybind11
+from setuptools import Extension, setup
+from setuptools.command.build_ext import build_ext
 
 ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "ray_deepep/version.py").read_text()).group(1)
+JOBS = int(os.environ.get("RAY_DEEPEP_BUILD_JOBS", "2"))
+SHARED_FOLDERS = ("common", "heap")
+# No fused multiply-add: results carry the same bits on every processor, and the bits that torch gives.
+CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
 
-def cpu_core() -> Pybind11Extension:
-    """The CPU core as ``ray_deepep._core``."""
-    sources = sorted(
-        str(path.relative_to(ROOT))
-        for folder in ("common", "heap", "host", "bindings")
-        for path in (ROOT / "csrc" / folder).glob("*.cpp")
+def sources(*folders: str) -> list[str]:
+    """Sources below csrc, relative to the root."""
+    found = (path for folder in folders for path in (ROOT / "csrc" / folder).iterdir())
+    return sorted(str(path.relative_to(ROOT)) for path in found if path.suffix in (".cpp", ".cu"))
+
+
+def find_nvcc() -> str | None:
+    """nvcc of the environment or of the usual place."""
+    home = os.environ.get("CUDA_HOME", "/usr/local/cuda")
+    return shutil.which("nvcc") or shutil.which("nvcc", path=f"{home}/bin")
+
+
+def cuda_home(nvcc: str) -> pathlib.Path:
+    """The toolkit that ``nvcc`` belongs to; it may be a wrapper script elsewhere."""
+    for home in (os.environ.get("CUDA_HOME"), pathlib.Path(nvcc).resolve().parents[1], "/usr/local/cuda"):
+        if home and (pathlib.Path(home) / "include/cuda_runtime_api.h").exists():
+            return pathlib.Path(home)
+    found = sorted(pathlib.Path("/usr/local").glob("cuda-*/include/cuda_runtime_api.h"))
+    if not found:
+        sys.exit("ray_deepep: nvcc is there, but not CUDA's headers; set CUDA_HOME or RAY_DEEPEP_CUDA=0")
+    return found[-1].parents[1]
+
+
+def extensions() -> list[Extension]:
+    """What can be built here; what cannot is said in one line."""
+    depends = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh")]
+    cpu = Extension("ray_deepep._core", sources(*SHARED_FOLDERS, "host", "bindings"), depends=depends)
+    wanted, nvcc = os.environ.get("RAY_DEEPEP_CUDA", ""), find_nvcc()
+    if wanted == "0" or not nvcc:
+        if wanted == "1":
+            sys.exit("ray_deepep: RAY_DEEPEP_CUDA=1, but nvcc was not found; set CUDA_HOME")
+        print(f"ray_deepep: CPU core only ({'RAY_DEEPEP_CUDA=0' if wanted == '0' else 'no nvcc'})")
+        return [cpu]
+    translation = ["csrc/bindings/error_translation.cpp"]
+    cuda = Extension(
+        "ray_deepep._cuda", sources(*SHARED_FOLDERS, "cuda", "bindings_cuda") + translation, depends=depends
     )
-    headers = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*.h"))
-    return Pybind11Extension(
-        "ray_deepep._core",
-        sources,
-        include_dirs=["csrc"],
-        depends=headers,
-        define_macros=[("RAY_DEEPEP_VERSION", f'"{VERSION}"')],
-        # No fused multiply-add: results carry the same bits on every processor, and the bits that torch gives.
-        extra_compile_args=["-O3", "-ffp-contract=off", "-Wall", "-Wextra", "-fno-math-errno"],
-        cxx_std=17,
-    )
+    return [cpu, cuda]
 
 
-print("ray_deepep: building the CPU core; no CUDA core in this version")
-ParallelCompile("RAY_DEEPEP_BUILD_JOBS", default=2, needs_recompile=naive_recompile).install()
-setup(version=VERSION, ext_modules=[cpu_core()])
+class Build(build_ext):
+    """Compiles .cpp with the C++ compiler and .cu with nvcc, several at once, only what changed."""
+
+    def build_extension(self, ext: Extension) -> None:
+        target = pathlib.Path(self.get_ext_fullpath(ext.name))
+        newest_header = max(os.path.getmtime(ROOT / header) for header in [*ext.depends, "setup.py"])
+        nvcc = find_nvcc() if ext.name.endswith("_cuda") else None
+        home = cuda_home(nvcc) if nvcc else None
+        commands, objects = [], []
+        for source in ext.sources:
+            output = pathlib.Path(self.build_temp) / ext.name / f"{source}.o"
+            objects.append(str(output))
+            if output.exists() and output.stat().st_mtime > max(newest_header, os.path.getmtime(ROOT / source)):
+                continue
+            output.parent.mkdir(parents=True, exist_ok=True)
+            commands.append(self._compile_command(source, str(output), nvcc, home))
+        with concurrent.futures.ThreadPoolExecutor(max(JOBS, 1)) as pool:
+            list(pool.map(self.spawn, commands))
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Unlinked first: a process may have the old file mapped.
+        target.unlink(missing_ok=True)
+        libraries = [f"-L{home}/lib64", f"-L{home}/lib", "-lcudart_static", "-ldl", "-lrt"] if home else []
+        link = ["-shared", "-pthread", "-Wl,--no-undefined-version", *objects, *libraries, "-o", str(target)]
+        self.spawn([self._cxx(), *link])
+
+    def _cxx(self) -> str:
+        return os.environ.get("CXX") or shutil.which("c++") or "g++"
+
+    def _compile_command(self, source: str, output: str, nvcc: str | None, home: pathlib.Path | None) -> list[str]:
+        includes = ["-Icsrc"]
+        if source.endswith(".cu"):
+            archs = os.environ.get("RAY_DEEPEP_CUDA_ARCHS", "80;90;100").split(";")
+            code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
+            options = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+            return [nvcc, *options, *code, *includes, "-c", source, "-o", output]
+        includes += [f"-I{path}" for path in (pybind11.get_include(), self.python_include())]
+        if home:
+            includes += [f"-I{home}/include"]
+        macro = f'-DRAY_DEEPEP_VERSION="{VERSION}"'
+        return [self._cxx(), *CXX_FLAGS, "-fPIC", "-pthread", macro, *includes, "-c", source, "-o", output]
+
+    @staticmethod
+    def python_include() -> str:
+        import sysconfig
+
+        return sysconfig.get_paths()["include"]
+
+
+setup(version=VERSION, ext_modules=extensions(), cmdclass={"build_ext": Build})

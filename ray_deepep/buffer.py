@@ -6,6 +6,8 @@ communicator picked, and wraps what comes back in frozen results.
 
 from __future__ import annotations
 
+import secrets
+
 import torch
 
 from . import checks
@@ -52,6 +54,8 @@ class Buffer:
         )
         checks.geometry(self.geometry, comm.num_ranks)
         self.num_local_experts = num_experts // comm.num_ranks
+        # Not id(self): handles outlive buffers, and a new buffer may take a freed one's place in memory.
+        self._identity = secrets.randbits(63)
         self._recorder = CommRecorder()
         self._transport = comm.make_transport(self.geometry)
         self._closed = False
@@ -91,6 +95,10 @@ class Buffer:
             ClosedError: after ``close()``.
         """
         self._check_open("dispatch")
+        device_type = self._transport.device_type
+        checks.devices(
+            device_type, x=x, topk_idx=topk_idx, topk_weights=topk_weights, x_scales=x_scales, locations=locations
+        )
         request = checks.dispatch_request(
             self.geometry,
             x=x,
@@ -100,7 +108,7 @@ class Buffer:
             layout=layout,
             locations=locations,
             handle=handle,
-            owner=id(self),
+            owner=self._identity,
             scale_by_weights=scale_by_weights,
         )
         with self._recorder.measure("dispatch"):
@@ -136,11 +144,12 @@ class Buffer:
             As :meth:`dispatch`.
         """
         self._check_open("combine")
+        checks.devices(self._transport.device_type, rows=rows, topk_weights=topk_weights, bias=bias)
         request = checks.combine_request(
             self.geometry,
             rows=rows,
             handle=handle,
-            owner=id(self),
+            owner=self._identity,
             topk_weights=topk_weights,
             weighted=weighted,
             reduce=reduce,
@@ -162,7 +171,7 @@ class Buffer:
             ``[T, K]`` float32, 0 where there was no route.
         """
         self._check_open("combine_weights")
-        handle = checks.handle(handle, id(self))
+        handle = checks.handle(handle, self._identity)
         topk_weights = checks.row_weights(topk_weights, handle)
         with self._recorder.measure("combine"):
             return self._transport.combine_weights(topk_weights, handle)
@@ -208,7 +217,7 @@ class Buffer:
                 topk_weights=request.topk_weights,
                 recv_topk_weights=output.topk_weights,
                 plan=output.plan,
-                owner=id(self),
+                owner=self._identity,
             )
         return DispatchResult(
             x=output.x,

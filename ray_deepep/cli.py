@@ -1,7 +1,7 @@
 """``ray-deepep``: the command line.
 
-    ray-deepep doctor [--json]              what is installed here and what is missing, with what to do about it
-    ray-deepep run script.py [args ...]     run a DeepSpeed script with its MoE layers swapped, unedited
+ray-deepep doctor [--json]              what is installed here and what is missing, with what to do about it
+ray-deepep run script.py [args ...]     run a DeepSpeed script with its MoE layers swapped, unedited
 """
 
 from __future__ import annotations

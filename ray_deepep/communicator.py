@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from . import rendezvous, shm
+from . import cuda, rendezvous, shm
 from .config import CommConfig
 from .errors import ClosedError, CommFaultError, FaultRecord, InvalidArgumentError, TransportUnavailableError
 from .reference import ReferenceTransport
@@ -45,6 +45,10 @@ class RankInfo:
     core_problem: str
     config: dict[str, object]
     has_group: bool
+    cuda_problem: str = "no CUDA core"
+    """Why the CUDA core cannot be used; empty if it can."""
+    gpu: str = ""
+    """UUID of its GPU; empty if the CUDA core cannot be used."""
 
 
 class Communicator:
@@ -76,7 +80,7 @@ class Communicator:
         self._domain: shm.ShmDomain | None = None
         self.peers = self._meet(exchange)
         self.transport, self.transport_reason = choose_transport(self.config.transport, self.peers)
-        if self.transport == "shm":
+        if self.transport in ("shm", "cuda"):
             self._domain = shm.ShmDomain(exchange, peers=self.peers, rank=rank, config=self.config)
         log = logger.info if rank == 0 else logger.debug
         log("transport %s for %d ranks: %s", self.transport, num_ranks, self.transport_reason)
@@ -135,7 +139,15 @@ class Communicator:
     def make_transport(self, geometry: BufferGeometry) -> Transport:
         """A transport for one buffer; collective."""
         self.check_usable("allocate")
-        if self._domain is not None:
+        if self.transport == "cuda":
+            return cuda.CudaTransport(
+                self._domain,
+                geometry,
+                num_sms=self.config.num_sms,
+                heap_provider=self.config.heap_provider,
+                on_fault=self.mark_fault,
+            )
+        if self.transport == "shm":
             return shm.ShmTransport(self._domain, geometry, on_fault=self.mark_fault)
         return ReferenceTransport(self, geometry)
 
@@ -166,6 +178,7 @@ class Communicator:
 
     def _meet(self, exchange: Exchange) -> tuple[RankInfo, ...]:
         version, problem = shm.core_version()
+        no_cuda = cuda.cuda_problem()
         mine = RankInfo(
             rank=self.rank,
             host=socket.gethostname(),
@@ -173,6 +186,8 @@ class Communicator:
             machine=shm.machine_id(),
             core=version,
             core_problem=problem,
+            cuda_problem=no_cuda,
+            gpu="" if no_cuda else cuda.gpu_uuid(),
             config=dataclasses.asdict(self.config),
             has_group=self.group is not None,
         )
@@ -211,7 +226,13 @@ def choose_transport(wanted: str, peers: tuple[RankInfo, ...]) -> tuple[str, str
         problem = f"ranks cannot share memory (hosts {', '.join(hosts)})"
     else:
         problem = ""
+    without_cuda = [p for p in peers if p.cuda_problem]
+    no_cuda = problem or (f"rank {without_cuda[0].rank}: {without_cuda[0].cuda_problem}" if without_cuda else "")
     has_group = all(p.has_group for p in peers)
+    if wanted == "cuda" and no_cuda:
+        raise TransportUnavailableError(f"transport cuda: {no_cuda}")
+    if wanted == "cuda" or (wanted == "auto" and not no_cuda):
+        return "cuda", "asked for" if wanted == "cuda" else f"all {len(peers)} ranks have GPUs of {peers[0].host}"
     if wanted == "reference" or (wanted == "auto" and problem and has_group):
         if not has_group:
             raise TransportUnavailableError("transport reference needs a torch process group on every rank")

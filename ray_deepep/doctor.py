@@ -47,7 +47,9 @@ def _shared_memory() -> Finding:
 
 def _gpu() -> Finding:
     if shutil.which("nvidia-smi") is None:
-        return Finding(name="GPU", status="missing", value="no nvidia-smi", advice="not needed: this version runs on CPUs")
+        return Finding(
+            name="GPU", status="missing", value="no nvidia-smi", advice="not needed: this version runs on CPUs"
+        )
     return Finding(name="GPU", status="ok", value="nvidia-smi found; this version computes on CPUs")
 
 

@@ -3,7 +3,8 @@
 | variable | default | meaning |
 |---|---|---|
 | ``RAY_DEEPEP`` | ``0`` | ``1``: programs started by ``ray-deepep run`` swap DeepSpeed's MoE layers at import |
-| ``RAY_DEEPEP_TRANSPORT`` | ``auto`` | ``auto``, ``shm`` or ``reference`` |
+| ``RAY_DEEPEP_TRANSPORT`` | ``auto`` | ``auto``, ``cuda``, ``shm`` or ``reference`` |
+| ``RAY_DEEPEP_NUM_SMS`` | ``24`` | multiprocessors that row-moving kernels may use |
 | ``RAY_DEEPEP_DEADLINE_S`` | ``120`` | seconds that a collective waits for a peer before it reports a fault |
 | ``RAY_DEEPEP_BOOTSTRAP_DEADLINE_S`` | ``60`` | seconds that bootstrap waits for all ranks |
 | ``RAY_DEEPEP_NUM_THREADS`` | ``0`` | copy threads of a rank's CPU core; 0: cores of the host / ranks on it |
@@ -64,7 +65,12 @@ def enabled() -> bool:
 
 def transport() -> str:
     """``RAY_DEEPEP_TRANSPORT``."""
-    return _read("RAY_DEEPEP_TRANSPORT", "auto", _choice("auto", "shm", "reference"), "must be auto, shm or reference")
+    return _read(
+        "RAY_DEEPEP_TRANSPORT",
+        "auto",
+        _choice("auto", "cuda", "shm", "reference"),
+        "must be auto, cuda, shm or reference",
+    )
 
 
 def deadline_s() -> float:
@@ -80,6 +86,11 @@ def bootstrap_deadline_s() -> float:
 def num_threads() -> int:
     """``RAY_DEEPEP_NUM_THREADS``."""
     return _read("RAY_DEEPEP_NUM_THREADS", 0, _count, "must be an integer >= 0")
+
+
+def num_sms() -> int:
+    """``RAY_DEEPEP_NUM_SMS``."""
+    return _read("RAY_DEEPEP_NUM_SMS", 24, _count, "must be an integer >= 1")
 
 
 def layout() -> str:

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 class ReferenceTransport:
     """A :class:`~ray_deepep.transport.Transport` over ``comm.group``."""
 
+    device_type = None
+
     def __init__(self, comm: Communicator, geometry: BufferGeometry) -> None:
         self._rank, self._geometry = comm.rank, geometry
         self._group = ReferenceGroup(comm, dataclasses.asdict(geometry))

@@ -1,7 +1,6 @@
 """Transport ``shm``: the compiled CPU core over shared memory, for ranks of one host.
 
-This file is the only one that touches ``ray_deepep._core``: it unpacks torch tensors into addresses, allocates outputs,
-and turns the core's exceptions into public ones.
+It unpacks torch tensors into addresses for ``ray_deepep._core`` and allocates outputs.
 """
 
 from __future__ import annotations
@@ -10,8 +9,7 @@ import importlib
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from types import ModuleType
 from typing import TYPE_CHECKING
 
@@ -19,7 +17,8 @@ import torch
 
 from .checks import SCALE_BLOCK
 from .config import CommConfig
-from .errors import BootstrapError, CommFaultError, FaultRecord, InvalidArgumentError, MismatchError
+from .core_errors import public_errors
+from .errors import FaultRecord
 from .handle import DispatchHandle, ExpertMajor, Layout, Padded, TokenMajor
 from .transport import BufferGeometry, CombineOutput, CombineRequest, DispatchOutput, DispatchRequest
 from .version import __version__
@@ -67,9 +66,14 @@ class ShmDomain:
         self._domain = self.core.Domain(rank, len(peers))
         payload = json.dumps([self._domain.address, self._domain.secret]).encode()
         offers = [json.loads(offer) for offer in exchange("connect", payload)]
-        with _public_errors(self, lambda record: None):
+        with public_errors(self, lambda record: None):
             addresses, secrets = zip(*offers)
             self._domain.connect(list(addresses), list(secrets), config.bootstrap_deadline_s)
+
+    @property
+    def core_domain(self):
+        """The core's own object, from which the CUDA core makes buffers too."""
+        return self._domain
 
     def make_buffer(self, geometry: BufferGeometry):
         """A core buffer; collective."""
@@ -91,31 +95,14 @@ class ShmDomain:
         self._domain.close()
 
 
-@contextmanager
-def _public_errors(domain: ShmDomain, on_fault: Callable[[FaultRecord], None]) -> Iterator[None]:
-    core = domain.core
-    try:
-        yield
-    except core.CoreFault as error:
-        fields = dict(error.args[0])
-        peer = domain.peers[fields["peer"]]
-        record = FaultRecord(**fields, peer_host=peer.host, peer_pid=peer.pid)
-        on_fault(record)
-        raise CommFaultError(record) from None
-    except core.CoreMismatch as error:
-        raise MismatchError(*error.args) from None
-    except core.CoreBootstrapError as error:
-        raise BootstrapError(*error.args) from None
-    except core.CoreArgumentError as error:
-        raise InvalidArgumentError(*error.args) from None
-
-
 class ShmTransport:
     """One buffer over shared memory; see :class:`~ray_deepep.transport.Transport`."""
 
+    device_type = "cpu"
+
     def __init__(self, domain: ShmDomain, geometry: BufferGeometry, *, on_fault: Callable[[FaultRecord], None]) -> None:
         self._geometry, self._core = geometry, domain.core
-        self._errors = lambda: _public_errors(domain, on_fault)
+        self._errors = lambda: public_errors(domain, on_fault)
         # The autograd engine calls backward from threads of its own.
         self._lock = threading.Lock()
         self._dtypes = {
@@ -131,7 +118,7 @@ class ShmTransport:
         """See :meth:`Transport.dispatch`."""
         args = self._core.DispatchArgs()
         args.x, args.dtype, args.num_tokens = request.x.data_ptr(), self._dtypes[request.x.dtype], len(request.x)
-        args.x_scales = _address(request.x_scales)
+        args.x_scales = address(request.x_scales)
         args.scale_by_weights = request.scale_by_weights
         args.layout = self._layout(request.layout)
         with self._lock, self._errors():
@@ -139,14 +126,14 @@ class ShmTransport:
                 plan = request.handle.plan
                 self._buffer.begin_cached_dispatch(args, plan)
             else:
-                args.topk_idx, args.topk_weights = _address(request.topk_idx), _address(request.topk_weights)
-                args.locations = _address(request.locations)
+                args.topk_idx, args.topk_weights = address(request.topk_idx), address(request.topk_weights)
+                args.locations = address(request.locations)
                 args.num_topk = request.topk_idx.shape[1]
                 plan = self._buffer.begin_dispatch(args)
             output = self._allocate(request, plan)
             out = self._core.DispatchOutputs()
-            out.x, out.x_scales = _address(output.x), _address(output.x_scales)
-            out.topk_idx, out.topk_weights = _address(output.topk_idx), _address(output.topk_weights)
+            out.x, out.x_scales = address(output.x), address(output.x_scales)
+            out.topk_idx, out.topk_weights = address(output.topk_idx), address(output.topk_weights)
             self._buffer.pull_dispatch(args, plan, out)
         return output
 
@@ -154,9 +141,9 @@ class ShmTransport:
         """See :meth:`Transport.combine`."""
         rows, handle = request.rows, request.handle
         args = self._core.CombineArgs()
-        args.rows, args.dtype, args.bias = rows.data_ptr(), self._dtypes[rows.dtype], _address(request.bias)
+        args.rows, args.dtype, args.bias = rows.data_ptr(), self._dtypes[rows.dtype], address(request.bias)
         args.weighted, args.reduce = request.weighted, getattr(self._core.Reduce, request.reduce)
-        args.row_weights, args.has_row_weights = _address(request.topk_weights), request.topk_weights is not None
+        args.row_weights, args.has_row_weights = address(request.topk_weights), request.topk_weights is not None
         num_tokens, num_topk, hidden = handle.num_tokens, handle.num_topk, rows.shape[1]
         output = CombineOutput(
             x=torch.empty(num_tokens, hidden, dtype=rows.dtype),
@@ -164,7 +151,7 @@ class ShmTransport:
             routes=torch.empty(num_topk, num_tokens, hidden, dtype=rows.dtype) if request.keep_routes else None,
         )
         out = self._core.CombineOutputs()
-        out.x, out.topk_weights, out.routes = map(_address, (output.x, output.topk_weights, output.routes))
+        out.x, out.topk_weights, out.routes = map(address, (output.x, output.topk_weights, output.routes))
         with self._lock, self._errors():
             self._buffer.combine(args, handle.plan, out)
         return output
@@ -217,5 +204,6 @@ class ShmTransport:
         )
 
 
-def _address(tensor: torch.Tensor | None) -> int:
+def address(tensor: torch.Tensor | None) -> int:
+    """Address of a tensor's data, 0 for None."""
     return 0 if tensor is None else tensor.data_ptr()

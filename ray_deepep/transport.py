@@ -106,6 +106,9 @@ class Transport(Protocol):
         CommFaultError: a peer died or did not come within the deadline; the transport then refuses all further calls.
     """
 
+    device_type: str | None
+    """Type of the device on which all tensors must be; None: any."""
+
     def dispatch(self, request: DispatchRequest) -> DispatchOutput: ...
 
     def combine(self, request: CombineRequest) -> CombineOutput: ...

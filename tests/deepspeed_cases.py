@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Mapping
 from typing import Any
 
 import deepspeed
@@ -29,6 +30,7 @@ def start_deepspeed() -> None:
     """DeepSpeed on the harness's process group."""
     # Compiles for a minute otherwise; it serves tensor-parallel inference only.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    os.environ.setdefault("LOCAL_RANK", "0")
     deepspeed.init_distributed("gloo", verbose=False)
 
 
@@ -138,33 +140,6 @@ def differences(expected: Results, seen: Results, *, atol: float = 0.0) -> list[
             if not error <= atol:
                 found.append(f"{name}: relative error {error:g}")
     return found
-
-
-@contextlib.contextmanager
-def tensor_parallel(size: int) -> Iterator[None]:
-    """DeepSpeed believes that the world is tensor-parallel over ``size`` = all ranks."""
-    previous = deepspeed.utils.groups.mpu
-    deepspeed.utils.groups.mpu = _ModelParallelUnit(size)
-    try:
-        yield
-    finally:
-        deepspeed.utils.groups.mpu = previous
-
-
-class _ModelParallelUnit:
-    """The part of Megatron's ``mpu`` that the MoE layer asks."""
-
-    def __init__(self, size: int) -> None:
-        self._size = size
-
-    def get_tensor_model_parallel_world_size(self) -> int:
-        return self._size
-
-    def get_tensor_model_parallel_rank(self) -> int:
-        return dist.get_rank()
-
-    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
-        return dist.group.WORLD
 
 
 def stock_and_swapped(context: RankContext, case: LayerCase, config: SwapConfig) -> tuple[Results, Results]:

@@ -18,7 +18,7 @@ import signal
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from multiprocessing import connection
 from typing import Any
 
@@ -122,15 +122,20 @@ class RankPool:
             raise CaseFailed(f"{function.__name__}{args}\n{text}")
         return [outcome.value for outcome in outcomes]
 
-    def outcomes(self, function: Callable[..., Any], *args: Any, deadline_s: float = 60.0) -> list[Outcome]:
-        """How the case ended on every rank, for cases in which some are meant to die. Such a pool is used once."""
+    def outcomes(
+        self, function: Callable[..., Any], *args: Any, deadline_s: float = 60.0, doomed: Collection[int] = ()
+    ) -> list[Outcome]:
+        """How the case ended on every rank, for cases in which some are meant to die. Such a pool is used once.
+
+        Ranks in ``doomed`` are killed once all others have answered.
+        """
         message = pickle.dumps((function, args))
         for pipe in self._pipes:
             with contextlib.suppress(BrokenPipeError):
                 pipe.send_bytes(message)
         end = time.monotonic() + deadline_s
         found: dict[int, Outcome] = {}
-        while len(found) < self.num_ranks and time.monotonic() < end:
+        while not set(range(self.num_ranks)) - set(found) <= set(doomed) and time.monotonic() < end:
             waiting = {self._pipes[rank]: rank for rank in range(self.num_ranks) if rank not in found}
             for pipe in connection.wait(list(waiting), max(end - time.monotonic(), 0)):
                 rank = waiting[pipe]
@@ -138,9 +143,12 @@ class RankPool:
             if any(outcome.error or outcome.lost for outcome in found.values()):
                 # The others wait for a rank that will not come; they have their own deadlines.
                 self.usable = False
-        for rank in range(self.num_ranks):
-            if rank not in found:
-                self.usable = False
+        for rank in set(range(self.num_ranks)) - set(found):
+            self.usable = False
+            if rank in doomed:
+                self.processes[rank].kill()
+                found[rank] = Outcome(lost="killed by the test")
+            else:
                 found[rank] = Outcome(lost=f"no answer within {deadline_s:g} s\n{self._stack(rank)}")
         return [found[rank] for rank in range(self.num_ranks)]
 

@@ -319,13 +319,16 @@ def check_index_add(context: RankContext, transport: str, dtype: torch.dtype) ->
     """``expert_order`` is what torch gives on one process with all experts."""
     case = Case(seed=SEED, num_tokens=(9, 6), num_topk=4, layout=ExpertMajor(1), dtype=dtype, routing="sparse")
     world, rank = make_world(case), context.rank
-    routes = sorted((expert, token, k) for source, token, k, expert in world.routes() if source == rank)
+    x, factors = world.x[rank], torch.arange(1.3, 9.0, 0.7)[: case.num_experts]
     with make_buffer(context, transport, case, world) as buffer:
         result = dispatch(buffer, world, rank)
-        home = buffer.combine(result.x * 3, result.handle, reduce="expert_order").x
-    token = torch.tensor([token for _, token, _ in routes])
-    want = torch.zeros_like(world.x[rank]).index_add(0, token, world.x[rank][token] * 3)
-    assert_same("index_add", home, want)
+        counts = torch.tensor(result.handle.num_recv_tokens_per_expert)
+        local = factors.chunk(world.num_ranks)[rank].repeat_interleave(counts)
+        home = buffer.combine((result.x.float() * local[:, None]).to(dtype), result.handle, reduce="expert_order").x
+    routes = sorted((expert, token, k) for source, token, k, expert in world.routes() if source == rank)
+    experts, tokens, _ = torch.tensor(routes).T
+    rows = (x[tokens].float() * factors[experts, None]).to(dtype)
+    assert_same("index_add", home, torch.zeros_like(x).index_add(0, tokens, rows))
 
 
 @pytest.mark.parametrize("dtype", DTYPES[:3], ids=dtype_id)

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from harness import RankPool, error_of
+from harness import RankPool, error_of, shm_problem
 
 from train.config import TrainConfig
 from train.metrics import read_metrics
@@ -272,6 +272,13 @@ def test_model_variants_learn(alone, tmp_path, fields):
     assert summary["stats"]["last_loss"] < summary["stats"]["first_loss"] - 0.2
 
 
+def test_divergence_is_an_error_and_not_saved(alone, tmp_path):
+    [(kind, text)] = alone.run(train_error, tiny(tmp_path / "run", **{"optim.lr": 1e30}).to_json())
+    assert kind == "TrainingDivergedError"
+    assert "the loss of step" in text and "lower optim.lr" in text
+    assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
+
+
 def test_experts_start_different_and_independent_of_ep(alone):
     [whole] = alone.run(initial_weights, 1, 0)
     halves = [alone.run(initial_weights, 2, r)[0] for r in range(2)]
@@ -365,6 +372,24 @@ def test_error_on_the_reading_rank_reaches_all(ranks, tmp_path):
     assert errors[0] == errors[1]
     assert errors[0][0] == "DataError"
     assert f"{empty}: the folder holds no files" in errors[0][1]
+
+
+@pytest.mark.slow
+def test_swapped_backend_gives_the_same_losses(ranks, tmp_path):
+    """Stock and ray_deepep agree bit for bit, and either continues the other's checkpoint."""
+    if shm_problem():
+        pytest.skip(shm_problem())
+    stock, swapped = tmp_path / "stock", tmp_path / "swapped"
+    ranks.run(2, train, tiny(stock).to_json(), deadline_s=120)
+    ranks.run(2, train, tiny(swapped, **{"run.backend": "ray_deepep"}).to_json(), deadline_s=120)
+    assert losses(swapped) == losses(stock)
+    for m in read_metrics(swapped / "metrics.jsonl"):
+        assert m.comm_calls == 2 * 2 * 2
+        assert m.dispatch_ms > 0 and m.combine_ms > 0
+    crossed = tmp_path / "crossed"
+    fields = {"run.backend": "ray_deepep", "run.resume_from": str(stock / "checkpoints" / "step_000004")}
+    ranks.run(2, train, tiny(crossed, **fields).to_json(), deadline_s=120)
+    assert losses(crossed) == losses(stock)
 
 
 @pytest.mark.slow

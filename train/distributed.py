@@ -90,6 +90,18 @@ def _skip_shared_memory_op() -> None:
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
+@contextmanager
+def cpu_threads(num_threads: int) -> Iterator[None]:
+    """Inside, torch uses this many threads; 0 leaves its own number."""
+    before = torch.get_num_threads()
+    if num_threads:
+        torch.set_num_threads(num_threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def mean_over_ranks(values: list[float], world: World) -> list[float]:
     """Average each number over all ranks, in fp64; the same result everywhere."""
     if world.world_size == 1:

@@ -11,22 +11,22 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import math
 import sys
-import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
 import torch
-from deepspeed.accelerator import get_accelerator
 from tqdm import tqdm
 
 from train import checkpoint
 from train.api import CheckpointInfo, CommStats, TrainerCallback, TrainSummary
+from train.clock import Clock
 from train.config import TrainConfig
 from train.data import BatchSampler, TokenStore, build_token_store
-from train.distributed import World, join_world, mean_over_ranks, on_main
+from train.distributed import World, cpu_threads, join_world, mean_over_ranks, on_main
 from train.engine import build_engine, quiet_deepspeed
 from train.errors import TrainingDivergedError
 from train.files import write_text_atomic
@@ -52,23 +52,12 @@ def run(
     Raises ConfigError, DataError, CheckpointError, TrainingDivergedError, and what the backend raises.
     """
     quiet_deepspeed()
-    with _cpu_threads(config.run.num_threads), join_world(config.run) as world, _comm(config, swap) as comm:
+    with cpu_threads(config.run.num_threads), join_world(config.run) as world, _comm(config, swap) as comm:
         trainer = Trainer(config, world=world, comm=comm, callbacks=callbacks)
         try:
             return trainer.run()
         finally:
             trainer.close()
-
-
-@contextmanager
-def _cpu_threads(num_threads: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    if num_threads:
-        torch.set_num_threads(num_threads)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _comm(config: TrainConfig, swap: CommStats | None):
@@ -145,15 +134,14 @@ class Trainer:
         """Step to `run.steps`, then plot, sample and summarise. Collective."""
         config = self.config
         self._engine.train()
-        bar = self._progress_bar()
-        for step in range(self._start_step + 1, config.run.steps + 1):
-            metrics = self._step(step)
-            if self._due(step, config.run.eval_every):
-                metrics = replace(metrics, val_loss=self._validate())
-            self._record(metrics, bar)
-            if self._due(step, config.run.checkpoint_every):
-                self._save(step)
-        bar.close()
+        with self._progress_bar() as bar:
+            for step in range(self._start_step + 1, config.run.steps + 1):
+                metrics = self._step(step)
+                if self._due(step, config.run.eval_every):
+                    metrics = replace(metrics, val_loss=self._validate())
+                self._record(metrics, bar)
+                if self._due(step, config.run.checkpoint_every):
+                    self._save(step)
         return self._finish()
 
     def _due(self, step: int, every: int) -> bool:
@@ -176,24 +164,14 @@ class Trainer:
         torch.manual_seed(seed_for(self.config.run.seed, "train", step, self.world.rank))
         self._comm.comm_stats(reset=True)
         lr = self._engine.get_lr()[0]
-        clock = _Clock()
-        losses = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        forward_ms = backward_ms = optimizer_ms = 0.0
-        for micro_step in range(optim.grad_accum):
-            batch = self._sampler.train_batch(step, micro_step)
-            output = self._engine(batch.tokens_BS.to(self.world.device), batch.targets_BS.to(self.world.device))
-            forward_ms += clock.lap()
-            self._engine.backward(output.total)
-            backward_ms += clock.lap()
-            self._engine.step()
-            optimizer_ms += clock.lap()
-            losses += torch.stack([output.lm, output.aux]).double() / optim.grad_accum
-        step_ms = clock.total()
+        clock = Clock()
+        local_losses = self._forward_backward_update(step, clock)
+        step_ms = clock.total_ms
         stats = self._comm.comm_stats(reset=True)
         loss, aux_loss, dispatch_ms, combine_ms, comm_calls = mean_over_ranks(
-            [*losses.tolist(), stats["dispatch_ms"], stats["combine_ms"], stats["num_calls"]], self.world
+            [*local_losses, stats["dispatch_ms"], stats["combine_ms"], stats["num_calls"]], self.world
         )
-        if not torch.isfinite(torch.tensor(loss)):
+        if not math.isfinite(loss):
             raise TrainingDivergedError(step, loss)
         num_tokens = self.world.world_size * optim.micro_batch * optim.grad_accum * self.config.data.seq_len
         return StepMetrics(
@@ -203,13 +181,28 @@ class Trainer:
             lr=lr,
             tokens_per_s=num_tokens / (step_ms / 1e3),
             step_ms=step_ms,
-            forward_ms=forward_ms,
-            backward_ms=backward_ms,
-            optimizer_ms=optimizer_ms,
+            forward_ms=clock.ms["forward"],
+            backward_ms=clock.ms["backward"],
+            optimizer_ms=clock.ms["optimizer"],
             dispatch_ms=dispatch_ms,
             combine_ms=combine_ms,
             comm_calls=comm_calls,
         )
+
+    def _forward_backward_update(self, step: int, clock: Clock) -> list[float]:
+        """One optimizer step; returns this rank's language-model and load-balancing loss."""
+        num_micro_steps = self.config.optim.grad_accum
+        losses = torch.zeros(2, dtype=torch.float64, device=self.world.device)
+        for micro_step in range(num_micro_steps):
+            batch = self._sampler.train_batch(step, micro_step)
+            output = self._engine(batch.tokens_BS.to(self.world.device), batch.targets_BS.to(self.world.device))
+            clock.lap("forward")
+            self._engine.backward(output.total)
+            clock.lap("backward")
+            self._engine.step()
+            clock.lap("optimizer")
+            losses += torch.stack([output.lm, output.aux]).double() / num_micro_steps
+        return losses.tolist()
 
     @torch.no_grad()
     def _validate(self) -> float:
@@ -310,23 +303,3 @@ class Trainer:
         text = f"{tokenizer.decode(prompt)}⟶{tokenizer.decode(ids)}"
         on_main(self.world, lambda: write_text_atomic(self._folder.sample, text + "\n"))
         return text
-
-
-class _Clock:
-    """Milliseconds between laps, each taken when the device has finished its queue."""
-
-    def __init__(self) -> None:
-        self._start = self._last = self._now()
-
-    def lap(self) -> float:
-        now = self._now()
-        elapsed, self._last = now - self._last, now
-        return elapsed * 1e3
-
-    def total(self) -> float:
-        return (self._last - self._start) * 1e3
-
-    @staticmethod
-    def _now() -> float:
-        get_accelerator().synchronize()
-        return time.perf_counter()

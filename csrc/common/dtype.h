@@ -8,7 +8,13 @@ namespace ray_deepep {
 
 enum class DType : int32_t { kFloat32 = 0, kBFloat16 = 1, kFloat16 = 2, kFloat8E4M3 = 3 };
 
-inline int64_t element_size(DType dtype) {
+#ifdef __CUDACC__
+#define RAY_DEEPEP_HOST_DEVICE __host__ __device__
+#else
+#define RAY_DEEPEP_HOST_DEVICE
+#endif
+
+RAY_DEEPEP_HOST_DEVICE inline int64_t element_size(DType dtype) {
     switch (dtype) {
         case DType::kFloat32: return 4;
         case DType::kBFloat16:
@@ -31,9 +37,12 @@ inline const char* to_string(DType dtype) {
 struct BFloat16 {
     uint16_t bits;
 };
+#ifndef __CUDACC__
+// nvcc does not know the host's half type; kernels use CUDA's own.
 struct Float16 {
     _Float16 value;
 };
+#endif
 
 inline float to_float(float v) { return v; }
 inline float to_float(BFloat16 v) {
@@ -42,7 +51,9 @@ inline float to_float(BFloat16 v) {
     std::memcpy(&out, &wide, sizeof(out));
     return out;
 }
+#ifndef __CUDACC__
 inline float to_float(Float16 v) { return static_cast<float>(v.value); }
+#endif
 
 template <typename T>
 T from_float(float v);
@@ -58,9 +69,11 @@ inline BFloat16 from_float<BFloat16>(float v) {
     const bool is_nan = (bits & 0x7fffffffu) > 0x7f800000u;
     return BFloat16{static_cast<uint16_t>(is_nan ? 0x7fc0u : rounded)};
 }
+#ifndef __CUDACC__
 template <>
 inline Float16 from_float<Float16>(float v) {
     return Float16{static_cast<_Float16>(v)};
 }
+#endif
 
 }  // namespace ray_deepep

@@ -9,6 +9,10 @@ namespace ray_deepep {
 
 enum class LayoutKind : int32_t { kTokenMajor = 0, kExpertMajor = 1, kPadded = 2 };
 
+// How combine adds up a token's rows: at the source, float32, k order; over the local experts first; or at the source
+// in the rows' own type by ascending expert.
+enum class Reduce : int32_t { kExact = 0, kFast = 1, kExpertOrder = 2 };
+
 struct Layout {
     LayoutKind kind = LayoutKind::kTokenMajor;
     int64_t alignment = 1;  // expert-major: group starts are multiples of it

@@ -38,8 +38,6 @@ struct HostPlan {
     std::vector<float> route_weight;  // beside Plan::route_slot
 };
 
-enum class Reduce : int32_t { kExact = 0, kFast = 1, kExpertOrder = 2 };
-
 // Addresses of torch tensors; 0 where there is none, and for empty tensors. Shapes as in handle.py.
 struct DispatchArgs {
     uintptr_t x = 0, x_scales = 0, topk_idx = 0, topk_weights = 0, locations = 0;

@@ -1,18 +1,15 @@
 // Signals with deadlines: raise one's own, wait for those of all peers, and name the cause when a wait ends badly.
 #pragma once
 
-#include <functional>
 #include <string>
 #include <vector>
 
 #include "common/fault.h"
+#include "common/interrupt.h"
 #include "heap/domain.h"
 #include "host/control.h"
 
 namespace ray_deepep {
-
-// Called about ten times a second while waiting; throws to interrupt (Ctrl-C).
-using Interrupt = std::function<void()>;
 
 class Signals {
   public:

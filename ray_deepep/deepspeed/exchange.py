@@ -35,7 +35,7 @@ class Routes:
     locations: torch.Tensor
     """``[T, K]`` int32 contiguous, slot of each route in its expert's block of ``capacity`` rows."""
     gates: torch.Tensor
-    """``[K, T]`` float32 as the gate made them; gradients flow."""
+    """``[K, T]`` as the gate made them (float32; under autocast perhaps not); gradients flow."""
     capacity: int
     """C of this rank; others may have another."""
 
@@ -58,7 +58,7 @@ def dispatch(buffer: Buffer, x: torch.Tensor, routes: Routes, *, layout: Layout,
         rows = _DispatchExact.apply(x, buffer, routes, layout, handles)
         gates = routes.gates
     else:
-        rows, gates = _DispatchFast.apply(x, routes.gates, buffer, routes, layout, handles)
+        rows, gates = _DispatchFast.apply(x, routes.gates.float(), buffer, routes, layout, handles)
     (handle,) = handles
     return Dispatched(rows=rows, gates=gates, handle=handle)
 
@@ -73,7 +73,7 @@ def _send(x: torch.Tensor, gates: torch.Tensor, buffer: Buffer, routes: Routes, 
     return buffer.dispatch(
         x.contiguous(),
         routes.topk_idx,
-        gates.detach().t().contiguous(),
+        gates.detach().float().t().contiguous(),
         layout=layout,
         locations=routes.locations if isinstance(layout, Padded) else None,
     )
@@ -97,8 +97,8 @@ class _DispatchExact(torch.autograd.Function):
 class _CombineExact(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows, gates, buffer, handle):
-        ctx.buffer, ctx.handle = buffer, handle
-        torch_order = handle.num_topk > _MAX_SEQUENTIAL_K
+        ctx.buffer, ctx.handle, ctx.gates_dtype = buffer, handle, gates.dtype
+        torch_order = handle.num_topk > _MAX_SEQUENTIAL_K or gates.dtype != torch.float32
         keep_routes = ctx.needs_input_grad[1] or torch_order
         result = buffer.combine(rows.contiguous(), handle, weighted=True, keep_routes=keep_routes)
         # Through save_for_backward, so that activation checkpointing frees it.
@@ -113,7 +113,8 @@ class _CombineExact(torch.autograd.Function):
             grad_rows = ctx.buffer.dispatch(grad_out.contiguous(), handle=ctx.handle, scale_by_weights=True).x
         if ctx.needs_input_grad[1]:
             (routes,) = ctx.saved_tensors
-            grad_gates = (grad_out.float().unsqueeze(0) * routes).sum(-1)
+            product = torch.promote_types(routes.dtype, ctx.gates_dtype)
+            grad_gates = (grad_out.to(product).unsqueeze(0) * routes).sum(-1).to(ctx.gates_dtype)
         return grad_rows, grad_gates, None, None
 
 

@@ -1,0 +1,246 @@
+"""A DeepSpeed MoE layer, stock and swapped: forward and backward as a whole, and the share of communication.
+
+    python -m benchmarks.deepspeed_layer             # all cases
+    python -m benchmarks.deepspeed_layer --first     # the first case of each rank count alone
+    python -m benchmarks.deepspeed_layer --hidden 1024 --rounds 20
+
+The layer is ``deepspeed.moe.layer.MoE`` alone (no engine): float32, experts hidden → hidden → hidden with a GELU
+between, capacity factor 1.25, the same weights and inputs in all variants. What counts as communication is in
+``layer_clock.py``; it is the same for stock and swapped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .ranks import run_ranks
+from .records import RESULTS, Record, append, markdown_table, run_facts, summarise
+from .timing import Variant, measure
+
+if TYPE_CHECKING:
+    from deepspeed.moe.layer import MoE
+
+RESULTS_PATH = RESULTS / "deepspeed_layer.jsonl"
+NAME = "deepspeed_layer"
+EXPLANATION = (
+    "`deepspeed.moe.layer.MoE`, float32, experts hidden → hidden → hidden, capacity factor 1.25, 1,024 tokens per rank; "
+    "stock, and swapped with `attach(model, SwapConfig(layout=..., combine=...))`, in turns. *Communication* is all of "
+    "the layer's time, forward and backward, outside its gate and its experts: encoding, all-to-all, decoding and "
+    "waiting for other ranks, measured by the same hooks on either."
+)
+SWAPS = (("padded", "exact"), ("padded", "fast"), ("compact", "exact"), ("compact", "fast"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Case:
+    """Sizes; tokens per rank."""
+
+    num_ranks: int
+    k: int = 2
+    num_experts: int = 8
+    num_tokens: int = 1024
+    hidden: int = 512
+    capacity_factor: float = 1.25
+
+    @property
+    def title(self) -> str:
+        """In words."""
+        sizes = f"{self.num_tokens} tokens × {self.hidden}, top-{self.k} of {self.num_experts}"
+        return f"{sizes}, capacity {self.capacity_factor}, {self.num_ranks} ranks"
+
+
+def cases(hidden: int) -> tuple[Case, ...]:
+    """What is measured when nothing else is asked for."""
+    return tuple(
+        Case(num_ranks=num_ranks, k=k, num_experts=num_experts, hidden=hidden)
+        for num_experts in (8, 16)
+        for k in (2, 1)
+        for num_ranks in (2, 4)
+    )
+
+
+class LayerVariant:
+    """One copy of the layer, with its own swap if it has one."""
+
+    def __init__(self, name: str, layer: MoE, x: Tensor, grad: Tensor) -> None:
+        from .layer_clock import LayerClock
+
+        self.name, self.layer = name, layer
+        self._x, self._grad = x.clone().requires_grad_(), grad
+        self._clock = LayerClock(layer.deepspeed_moe)
+        self.out: Tensor | None = None
+
+    def variant(self) -> Variant:
+        """For ``measure``."""
+        return Variant(name=self.name, run=self.run, prepare=self._prepare, parts=self._clock.parts)
+
+    def run(self) -> None:
+        """Forward and backward."""
+        self.out, _, _ = self.layer(self._x)
+        self.out.backward(self._grad)
+        self._clock.end_backward()
+
+    def results(self) -> list[Tensor]:
+        """Output, gradient of the input, gradients of the parameters, of one run."""
+        self._prepare()
+        self.run()
+        return [self.out.detach(), self._x.grad, *(p.grad for p in self.layer.parameters())]
+
+    def _prepare(self) -> None:
+        self.out = self._x.grad = None
+        for parameter in self.layer.parameters():
+            parameter.grad = None
+        # Gates draw random numbers; all variants draw the same.
+        torch.manual_seed(1234 + dist.get_rank())
+
+
+def run_case(case_fields: dict[str, object], num_rounds: int) -> list[Record]:
+    """One case; called on every rank."""
+    from ray_deepep.deepspeed import SwapConfig, attach
+
+    case = Case(**case_fields)
+    torch.manual_seed(dist.get_rank())
+    x, grad = torch.randn(case.num_tokens, case.hidden), torch.randn(case.num_tokens, case.hidden)
+    weights = _new_layer(case).state_dict()
+    variants, swaps = [], []
+    for settings in (None, *SWAPS):
+        layer = _new_layer(case)
+        layer.load_state_dict(weights)
+        if settings is not None:
+            swaps.append(attach(layer, SwapConfig(layout=settings[0], combine=settings[1])))
+        name = "stock" if settings is None else f"{settings[0]}, {settings[1]}"
+        variants.append(LayerVariant(name, layer, x, grad))
+    expected = variants[0].results()
+    errors = [_difference(variant.results(), expected) for variant in variants]
+    timings = measure([v.variant() for v in variants], num_rounds=num_rounds, title=case.title)
+    num_bytes = [0, *(_bytes_per_run(swap, variant) for swap, variant in zip(swaps, variants[1:], strict=True))]
+    for swap in swaps:
+        swap.close()
+    return [
+        {"config": case_fields, "bytes": size, "max_difference": error} | summarise(timing)
+        for timing, size, error in zip(timings, num_bytes, errors, strict=True)
+    ]
+
+
+def _new_layer(case: Case) -> MoE:
+    import deepspeed
+    from deepspeed.moe.layer import MoE
+
+    # Compiling DeepSpeed's shared-memory op takes a minute, and no MoE layer uses it.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    deepspeed.init_distributed("gloo", verbose=False)
+    hidden = case.hidden
+    layer = MoE(
+        hidden_size=hidden,
+        expert=nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden)),
+        num_experts=case.num_experts,
+        ep_size=case.num_ranks,
+        k=case.k,
+        capacity_factor=case.capacity_factor,
+    )
+    layer.set_deepspeed_parallelism()
+    return layer
+
+
+def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
+    """Largest difference of any rank, relative to the largest value of each tensor."""
+    worst = max(float((a - b).abs().max() / b.abs().max().clamp_min(1e-30)) for a, b in zip(found, expected))
+    worst_of_all = torch.tensor(worst)
+    dist.all_reduce(worst_of_all, dist.ReduceOp.MAX)
+    return float(worst_of_all)
+
+
+def _bytes_per_run(swap, variant: LayerVariant) -> int:
+    swap.comm_stats(reset=True)
+    variant.results()
+    stats = swap.comm_stats(reset=True)
+    return int(stats["dispatch_bytes"] + stats["combine_bytes"])
+
+
+def run_cases(chosen: list[Case], *, num_rounds: int, path: Path) -> list[Record]:
+    """Run all cases, append their lines to ``path``, and return them."""
+    started = run_facts()
+    records: list[Record] = []
+    for case in chosen:
+        facts = started | {"load_1m": run_facts()["load_1m"], "benchmark": NAME}
+        found = run_ranks(run_case, case.num_ranks, dataclasses.asdict(case), num_rounds)
+        records += [facts | record for record in found]
+        print(f"\n{case.title}\n\n{parts_table(found)}\n", flush=True)
+    append(path, records)
+    return records
+
+
+def parts_table(records: list[Record]) -> str:
+    """All variants of one case: median ms of the whole and of its parts."""
+    names = ("gate", "experts", "dispatch_forward", "combine_forward", "combine_backward", "dispatch_backward")
+    rows = [
+        [
+            record["variant"],
+            f"{record['median_ms']:.1f}",
+            f"{record['p10_ms']:.1f}–{record['p90_ms']:.1f}",
+            *(f"{record['parts'][name]:.1f}" for name in names),
+            f"{record['parts']['communication']:.1f}",
+            f"{record['parts']['communication_cpu']:.1f}",
+            f"{record['max_difference']:.0e}",
+        ]
+        for record in records
+    ]
+    short = ["gate", "experts", "disp. fwd", "comb. fwd", "comb. bwd", "disp. bwd"]
+    header = ["variant", "ms", "p10–p90", *short, "comm.", "comm. CPU", "difference"]
+    return markdown_table(header, rows)
+
+
+def summary_table(records: list[Record]) -> str:
+    """Swapped against stock, for all cases."""
+    rows = []
+    for record in records:
+        if record["variant"] == "stock":
+            stock = record
+            continue
+        config, ours, theirs = record["config"], record["parts"]["communication"], stock["parts"]["communication"]
+        share, stock_share = ours / record["median_ms"], theirs / stock["median_ms"]
+        rows.append(
+            [
+                f"top-{config['k']} of {config['num_experts']}, hidden {config['hidden']}: {record['variant']}",
+                str(config["num_ranks"]),
+                f"{stock['median_ms']:.1f} → {record['median_ms']:.1f}",
+                f"**{stock['median_ms'] / record['median_ms']:.2f}×**",
+                f"{theirs:.1f} → {ours:.1f}",
+                f"**{theirs / ours:.1f}×**",
+                f"{stock_share:.0%} → {share:.0%}",
+            ]
+        )
+    header = ["layer, forward + backward", "ranks", "ms, stock → ours", "faster", "communication ms", "less"]
+    return markdown_table([*header, "share of the whole"], rows)
+
+
+def is_headline(record: Record) -> bool:
+    """The case that stands for the others."""
+    return record["config"]["k"] == 2 and record["config"]["num_experts"] == 8
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=30, help="times each variant is run (default 30)")
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="rank counts (default 2 4)")
+    parser.add_argument("--hidden", type=int, default=512, help="hidden size (default 512)")
+    parser.add_argument("--first", action="store_true", help="top-2 of 8 alone")
+    parser.add_argument("--out", type=Path, default=RESULTS_PATH, help="results file to append to")
+    args = parser.parse_args(argv)
+    chosen = [case for case in cases(args.hidden) if case.num_ranks in args.ranks]
+    if args.first:
+        chosen = [case for case in chosen if is_headline({"config": dataclasses.asdict(case)})]
+    print(summary_table(run_cases(chosen, num_rounds=args.rounds, path=args.out)))
+
+
+if __name__ == "__main__":
+    main()

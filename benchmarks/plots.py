@@ -1,0 +1,86 @@
+"""Bar charts of results as PNG, drawn without a display."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from .records import Record
+
+_KIND_COLORS = {
+    "core": "tab:green",
+    "reference": "tab:olive",
+    "gloo": "tab:red",
+    "gloo_wire": "tab:pink",
+    "memcpy_ready": "tab:gray",
+    "memcpy_fresh": "tab:gray",
+}
+_PART_COLORS = {"experts": "tab:blue", "gate": "tab:cyan", "communication": "tab:red"}
+
+
+def plot_dispatch_combine(records: list[Record], path: Path) -> None:
+    """Median ms of each variant with its 10th to 90th percentile, a panel per rank count."""
+    figure, panels = _panels(records, height=4.6)
+    for axes, (num_ranks, found) in zip(panels, _by_ranks(records).items()):
+        times = [record["median_ms"] for record in found]
+        spread = [
+            [record["median_ms"] - record["p10_ms"] for record in found],
+            [record["p90_ms"] - record["median_ms"] for record in found],
+        ]
+        colors = [_KIND_COLORS[record["kind"]] for record in found]
+        bars = axes.barh([record["variant"] for record in found], times, color=colors, xerr=spread, capsize=2)
+        axes.bar_label(bars, fmt="%.1f", padding=4, fontsize=8)
+        axes.set(title=f"{num_ranks} ranks", xlabel="dispatch + combine, ms (median, p10 to p90)")
+        axes.margins(x=0.15)
+    config = records[0]["config"]
+    sizes = f"{config['num_tokens']} tokens × {config['hidden']} {config['dtype']}"
+    figure.suptitle(f"{sizes}, top-{config['num_topk']} of {config['num_experts']} experts, {_machine(records)}")
+    _save(figure, path)
+
+
+def plot_deepspeed_layer(records: list[Record], path: Path) -> None:
+    """Median ms of forward + backward, split into experts, gate and communication, a panel per rank count."""
+    figure, panels = _panels(records, height=3.2)
+    for axes, (num_ranks, found) in zip(panels, _by_ranks(records).items()):
+        names, left = [record["variant"] for record in found], [0.0] * len(found)
+        for part, color in _PART_COLORS.items():
+            values = [record["parts"][part] for record in found]
+            axes.barh(names, values, left=left, color=color, label=part)
+            left = [a + b for a, b in zip(left, values)]
+        for row, (record, end) in enumerate(zip(found, left)):
+            axes.text(end, row, f" {record['median_ms']:.0f}", va="center", fontsize=8)
+        axes.set(title=f"{num_ranks} ranks", xlabel="forward + backward, ms (median)")
+        axes.margins(x=0.15)
+    panels[-1].legend(fontsize=8, loc="lower right")
+    config = records[0]["config"]
+    sizes = f"{config['num_tokens']} tokens × {config['hidden']}, top-{config['k']} of {config['num_experts']}"
+    figure.suptitle(f"deepspeed.moe.layer.MoE, {sizes}, capacity {config['capacity_factor']}, {_machine(records)}")
+    _save(figure, path)
+
+
+def _by_ranks(records: list[Record]) -> dict[int, list[Record]]:
+    groups: dict[int, list[Record]] = {}
+    for record in records:
+        groups.setdefault(record["config"]["num_ranks"], []).append(record)
+    return groups
+
+
+def _panels(records: list[Record], *, height: float) -> tuple[Figure, list[Axes]]:
+    groups = _by_ranks(records)
+    figure = Figure(figsize=(4.8 * len(groups) + 2, height), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(1, len(groups), sharey=True, squeeze=False)[0])
+    panels[0].invert_yaxis()  # the first variant on top, in all panels: they share the axis
+    return figure, panels
+
+
+def _machine(records: list[Record]) -> str:
+    return f"{records[0]['cores']} cores of {records[0]['cpu']}"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)

@@ -1,0 +1,159 @@
+#include "cuda/device_heap.h"
+
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "cuda/driver.h"
+
+namespace ray_deepep {
+namespace {
+
+CUmemAllocationProp allocation_properties(int device) {
+    CUmemAllocationProp properties{};
+    properties.type = CU_MEM_ALLOCATION_TYPE_PINNED;
+    properties.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device}};
+    properties.requestedHandleTypes = CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR;
+    return properties;
+}
+
+// Virtual memory management: an allocation behind a file descriptor.
+class VmmSegment : public DeviceSegment {
+  public:
+    VmmSegment(CUmemGenericAllocationHandle allocation, size_t bytes, int device)
+        : allocation_(allocation), bytes_(bytes) {
+        check_driver(driver_function<decltype(cuMemAddressReserve)>("cuMemAddressReserve")(&address_, bytes, 0, 0, 0),
+                     "cuMemAddressReserve");
+        check_driver(driver_function<decltype(cuMemMap)>("cuMemMap")(address_, bytes, 0, allocation, 0), "cuMemMap");
+        mapped_ = true;
+        CUmemAccessDesc access{};
+        access.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device}};
+        access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
+        check_driver(driver_function<decltype(cuMemSetAccess)>("cuMemSetAccess")(address_, bytes, &access, 1),
+                     "cuMemSetAccess");
+    }
+    ~VmmSegment() override {
+        // Errors at teardown have nobody to go to: the context may be gone.
+        if (mapped_) driver_function<decltype(cuMemUnmap)>("cuMemUnmap")(address_, bytes_);
+        if (address_ != 0) driver_function<decltype(cuMemAddressFree)>("cuMemAddressFree")(address_, bytes_);
+        driver_function<decltype(cuMemRelease)>("cuMemRelease")(allocation_);
+    }
+    std::byte* data() const override { return reinterpret_cast<std::byte*>(address_); }
+
+  private:
+    CUmemGenericAllocationHandle allocation_;
+    size_t bytes_;
+    CUdeviceptr address_ = 0;
+    bool mapped_ = false;
+};
+
+std::unique_ptr<DeviceSegment> create_vmm(int device, size_t bytes, Fd* fd) {
+    const CUmemAllocationProp properties = allocation_properties(device);
+    CUmemGenericAllocationHandle allocation{};
+    check_driver(driver_function<decltype(cuMemCreate)>("cuMemCreate")(&allocation, bytes, &properties, 0),
+                 ("cuMemCreate of " + std::to_string(bytes >> 20) + " MiB").c_str());
+    int descriptor = -1;
+    auto segment = std::make_unique<VmmSegment>(allocation, bytes, device);
+    check_driver(driver_function<decltype(cuMemExportToShareableHandle)>("cuMemExportToShareableHandle")(
+                     &descriptor, allocation, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
+                 "cuMemExportToShareableHandle");
+    *fd = Fd(descriptor);
+    return segment;
+}
+
+std::unique_ptr<DeviceSegment> import_vmm(int device, size_t bytes, int fd) {
+    CUmemGenericAllocationHandle allocation{};
+    auto* handle = reinterpret_cast<void*>(static_cast<uintptr_t>(fd));
+    check_driver(driver_function<decltype(cuMemImportFromShareableHandle)>("cuMemImportFromShareableHandle")(
+                     &allocation, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
+                 "cuMemImportFromShareableHandle");
+    return std::make_unique<VmmSegment>(allocation, bytes, device);
+}
+
+// CUDA IPC: plain allocations behind opaque handles.
+class IpcSegment : public DeviceSegment {
+  public:
+    explicit IpcSegment(size_t bytes) : owned_(true) {
+        check_cuda(cudaMalloc(reinterpret_cast<void**>(&data_), bytes), "cudaMalloc of a heap segment");
+    }
+    explicit IpcSegment(const cudaIpcMemHandle_t& handle) : owned_(false) {
+        check_cuda(cudaIpcOpenMemHandle(reinterpret_cast<void**>(&data_), handle, cudaIpcMemLazyEnablePeerAccess),
+                   "cudaIpcOpenMemHandle");
+    }
+    ~IpcSegment() override {
+        if (owned_) {
+            cudaFree(data_);
+        } else {
+            cudaIpcCloseMemHandle(data_);
+        }
+    }
+    std::byte* data() const override { return data_; }
+
+  private:
+    bool owned_;
+    std::byte* data_ = nullptr;
+};
+
+std::unique_ptr<DeviceSegment> create_ipc(size_t bytes, HeapOffer* offer) {
+    auto segment = std::make_unique<IpcSegment>(bytes);
+    cudaIpcMemHandle_t handle;
+    check_cuda(cudaIpcGetMemHandle(&handle, segment->data()), "cudaIpcGetMemHandle");
+    static_assert(sizeof(handle) == sizeof(offer->blob));
+    std::memcpy(offer->blob.data(), &handle, sizeof(handle));
+    return segment;
+}
+
+std::unique_ptr<DeviceSegment> open_peer(HeapProvider provider, int device, size_t bytes, const HeapOffer& offer) {
+    if (provider == HeapProvider::kVmm) return import_vmm(device, bytes, offer.fd.get());
+    cudaIpcMemHandle_t handle;
+    std::memcpy(&handle, offer.blob.data(), sizeof(handle));
+    return std::make_unique<IpcSegment>(handle);
+}
+
+}  // namespace
+
+bool vmm_supported(int device) {
+    int supported = 0;
+    check_cuda(cudaFree(nullptr), "CUDA start-up");
+    check_driver(driver_function<decltype(cuDeviceGetAttribute)>("cuDeviceGetAttribute")(
+                     &supported, CU_DEVICE_ATTRIBUTE_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR_SUPPORTED, device),
+                 "cuDeviceGetAttribute");
+    return supported != 0;
+}
+
+DeviceHeap allocate_device_heap(Domain& domain, HeapProvider provider, int device, size_t bytes, AgreedSizes sizes,
+                                double deadline_s) {
+    DeviceHeap heap;
+    heap.provider = provider;
+    heap.segments.resize(domain.num_ranks());
+    HeapOffer own;
+    if (provider == HeapProvider::kVmm) {
+        const CUmemAllocationProp properties = allocation_properties(device);
+        size_t granularity = 0;
+        check_driver(driver_function<decltype(cuMemGetAllocationGranularity)>("cuMemGetAllocationGranularity")(
+                         &granularity, &properties, CU_MEM_ALLOC_GRANULARITY_RECOMMENDED),
+                     "cuMemGetAllocationGranularity");
+        bytes = (bytes + granularity - 1) / granularity * granularity;
+        heap.segments[domain.rank()] = create_vmm(device, bytes, &own.fd);
+    } else {
+        heap.segments[domain.rank()] = create_ipc(bytes, &own);
+    }
+    // Zero before any peer can reach it: signals start at 0.
+    check_cuda(cudaMemset(heap.segments[domain.rank()]->data(), 0, bytes), "cudaMemset of the heap");
+    check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
+    sizes.names.insert(sizes.names.end(), {"heap_bytes", "heap_provider"});
+    sizes.values.insert(sizes.values.end(), {bytes, static_cast<uint64_t>(provider)});
+    const std::vector<HeapOffer> offers = domain.exchange_offers(own, sizes, deadline_s);
+    for (int peer = 0; peer < domain.num_ranks(); ++peer) {
+        if (peer == domain.rank()) continue;
+        try {
+            heap.segments[peer] = open_peer(provider, device, bytes, offers[peer]);
+        } catch (const CudaError& error) {
+            throw CudaError("GPU memory of rank " + std::to_string(peer) + " cannot be mapped (" + error.what() +
+                            "); the GPUs need peer access over NVLink or PCIe");
+        }
+    }
+    return heap;
+}
+
+}  // namespace ray_deepep

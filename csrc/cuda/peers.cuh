@@ -1,0 +1,153 @@
+// What every kernel knows: the segments of all ranks, this rank's control words, and where to report a fault. Signals
+// are written into the reader's own memory, so a wait polls locally.
+#pragma once
+
+#include <cuda_runtime_api.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "cuda/segment_layout.h"
+
+namespace ray_deepep {
+
+// In this rank's device memory. Sequence numbers live here rather than in launch arguments, so that a captured graph
+// can be replayed.
+struct DeviceControl {
+    uint32_t sequence;     // of the last published operation
+    uint32_t blocks_done;  // of the publishing kernel in flight
+    uint32_t failed;       // set once; kernels then return at once
+    uint32_t unused;
+};
+
+// In pinned host memory: what the host reads without a CUDA call.
+struct HostStatus {
+    uint32_t fault;  // 0, or 1: timeout, 2: aborted, 3: arguments differ
+    uint32_t operation;
+    uint32_t sequence;
+    int32_t peer;
+    uint32_t expected;
+    uint32_t seen;
+    uint64_t elapsed_ns;
+    uint32_t abort;         // written by the host: end all waits
+    uint32_t counts_ready;  // ticket of the dispatch whose counts are below
+    int32_t num_recv_tokens;
+    int32_t num_rows;
+    uint32_t overflow;  // sequence of a dispatch that did not fit
+    int32_t unused;
+    // int32 expert_count[L] and expert_offset[L + 1] follow
+};
+
+#ifdef __CUDACC__
+#define RAY_DEEPEP_DEVICE __device__
+#else
+#define RAY_DEEPEP_DEVICE
+#endif
+
+struct Peers {
+    std::byte* segments[kMaxRanks];
+    SegmentLayout layout;
+    DeviceControl* control;
+    HostStatus* status;
+    uint64_t deadline_ns;
+    int rank, num_ranks, num_experts, num_local_experts;
+
+    RAY_DEEPEP_DEVICE std::byte* area(int peer, uint32_t sequence) const {
+        return segments[peer] + layout.area_at[sequence & 1];
+    }
+    template <typename T>
+    RAY_DEEPEP_DEVICE T* in_area(int peer, uint32_t sequence, int64_t offset) const {
+        return reinterpret_cast<T*>(area(peer, sequence) + offset);
+    }
+    RAY_DEEPEP_DEVICE AreaHeader* header(int peer, uint32_t sequence) const {
+        return in_area<AreaHeader>(peer, sequence, layout.area.header_at);
+    }
+};
+
+#ifdef __CUDACC__
+
+__device__ inline uint64_t global_time_ns() {
+    uint64_t now;
+    asm volatile("mov.u64 %0, %globaltimer;" : "=l"(now));
+    return now;
+}
+
+__device__ inline uint64_t load_acquire(const uint64_t* address) {
+    uint64_t value;
+    asm volatile("ld.acquire.sys.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
+    return value;
+}
+
+__device__ inline void store_release(uint64_t* address, uint64_t value) {
+    asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+__device__ inline uint32_t load_volatile(const uint32_t* address) {
+    return *reinterpret_cast<const volatile uint32_t*>(address);
+}
+
+// First fault wins; the host reads the fields after the flag.
+__device__ inline void report_fault(const Peers& peers, uint32_t fault, uint32_t operation, int peer, uint32_t expected,
+                                    uint32_t seen, uint64_t elapsed_ns) {
+    if (atomicExch(&peers.control->failed, 1u) != 0u) return;
+    HostStatus* status = peers.status;
+    status->operation = operation;
+    status->sequence = expected;
+    status->peer = peer;
+    status->expected = expected;
+    status->seen = seen;
+    status->elapsed_ns = elapsed_ns;
+    __threadfence_system();
+    *reinterpret_cast<volatile uint32_t*>(&status->fault) = fault;
+}
+
+__device__ inline bool wait_for_signal(const Peers& peers, int peer, uint32_t sequence, uint32_t signature,
+                                       uint32_t operation) {
+    const auto* signals = reinterpret_cast<const uint64_t*>(peers.segments[peers.rank] + peers.layout.signals_at);
+    const uint64_t start = global_time_ns();
+    for (uint32_t round = 1;; ++round) {
+        const uint64_t value = load_acquire(&signals[peer]);
+        const uint32_t seen = static_cast<uint32_t>(value >> 32);
+        if (static_cast<int32_t>(seen - sequence) >= 0) {
+            // A peer that is ahead has agreed already, and its signature belongs to a later operation.
+            if (seen != sequence || static_cast<uint32_t>(value) == signature) return true;
+            report_fault(peers, 3, operation, peer, sequence, seen, global_time_ns() - start);
+            return false;
+        }
+        if ((round & 255) != 0) continue;
+        if (load_volatile(&peers.control->failed) != 0) return false;
+        const uint64_t elapsed = global_time_ns() - start;
+        const bool aborted = load_volatile(&peers.status->abort) != 0;
+        if (elapsed < peers.deadline_ns && !aborted) continue;
+        report_fault(peers, aborted ? 2 : 1, operation, peer, sequence, seen, elapsed);
+        return false;
+    }
+}
+
+// All threads of the block call it; returns false in all of them if the operation cannot go on. What peers published
+// before their signals is visible to all threads afterwards, to bulk copies too.
+__device__ inline bool wait_for_peers(const Peers& peers, uint32_t sequence, uint32_t signature, uint32_t operation) {
+    bool ok = load_volatile(&peers.control->failed) == 0;
+    for (int peer = threadIdx.x; ok && peer < peers.num_ranks; peer += blockDim.x) {
+        ok = wait_for_signal(peers, peer, sequence, signature, operation);
+    }
+    const bool all = __syncthreads_and(ok) != 0;
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+    return all;
+}
+
+// One thread per peer: tell it that `sequence` is published.
+__device__ inline void raise_signals(const Peers& peers, uint32_t sequence, uint32_t signature) {
+    __threadfence_system();
+    for (int peer = threadIdx.x; peer < peers.num_ranks; peer += blockDim.x) {
+        auto* signals = reinterpret_cast<uint64_t*>(peers.segments[peer] + peers.layout.signals_at);
+        store_release(&signals[peers.rank], (static_cast<uint64_t>(sequence) << 32) | signature);
+    }
+}
+
+#endif  // __CUDACC__
+
+}  // namespace ray_deepep

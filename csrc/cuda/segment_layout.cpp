@@ -1,0 +1,52 @@
+#include "cuda/segment_layout.h"
+
+#include <algorithm>
+
+namespace ray_deepep {
+namespace {
+
+// Bump allocation at 256 bytes, enough for every vector and bulk access.
+class Cursor {
+  public:
+    int64_t take(int64_t bytes) {
+        const int64_t begin = next_;
+        next_ += (bytes + 255) / 256 * 256;
+        return begin;
+    }
+    int64_t end() const { return next_; }
+
+  private:
+    int64_t next_ = 0;
+};
+
+}  // namespace
+
+SegmentLayout make_segment_layout(const DeviceSizes& sizes) {
+    const int64_t routes = sizes.max_tokens * sizes.num_topk;
+    Cursor cursor;
+    AreaLayout area;
+    area.header_at = cursor.take(sizeof(AreaHeader));
+    area.rank_total_at = cursor.take(sizes.num_ranks * 4);
+    area.expert_total_at = cursor.take(sizes.num_experts * 4);
+    area.chunk_rank_at = cursor.take(sizes.num_chunks() * sizes.num_ranks * 4);
+    area.chunk_expert_at = cursor.take(sizes.num_chunks() * sizes.num_experts * 4);
+    area.topk_idx_at = cursor.take(routes * 4);
+    area.topk_weights_at = cursor.take(routes * 4);
+    area.locations_at = cursor.take(routes * 4);
+    area.row_weights_at = cursor.take(std::max(sizes.max_rows, sizes.max_recv_tokens * sizes.num_topk) * 4);
+    area.scales_at = cursor.take(sizes.max_tokens * (sizes.hidden / 128) * 4);
+    area.rows_at = cursor.take(std::max({sizes.max_tokens, sizes.max_recv_tokens, sizes.max_rows}) * sizes.hidden *
+                               sizes.max_element_size);
+    area.bytes = cursor.end();
+
+    Cursor segment;
+    SegmentLayout layout;
+    layout.area = area;
+    layout.signals_at = segment.take(kMaxRanks * 8);
+    layout.area_at[0] = segment.take(area.bytes);
+    layout.area_at[1] = segment.take(area.bytes);
+    layout.bytes = segment.end();
+    return layout;
+}
+
+}  // namespace ray_deepep

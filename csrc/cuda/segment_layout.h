@@ -1,0 +1,62 @@
+// Where things are in a rank's segment of the device heap: the same on every rank, from the buffer's sizes alone, so a
+// kernel finds a peer's data without asking.
+#pragma once
+
+#include <cstdint>
+
+namespace ray_deepep {
+
+// Tokens are planned in chunks: a rank publishes counts per chunk, and any chunk's rows can then be placed without
+// looking at the others' routing.
+inline constexpr int kChunkTokens = 64;
+inline constexpr int kMaxRanks = 64;
+
+struct DeviceSizes {
+    int rank = 0;
+    int num_ranks = 1;
+    int num_experts = 1;
+    int64_t hidden = 1;
+    int num_topk = 1;             // largest K
+    int64_t max_tokens = 0;       // of one rank
+    int64_t max_recv_tokens = 0;  // token rows that a rank may receive
+    int64_t max_rows = 0;         // rows of an output in any layout
+    int64_t max_element_size = 4;
+    int num_local_experts() const { return num_experts / num_ranks; }
+    int64_t num_chunks() const { return (max_tokens + kChunkTokens - 1) / kChunkTokens; }
+};
+
+// Offsets inside an area, in bytes.
+struct AreaLayout {
+    int64_t header_at = 0;        // AreaHeader
+    int64_t rank_total_at = 0;    // int32 [N]: token rows for each rank
+    int64_t expert_total_at = 0;  // int32 [E]: routes for each expert
+    int64_t chunk_rank_at = 0;    // int32 [C, N]
+    int64_t chunk_expert_at = 0;  // int32 [C, E]
+    int64_t topk_idx_at = 0;      // int32 [T, K]
+    int64_t topk_weights_at = 0;  // float [T, K]
+    int64_t locations_at = 0;     // int32 [T, K]
+    int64_t row_weights_at = 0;   // float, combine
+    int64_t scales_at = 0;        // float [T, H / 128]
+    int64_t rows_at = 0;
+    int64_t bytes = 0;
+};
+
+struct SegmentLayout {
+    int64_t signals_at = 0;   // uint64 [kMaxRanks], written by peers: sequence << 32 | signature
+    int64_t area_at[2] = {};  // used by turns
+    AreaLayout area;
+    int64_t bytes = 0;
+};
+
+// What a rank publishes about its operation.
+struct AreaHeader {
+    int32_t num_tokens;
+    int32_t unused;
+    int64_t rows_at;  // from the segment's start: the staged rows, or a tensor that lives in the heap
+    int64_t scales_at;
+    int32_t fields[8];  // what the signature is made of, to name the difference
+};
+
+SegmentLayout make_segment_layout(const DeviceSizes& sizes);
+
+}  // namespace ray_deepep

@@ -1,0 +1,122 @@
+"""Benchmarks run at tiny sizes, leave complete lines, and compare things that compute the same. Times are not judged."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+
+import pytest
+
+from benchmarks import deepspeed_layer, dispatch_combine, records, table, timing
+from harness import shm_problem
+
+RUN_FIELDS = {"benchmark", "run", "git_sha", "git_dirty", "cpu", "cores", "load_1m", "python", "torch"}
+VARIANT_FIELDS = {"config", "variant", "num_rounds", "median_ms", "p10_ms", "p90_ms", "rank_median_ms", "cpu_median_ms"}
+README = f"# Title\n\n{table.BEGIN}\nold\n{table.END}\n\nmore\n"
+
+needs_core = pytest.mark.skipif(bool(shm_problem()), reason=shm_problem() or "-")
+
+
+def tiny_dispatch_combine(path: pathlib.Path) -> list[records.Record]:
+    case = dispatch_combine.Case(num_ranks=2, num_tokens=40, hidden=8, num_topk=3, num_experts=8)
+    return dispatch_combine.run_cases([case], num_rounds=2, path=path)
+
+
+def tiny_layer(path: pathlib.Path) -> list[records.Record]:
+    case = deepspeed_layer.Case(num_ranks=2, num_tokens=64, hidden=16, num_experts=4)
+    return deepspeed_layer.run_cases([case], num_rounds=2, path=path)
+
+
+@needs_core
+def test_dispatch_combine_lines(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.jsonl"
+    found = tiny_dispatch_combine(path)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == found
+    assert len(found) == 13
+    for record in found:
+        assert record.keys() == RUN_FIELDS | VARIANT_FIELDS | {"kind", "rows", "bytes", "max_error"}
+        assert record["p10_ms"] <= record["median_ms"] <= record["p90_ms"]
+        assert record["bytes"] > 0
+    # What is compared gives the same sums, small integers times the inputs up to the order of addition.
+    errors = {record["variant"]: record["max_error"] for record in found}
+    assert {name for name, error in errors.items() if error is None} == {
+        f"{name}, {rows}"
+        for rows in ("pairs", "routes")
+        for name in ("gloo all-to-all-v alone", "memcpy to ready memory", "memcpy to fresh memory")
+    }
+    assert max(error for error in errors.values() if error is not None) < 1e-5
+    moved = {(record["kind"], record["rows"]): record["bytes"] for record in found}
+    assert moved["core", "pairs"] == moved["gloo", "pairs"] < moved["core", "routes"] == moved["gloo", "routes"]
+    assert "core, expert-major exact" in capsys.readouterr().out
+    assert dispatch_combine.summary_table(found).count("\n") == 1 + 4
+
+
+@needs_core
+def test_deepspeed_layer_lines(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "results.jsonl"
+    found = tiny_layer(path)
+    assert [json.loads(line) for line in path.read_text().splitlines()] == found
+    by_name = {record["variant"]: record for record in found}
+    assert list(by_name) == ["stock", "padded, exact", "padded, fast", "compact, exact", "compact, fast"]
+    for name, record in by_name.items():
+        assert record.keys() == RUN_FIELDS | VARIANT_FIELDS | {"parts", "bytes", "max_difference"}
+        parts = record["parts"]
+        for part in ("gate", "experts", "dispatch_forward", "combine_forward", "combine_backward", "dispatch_backward"):
+            assert parts[part] > 0, (name, part)
+        assert parts["gate"] + parts["experts"] + parts["communication"] < record["p90_ms"] * 1.5
+        assert (record["bytes"] > 0) == (name != "stock")
+        assert record["max_difference"] < 1e-5
+    assert by_name["padded, exact"]["max_difference"] == 0.0
+    assert deepspeed_layer.summary_table(found).count("\n") == 1 + 4
+
+
+def timing_of(name: str) -> timing.Timing:
+    values = [float(value) for value in range(1, 12)]
+    return timing.Timing(name=name, span_ms=values, rank_ms=values, cpu_ms=values, parts={"gate": values})
+
+
+def test_summary_of_a_timing() -> None:
+    record = records.summarise(timing_of("a"))
+    assert (record["median_ms"], record["p10_ms"], record["p90_ms"], record["num_rounds"]) == (6.0, 2.0, 10.0, 11)
+    assert record["parts"] == {"gate": 6.0}
+
+
+def test_latest_run_alone_is_shown(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "results.jsonl"
+    assert records.latest_run(path) == []
+    records.append(path, [{"run": "2026-01-01", "value": 1}, {"run": "2026-01-02", "value": 2}])
+    records.append(path, [{"run": "2026-01-02", "value": 3}])
+    assert [record["value"] for record in records.latest_run(path)] == [2, 3]
+
+
+def layer_records() -> list[records.Record]:
+    facts = records.run_facts() | {"benchmark": "deepspeed_layer"}
+    config = {"num_ranks": 2, "k": 2, "num_experts": 8, "num_tokens": 64, "hidden": 16, "capacity_factor": 1.25}
+    parts = {"gate": 1.0, "experts": 2.0, "communication": 3.0}
+    variant = {"config": config, "median_ms": 6.0, "p10_ms": 5.0, "p90_ms": 7.0, "parts": parts}
+    return [facts | variant | {"variant": name} for name in ("stock", "padded, exact")]
+
+
+def test_table_fills_the_readme_and_draws(tmp_path: pathlib.Path) -> None:
+    readme, results = tmp_path / "README.md", tmp_path / "results"
+    readme.write_text(README)
+    records.append(results / "deepspeed_layer.jsonl", layer_records())
+    arguments = ["--results", str(results), "--readme", str(readme)]
+    assert table.main([*arguments, "--check"]) == 1
+    assert readme.read_text() == README
+    assert table.main(arguments) == 0
+    text = readme.read_text()
+    assert text.startswith("# Title\n\n<!-- results:begin -->\n") and text.endswith("<!-- results:end -->\n\nmore\n")
+    assert "padded, exact" in text and "**1.00×**" in text and "old" not in text
+    assert f"commit `{records.run_facts()['git_sha']}`" in text
+    assert (tmp_path / "docs/images/deepspeed_layer.png").read_bytes().startswith(b"\x89PNG")
+    assert "padded, exact" in (results / "README.md").read_text()
+    assert table.main([*arguments, "--check"]) == 0
+
+
+def test_table_says_where_it_wants_markers(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    readme = tmp_path / "README.md"
+    readme.write_text("no markers")
+    assert table.main(["--results", str(tmp_path), "--readme", str(readme)]) == 2
+    assert "results:begin" in capsys.readouterr().err
+    assert readme.read_text() == "no markers"

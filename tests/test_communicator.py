@@ -1,0 +1,311 @@
+"""Communicators: bringing ranks together, the choice of a transport, and what happens when that fails."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+import torch
+import torch.distributed as dist
+from cases import Case, assert_dispatched, check_combine, make_world, some_modes
+from cases import dispatch as dispatch_world
+from harness import CASE_CONFIG, RankContext, RankPool, Ranks, error_of, shm_problem
+
+from ray_deepep import (
+    BootstrapError,
+    Buffer,
+    ClosedError,
+    CommConfig,
+    Communicator,
+    ExpertMajor,
+    InvalidArgumentError,
+    TransportUnavailableError,
+)
+from ray_deepep.communicator import RankInfo, choose_transport
+from ray_deepep.rendezvous import store_exchange
+
+GEOMETRY = {"num_experts": 4, "hidden": 24, "num_topk": 3, "max_tokens": 9}
+BOOTSTRAP_DEADLINE_S = 1.0
+needs_shm = pytest.mark.skipif(bool(shm_problem()), reason=shm_problem())
+
+
+def peer(rank: int, **fields: object) -> RankInfo:
+    usual = {
+        "host": "a",
+        "pid": 1,
+        "machine": "m",
+        "core": "1.0",
+        "core_problem": "",
+        "config": {},
+        "has_group": True,
+    }
+    return RankInfo(rank=rank, **{**usual, **fields})
+
+
+CHOICES = {
+    "one host": ("auto", [peer(0), peer(1)], "shm", "all 2 ranks share the memory of a"),
+    "one host without group": ("auto", [peer(0, has_group=False), peer(1, has_group=False)], "shm", "share the memory"),
+    "shm asked for": ("shm", [peer(0), peer(1)], "shm", "asked for"),
+    "reference asked for": ("reference", [peer(0), peer(1)], "reference", "asked for"),
+    "two hosts": (
+        "auto",
+        [peer(0), peer(1, host="b", machine="n")],
+        "reference",
+        "ranks cannot share memory (hosts a, b); torch.distributed serves any hosts",
+    ),
+    "one rank without core": (
+        "auto",
+        [peer(0), peer(1, core="", core_problem="no such file")],
+        "reference",
+        "rank 1 cannot load the compiled core (no such file)",
+    ),
+    "two versions": (
+        "auto",
+        [peer(0), peer(1, core="1.1")],
+        "reference",
+        "different versions of the compiled core (1.0, 1.1)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CHOICES)
+def test_choose_transport(name: str) -> None:
+    wanted, peers, transport, reason = CHOICES[name]
+    found, why = choose_transport(wanted, tuple(peers))
+    assert found == transport
+    assert reason in why
+
+
+REFUSALS = {
+    "shm on two hosts": ("shm", [peer(0), peer(1, host="b", machine="n")], "ranks cannot share memory (hosts a, b)"),
+    "shm without core": (
+        "shm",
+        [peer(0, core="", core_problem="no such file")],
+        "rank 0 cannot load the compiled core",
+    ),
+    "shm with two versions": ("shm", [peer(0), peer(1, core="1.1")], "different versions"),
+    "reference without group": (
+        "reference",
+        [peer(0), peer(1, has_group=False)],
+        "needs a torch process group on every rank",
+    ),
+    "auto with nothing": (
+        "auto",
+        [peer(0, has_group=False), peer(1, has_group=False, host="b", machine="n")],
+        "no torch process group to fall back on",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", REFUSALS)
+def test_refused_transport(name: str) -> None:
+    wanted, peers, message = REFUSALS[name]
+    assert message in str(error_of(TransportUnavailableError, lambda: choose_transport(wanted, tuple(peers))))
+
+
+def check_exchange_rows(comm: Communicator, rank: int, num_ranks: int) -> None:
+    """Dispatch and combine over a communicator, compared with the oracle."""
+    case = Case(seed=num_ranks, num_tokens=(5, 3, 4, 9)[:num_ranks], num_experts=4 * num_ranks, layout=ExpertMajor(4))
+    world = make_world(case)
+    with Buffer(comm, **{**GEOMETRY, "num_experts": case.num_experts}) as buffer:
+        result = dispatch_world(buffer, world, rank)
+        assert_dispatched(result, world, rank)
+        for mode in some_modes(token_major=False):
+            check_combine(buffer, result.handle, world, rank, mode, seed=1)
+
+
+def check_peers(context: RankContext, transport: str) -> tuple[str, list[int]]:
+    with context.new_communicator(transport) as comm:
+        check_exchange_rows(comm, context.rank, context.num_ranks)
+        assert [p.rank for p in comm.peers] == list(range(context.num_ranks))
+        assert (comm.rank, comm.num_ranks, comm.transport, comm.fault) == (
+            context.rank,
+            context.num_ranks,
+            transport,
+            None,
+        )
+        return comm.transport_reason, [p.pid for p in comm.peers]
+
+
+def test_peers(ranks: Ranks, transport: str) -> None:
+    found = ranks.run(3, check_peers, transport)
+    assert found == [found[0]] * 3
+    reason, pids = found[0]
+    assert reason == "asked for"
+    assert len(set(pids)) == 3
+
+
+def check_auto(context: RankContext) -> tuple[str, str]:
+    with context.new_communicator("auto") as comm:
+        return comm.transport, comm.transport_reason
+
+
+@needs_shm
+def test_auto_on_one_host(ranks: Ranks) -> None:
+    for transport, reason in ranks.run(2, check_auto):
+        assert transport == "shm"
+        assert reason.startswith("all 2 ranks share the memory of ")
+
+
+def check_explicit_exchange(context: RankContext) -> None:
+    """Without a process group on the communicator, as a launcher without torch.distributed would make it."""
+    config = CommConfig(transport="auto", **CASE_CONFIG)
+    exchange = store_exchange(dist.group.WORLD, context.rank, context.num_ranks, 10.0)
+    with Communicator.from_exchange(exchange, rank=context.rank, num_ranks=context.num_ranks, config=config) as comm:
+        assert (comm.transport, comm.group) == ("shm", None)
+        check_exchange_rows(comm, context.rank, context.num_ranks)
+
+
+@needs_shm
+def test_explicit_exchange(ranks: Ranks) -> None:
+    ranks.run(2, check_explicit_exchange)
+
+
+def check_subgroups(context: RankContext, transport: str) -> None:
+    """Expert-data parallelism: several EP groups side by side, whose ranks are not the world's."""
+    groups = [dist.new_group([0, 2]), dist.new_group([1, 3])]
+    mine, other = groups[context.rank % 2], groups[1 - context.rank % 2]
+    error = error_of(InvalidArgumentError, lambda: Communicator.from_process_group(other))
+    assert str(error) == "group: must contain this rank; got 'a group without this rank'"
+    config = CommConfig(transport=transport, **CASE_CONFIG)
+    with Communicator.from_process_group(mine, config=config) as comm:
+        assert (comm.rank, comm.num_ranks) == (context.rank // 2, 2)
+        check_exchange_rows(comm, comm.rank, comm.num_ranks)
+
+
+def test_subgroups(ranks: Ranks, transport: str) -> None:
+    ranks.run(4, check_subgroups, transport)
+
+
+def check_several_communicators(context: RankContext, transport: str) -> None:
+    """Two of one group at once; closing one leaves the other usable, and a third can be made."""
+    first, second = context.new_communicator(transport), context.new_communicator(transport)
+    check_exchange_rows(second, context.rank, context.num_ranks)
+    check_exchange_rows(first, context.rank, context.num_ranks)
+    first.close()
+    check_exchange_rows(second, context.rank, context.num_ranks)
+    with context.new_communicator(transport) as third:
+        check_exchange_rows(third, context.rank, context.num_ranks)
+    second.close()
+
+
+def test_several_communicators(ranks: Ranks, transport: str) -> None:
+    ranks.run(2, check_several_communicators, transport)
+
+
+def check_close(context: RankContext, transport: str) -> None:
+    comm = context.new_communicator(transport)
+    buffer = Buffer(comm, **GEOMETRY)
+    released = Buffer(comm, **GEOMETRY)
+    released.close()
+    x, topk_idx = torch.ones(2, 24), torch.zeros(2, 1, dtype=torch.int64)
+    result = buffer.dispatch(x, topk_idx)
+    assert not comm.closed
+    comm.close()
+    comm.close()
+    assert comm.closed and buffer.closed
+    assert str(error_of(ClosedError, lambda: buffer.dispatch(x, topk_idx))) == "dispatch: the buffer is closed"
+    assert (
+        str(error_of(ClosedError, lambda: buffer.combine(result.x, result.handle))) == "combine: the buffer is closed"
+    )
+    assert str(error_of(ClosedError, lambda: Buffer(comm, **GEOMETRY))) == "allocate: the communicator is closed"
+
+
+def test_close(ranks: Ranks, transport: str) -> None:
+    ranks.run(2, check_close, transport)
+
+
+def check_config_mismatch(context: RankContext, transport: str) -> str:
+    deadline_s = 5.0 if context.rank == 1 else 4.0
+    error = error_of(InvalidArgumentError, lambda: context.new_communicator(transport, deadline_s=deadline_s))
+    with context.new_communicator(transport) as comm:
+        check_exchange_rows(comm, context.rank, context.num_ranks)
+    return str(error)
+
+
+def test_config_mismatch(ranks: Ranks, transport: str) -> None:
+    message = "config: deadline_s must be the same on all ranks; got 'rank 1: [5.0], rank 0: [4.0]'"
+    assert ranks.run(3, check_config_mismatch, transport) == [message] * 3
+
+
+def check_missing_at_bootstrap(context: RankContext, transport: str, absent: list[int]) -> dict | None:
+    if context.rank in absent:
+        return None
+    start = time.monotonic()
+    error = error_of(
+        BootstrapError, lambda: context.new_communicator(transport, bootstrap_deadline_s=BOOTSTRAP_DEADLINE_S)
+    )
+    elapsed_s = time.monotonic() - start
+    return {"missing": error.missing, "phase": error.phase, "text": str(error), "elapsed_s": elapsed_s}
+
+
+@pytest.mark.parametrize(("absent", "who"), (([1], "rank 1"), ([0], "rank 0"), ([0, 2], "ranks 0, 2")))
+def test_missing_at_bootstrap(transport: str, absent: list[int], who: str) -> None:
+    with RankPool(3) as pool:
+        found = pool.run(check_missing_at_bootstrap, transport, absent)
+    for rank in {0, 1, 2} - set(absent):
+        assert found[rank]["missing"] == absent
+        assert found[rank]["phase"] == "meet"
+        assert found[rank]["text"] == f"bootstrap: {who} did not reach 'meet' within 1 s"
+        assert BOOTSTRAP_DEADLINE_S <= found[rank]["elapsed_s"] < BOOTSTRAP_DEADLINE_S + 1
+
+
+def check_missing_buffer(context: RankContext, transport: str, absent: int) -> dict | None:
+    comm = context.new_communicator(transport, bootstrap_deadline_s=BOOTSTRAP_DEADLINE_S)
+    if context.rank == absent:
+        # Stays up until the others have given up on it.
+        time.sleep(BOOTSTRAP_DEADLINE_S + 1)
+        return None
+    start = time.monotonic()
+    error = error_of(BootstrapError, lambda: Buffer(comm, **GEOMETRY))
+    return {"missing": error.missing, "phase": error.phase, "elapsed_s": time.monotonic() - start}
+
+
+@pytest.mark.parametrize("absent", (0, 1))
+def test_missing_at_allocation(transport: str, absent: int) -> None:
+    with RankPool(2) as pool:
+        found = pool.run(check_missing_buffer, transport, absent)[1 - absent]
+    assert (found["missing"], found["phase"]) == ([absent], "allocate")
+    assert BOOTSTRAP_DEADLINE_S <= found["elapsed_s"] < BOOTSTRAP_DEADLINE_S + 1
+
+
+def check_without_process_group(context: RankContext) -> str:
+    return str(error_of(InvalidArgumentError, Communicator.from_process_group))
+
+
+def test_without_process_group() -> None:
+    with RankPool(1, init_group=False) as pool:
+        (message,) = pool.run(check_without_process_group)
+    assert message == "group: torch.distributed must be initialised first; got None"
+
+
+BAD_EXCHANGES = {
+    "too few payloads": (lambda phase, payload: [payload], "exchange: must return one payload per rank (2); got 1"),
+    "wrong order": (
+        lambda phase, payload: [payload, payload],
+        "exchange: must return payloads in rank order; got [0, 0]",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_EXCHANGES)
+def test_bad_exchange(name: str) -> None:
+    exchange, message = BAD_EXCHANGES[name]
+    error = error_of(InvalidArgumentError, lambda: Communicator.from_exchange(exchange, rank=0, num_ranks=2))
+    assert str(error) == message
+
+
+@pytest.mark.parametrize(
+    ("rank", "num_ranks", "message"),
+    (
+        (0, 0, "num_ranks: must be >= 1; got 0"),
+        (2, 2, "rank: must be in [0, 2); got 2"),
+        (-1, 2, "rank: must be in [0, 2); got -1"),
+    ),
+)
+def test_bad_rank(rank: int, num_ranks: int, message: str) -> None:
+    def exchange(phase: str, payload: bytes) -> list[bytes]:
+        raise AssertionError("nothing may be sent")
+
+    error = error_of(InvalidArgumentError, lambda: Communicator.from_exchange(exchange, rank=rank, num_ranks=num_ranks))
+    assert str(error) == message

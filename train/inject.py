@@ -1,0 +1,87 @@
+"""Faults on purpose, to see that a run survives them: `--inject kill:rank=1,step=7`. For tests and measurements."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from train.api import CheckpointInfo, TrainSummary
+from train.errors import ConfigError
+from train.files import write_text_atomic
+from train.metrics import StepMetrics
+
+KINDS = ("kill", "stop", "raise", "slow")
+INJECTED_FILE = "injected_at"
+
+
+class InjectedError(RuntimeError):
+    """What `raise` raises."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Injection:
+    """One fault."""
+
+    kind: str
+    """`kill` (SIGKILL), `stop` (SIGSTOP), `raise` (an exception) or `slow` (a sleep)."""
+    rank: int
+    """World rank that suffers it."""
+    step: int
+    """After this step is done, before the next one."""
+    seconds: float = 0.0
+    """How long `slow` sleeps."""
+
+    @classmethod
+    def parse(cls, text: str) -> Injection:
+        """From `KIND:rank=R,step=S[,seconds=T]`. Raises ConfigError."""
+        rule = f"must be KIND:rank=R,step=S[,seconds=T] with KIND one of {', '.join(KINDS)}"
+        kind, _, rest = text.partition(":")
+        fields = dict(part.partition("=")[::2] for part in rest.split(","))
+        try:
+            injection = cls(
+                kind=kind,
+                rank=int(fields.pop("rank")),
+                step=int(fields.pop("step")),
+                seconds=float(fields.pop("seconds", 0)),
+            )
+        except (KeyError, ValueError) as error:
+            raise ConfigError("--inject", text, rule) from error
+        if fields or kind not in KINDS or injection.rank < 0 or injection.step < 1:
+            raise ConfigError("--inject", text, rule)
+        if (kind == "slow") != (injection.seconds > 0):
+            raise ConfigError("--inject", text, "needs seconds=T with slow, and only with slow")
+        return injection
+
+
+class FaultInjector:
+    """Trainer callback that carries out an injection on its rank, and leaves the time in the run's folder."""
+
+    def __init__(self, injection: Injection, *, rank: int, out_dir: Path) -> None:
+        self._injection = injection
+        self._rank = rank
+        self._out_dir = out_dir
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        if self._rank == self._injection.rank and metrics.step == self._injection.step:
+            write_text_atomic(self._out_dir / INJECTED_FILE, repr(time.time()))
+            self._strike()
+
+    def on_checkpoint(self, info: CheckpointInfo) -> None:
+        pass
+
+    def on_end(self, summary: TrainSummary) -> None:
+        pass
+
+    def _strike(self) -> None:
+        kind = self._injection.kind
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
+        elif kind == "stop":
+            os.kill(os.getpid(), signal.SIGSTOP)
+        elif kind == "raise":
+            raise InjectedError(f"injected on rank {self._rank} after step {self._injection.step}")
+        else:
+            time.sleep(self._injection.seconds)

@@ -1,0 +1,269 @@
+"""Train a model on Ray: on one that this process starts, on a cluster (`RAY_ADDRESS`), or as a Ray job.
+
+    python -m train.ray_main --preset demo --workers 2 --backend ray_deepep
+    RAY_ADDRESS=HOST:6379 python -m train.ray_main --preset small --workers 8
+    ray job submit -- python -m train.ray_main --preset demo --out /shared/runs/demo
+
+A worker that dies, hangs or raises is named in the log, and training continues from the last checkpoint, with the same
+losses as an undisturbed run. `--inject kill:rank=1,step=7` shows it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import logging
+import math
+import os
+import sys
+import time
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.cli import add_config_arguments, config_from_args
+from train.config import TrainConfig
+from train.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError
+from train.inject import INJECTED_FILE, Injection
+from train.ray_jobs import RESULT_PREFIX
+from train.timeline import StartTimes, process_started
+
+# Ray's own defaults poll every 2 s, print every line twice and keep the run out of the dashboard.
+_TRAIN_SETTINGS: Mapping[str, str] = {
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
+    "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class RayOptions:
+    """How a run uses Ray."""
+
+    num_workers: int = 2
+    """Workers, one EP rank each."""
+    cpus_per_worker: float = 1.0
+    """CPUs that Ray sets aside for each."""
+    max_failures: int = 3
+    """How often the workers are started again after a fault."""
+    address: str = ""
+    """The cluster; empty: start a Ray here."""
+    inject: Injection | None = None
+    """A fault on purpose, in the first attempt."""
+    submitted: float = 0.0
+    """When the job was submitted, in seconds since the epoch; 0: when this process began."""
+
+    def __post_init__(self) -> None:
+        if self.num_workers < 1:
+            raise ConfigError("--workers", self.num_workers, "must be at least 1")
+        if not self.cpus_per_worker > 0:
+            raise ConfigError("--cpus-per-worker", self.cpus_per_worker, "must be positive")
+        if self.max_failures < 0:
+            raise ConfigError("--max-failures", self.max_failures, "must be at least 0")
+        if self.inject is not None and self.inject.rank >= self.num_workers:
+            raise ConfigError("--inject", self.inject.rank, f"rank must be less than --workers {self.num_workers}")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Returns the exit status: 0, 1 when training failed, 2 after an error the user can do something about."""
+    parser = argparse.ArgumentParser(
+        prog="train.ray_main", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    add_ray_arguments(parser)
+    args = parser.parse_args(argv)
+    logging.basicConfig(format="%(message)s")
+    try:
+        return run_on_ray(config_from_args(args), options=options_from_args(args))
+    except (ConfigError, DataError, CheckpointError, TrainingDivergedError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+
+
+def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments that `options_from_args` reads."""
+    parser.add_argument("--workers", type=int, default=2, metavar="N", help="workers (default: 2)")
+    parser.add_argument("--cpus-per-worker", type=float, default=1.0, metavar="N", help="CPUs of each (default: 1)")
+    parser.add_argument("--max-failures", type=int, default=3, metavar="N", help="restarts after faults (default: 3)")
+    parser.add_argument(
+        "--address", default=os.environ.get("RAY_ADDRESS", ""), help="Ray cluster (default: RAY_ADDRESS, or a new Ray)"
+    )
+    parser.add_argument("--inject", metavar="FAULT", help="fault on purpose, e.g. kill:rank=1,step=7 (first attempt)")
+    parser.add_argument("--submitted", type=float, default=0.0, help=argparse.SUPPRESS)
+
+
+def options_from_args(args: argparse.Namespace) -> RayOptions:
+    """The options that parsed arguments ask for. Raises ConfigError naming the first wrong one."""
+    return RayOptions(
+        num_workers=args.workers,
+        cpus_per_worker=args.cpus_per_worker,
+        max_failures=args.max_failures,
+        address=args.address,
+        inject=Injection.parse(args.inject) if args.inject else None,
+        submitted=args.submitted,
+    )
+
+
+def run_on_ray(config: TrainConfig, *, num_workers: int | None = None, options: RayOptions | None = None) -> int:
+    """Train as `config` says on Ray, print the summary, return the exit status.
+
+    A Ray that is connected already is used and left connected. Raises ConfigError and the other errors that the user
+    can do something about (`train.ray_worker.USER_ERRORS`).
+    """
+    options = options or RayOptions(num_workers=2 if num_workers is None else num_workers)
+    config = with_absolute_paths(config)
+    config.model.resolve_ep_size(options.num_workers)
+    for name, value in _TRAIN_SETTINGS.items():
+        os.environ.setdefault(name, value)
+    import ray.train
+
+    from train import ray_worker  # with torch and Ray Train's torch part
+
+    imported = time.time()
+    owned = not ray.is_initialized()
+    if owned:
+        connect(options)
+    connected = time.time()
+    if len(ray.nodes()) == 1:
+        # Watches for the loss of nodes, of which a run on one node has none to spare; its process costs seconds.
+        os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
+    try:
+        use_gpu = check_resources(config, options, ray.cluster_resources())
+        trainer = _trainer(config, options, use_gpu=use_gpu)
+        outcome: ray_worker.WorkerOutcome = trainer.fit().return_value
+    except ray.train.TrainingFailedError as error:
+        print(f"error: training failed: {error}", file=sys.stderr)
+        return 1
+    finally:
+        if owned:
+            ray.shutdown()
+    if outcome.error is not None:
+        raise outcome.error
+    _report(config, options, outcome, imported=imported, connected=connected)
+    return 0
+
+
+def with_absolute_paths(config: TrainConfig) -> TrainConfig:
+    """Paths as seen from here: workers have other working directories."""
+    absolute = {"run.out_dir": str(Path(config.run.out_dir).absolute())}
+    for name in ("run.resume_from", "run.deepspeed_config", "data.tokenizer_file"):
+        section, _, field = name.partition(".")
+        path = getattr(getattr(config, section), field)
+        if path:
+            absolute[name] = str(Path(path).absolute())
+    paths = [str(Path(path).absolute()) for path in config.data.paths]
+    return config.replace(**absolute, **{"data.paths": paths})
+
+
+def connect(options: RayOptions) -> None:
+    """Connect to the cluster of `options.address`, or start a Ray that ends with this process."""
+    import ray
+
+    if options.address:
+        ray.init(address=options.address)
+        return
+    num_cpus = max(4, math.ceil(options.num_workers * options.cpus_per_worker) + 2, os.cpu_count() or 1)
+    # Workers of Ray Train have an environment of their own, so spare ones without it would start in vain.
+    ray.init(address="local", num_cpus=num_cpus, _system_config={"prestart_worker_first_driver": False})
+
+
+def check_resources(config: TrainConfig, options: RayOptions, cluster: Mapping[str, float]) -> bool:
+    """Whether workers get a GPU each. Raises ConfigError where the cluster is too small, instead of waiting for ever.
+
+    cluster: what the whole cluster has, by name of the resource.
+    """
+    cpus = options.num_workers * options.cpus_per_worker
+    if cluster.get("CPU", 0) < cpus:
+        rule = (
+            f"needs {cpus:g} CPUs and the cluster has {cluster.get('CPU', 0):g}; use fewer, or lower --cpus-per-worker"
+        )
+        raise ConfigError("--workers", options.num_workers, rule)
+    gpus = cluster.get("GPU", 0)
+    if config.run.device == "cuda" and gpus < options.num_workers:
+        raise ConfigError("--workers", options.num_workers, f"needs as many GPUs and the cluster has {gpus:g}")
+    return config.run.device != "cpu" and gpus >= options.num_workers
+
+
+def _trainer(config: TrainConfig, options: RayOptions, *, use_gpu: bool) -> Any:
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchTrainer
+
+    from train.ray_worker import WorkerJob, train_worker
+
+    token = uuid.uuid4().hex[:8]
+    out_dir = Path(config.run.out_dir)
+    env = {} if use_gpu else {"DS_ACCELERATOR": "cpu"}
+    # Progress bars redraw one line, which a log cannot; the reporter prints lines instead.
+    config = config.replace(**{"run.progress": False})
+    (out_dir / INJECTED_FILE).unlink(missing_ok=True)
+    return TorchTrainer(
+        train_worker,
+        train_loop_config={"job": WorkerJob(config=config.to_dict(), token=token, inject=options.inject)},
+        torch_config=_torch_config(config, options),
+        scaling_config=ScalingConfig(
+            num_workers=options.num_workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": options.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        ),
+        run_config=RunConfig(
+            name=f"{config.name}-{config.run.backend}-{token}",
+            storage_path=str(out_dir / "ray"),
+            failure_config=FailureConfig(
+                max_failures=options.max_failures, controller_failure_limit=options.max_failures
+            ),
+            worker_runtime_env={"env_vars": env},
+        ),
+    )
+
+
+def _torch_config(config: TrainConfig, options: RayOptions) -> Any:
+    timeout_s = math.ceil(config.run.dist_timeout_s)
+    if config.run.backend == "stock":
+        from ray.train.torch import TorchConfig
+
+        return TorchConfig(timeout_s=timeout_s)
+    from ray_deepep.cluster import ExpertParallelConfig
+
+    return ExpertParallelConfig(timeout_s=timeout_s, ep_size=config.model.resolve_ep_size(options.num_workers))
+
+
+def _report(config: TrainConfig, options: RayOptions, outcome: Any, *, imported: float, connected: float) -> None:
+    from train.report import format_summary
+
+    started, first = process_started(), outcome.attempts[0]
+    times = StartTimes(
+        submitted=options.submitted or started,
+        driver_started=started,
+        driver_imported=imported,
+        ray_connected=connected,
+        worker_started=first.started,
+        worker_entered=first.entered,
+        first_step_began=first.first_step_began,
+        first_step_done=first.first_step_done,
+    )
+    result = {
+        "backend": config.run.backend,
+        "out_dir": config.run.out_dir,
+        "start": dataclasses.asdict(times),
+        "attempts": [dataclasses.asdict(attempt) for attempt in outcome.attempts],
+        "stats": dataclasses.asdict(outcome.summary.stats),
+        "checkpoint": str(outcome.summary.checkpoint_path),
+        "metrics": str(outcome.summary.metrics_path),
+        "plot": str(outcome.summary.plot_path),
+    }
+    print(format_summary(outcome.summary))
+    print(f"time to first step  {times}")
+    injected = Path(config.run.out_dir) / INJECTED_FILE
+    if injected.is_file():
+        fault = float(injected.read_text(encoding="utf-8"))
+        again = [attempt.first_step_done for attempt in outcome.attempts if attempt.entered > fault]
+        result["fault_to_training_s"] = again[0] - fault if again else None
+        print(f"from the injected fault to training again  {result['fault_to_training_s']:.1f} s")
+    print(f"{RESULT_PREFIX} {json.dumps(result)}", flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,176 @@
+"""What a Ray Train worker runs: the trainer, told which attempt this is, with callbacks that speak to Ray.
+
+A restarted attempt continues from the newest checkpoint of the run's folder. Errors that a retry cannot mend (a config,
+data or checkpoint that is wrong, a diverged loss) are returned rather than raised, so that Ray does not try again.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import ray.train
+import torch.distributed as dist
+
+from train.api import CheckpointInfo, TrainSummary
+from train.config import TrainConfig
+from train.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError
+from train.files import write_text_atomic
+from train.inject import FaultInjector, Injection
+from train.metrics import StepMetrics
+from train.timeline import process_started
+
+USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingDivergedError)
+_ATTEMPTS_FILE = "attempts.json"
+_PROGRESS_EVERY_S = 2.0
+_AGREE_S = 5.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerJob:
+    """What every worker of a run gets."""
+
+    config: dict[str, Any]
+    """`TrainConfig.to_dict`, all paths absolute."""
+    token: str
+    """Unique to this run: tells its attempts from those of an earlier run in the same folder."""
+    inject: Injection | None
+    """A fault for the first attempt."""
+
+
+@dataclass(kw_only=True)
+class Attempt:
+    """One start of the workers, as rank 0 saw it; times in seconds since the epoch."""
+
+    started: float
+    """Its process began."""
+    entered: float
+    """The training function began."""
+    first_step_began: float = 0.0
+    first_step_done: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class WorkerOutcome:
+    """What rank 0 returns."""
+
+    summary: TrainSummary | None
+    error: Exception | None
+    """An error for the user, in place of a summary."""
+    attempts: list[Attempt]
+
+
+@dataclass(kw_only=True)
+class AttemptLog:
+    """All attempts of a run, kept in its folder so that the next one finds them."""
+
+    path: Path
+    token: str
+    attempts: list[Attempt] = field(default_factory=list)
+
+    @classmethod
+    def begin_attempt(cls, out_dir: Path, token: str) -> AttemptLog:
+        """The log with one more attempt; for one rank."""
+        log = cls(path=out_dir / _ATTEMPTS_FILE, token=token)
+        if log.path.is_file():
+            stored = json.loads(log.path.read_text(encoding="utf-8"))
+            if stored["token"] == token:
+                log.attempts = [Attempt(**attempt) for attempt in stored["attempts"]]
+        log.attempts.append(Attempt(started=process_started(), entered=time.time()))
+        out_dir.mkdir(parents=True, exist_ok=True)
+        log.save()
+        return log
+
+    def save(self) -> None:
+        stored = {"token": self.token, "attempts": [asdict(attempt) for attempt in self.attempts]}
+        write_text_atomic(self.path, json.dumps(stored, indent=2))
+
+
+class RayReporter:
+    """Trainer callback: progress lines in the job's log, metrics to Ray at checkpoints, the time of the first step."""
+
+    def __init__(self, config: TrainConfig, log: AttemptLog | None) -> None:
+        self._num_steps = config.run.steps
+        self._log = log  # rank 0 alone has one
+        self._last_print = 0.0
+
+    def on_step(self, metrics: StepMetrics) -> None:
+        if self._log is None:
+            return
+        now = time.time()
+        attempt = self._log.attempts[-1]
+        if not attempt.first_step_done:
+            attempt.first_step_began, attempt.first_step_done = now - metrics.step_ms / 1e3, now
+            self._log.save()
+        if now - self._last_print >= _PROGRESS_EVERY_S or metrics.step == self._num_steps:
+            self._last_print = now
+            print(progress_line(metrics, self._num_steps), flush=True)
+
+    def on_checkpoint(self, info: CheckpointInfo) -> None:
+        # Blocks until the controller polls, so not for every step.
+        metrics = {name: value for name, value in asdict(info.metrics).items() if value is not None}
+        ray.train.report(metrics | {"checkpoint": str(info.folder)})
+
+    def on_end(self, summary: TrainSummary) -> None:
+        pass
+
+
+def progress_line(metrics: StepMetrics, num_steps: int) -> str:
+    """One line of a job's log, which the demo draws its progress bar from."""
+    text = f"step {metrics.step}/{num_steps} loss {metrics.loss:.4f} tokens/s {metrics.tokens_per_s:.0f}"
+    return text if metrics.val_loss is None else f"{text} validation {metrics.val_loss:.4f}"
+
+
+def train_worker(loop_config: dict[str, WorkerJob]) -> WorkerOutcome | None:
+    """The training function of every worker, with its job under "job"; only rank 0 returns something."""
+    job = loop_config["job"]
+    config = TrainConfig.from_dict(job.config)
+    rank = ray.train.get_context().get_world_rank()
+    out_dir = Path(config.run.out_dir)
+    log = AttemptLog.begin_attempt(out_dir, job.token) if rank == 0 else None
+    number = [len(log.attempts) if log else 0]
+    dist.broadcast_object_list(number, src=0)
+    callbacks: list[Any] = [RayReporter(config, log)]
+    if number[0] == 1 and job.inject is not None:
+        callbacks.append(FaultInjector(job.inject, rank=rank, out_dir=out_dir))
+    try:
+        summary = _train(config_of_attempt(config, number[0]), callbacks)
+    except USER_ERRORS as error:
+        _agree_or_raise(error, rank)
+        return WorkerOutcome(summary=None, error=error, attempts=log.attempts) if log else None
+    return WorkerOutcome(summary=summary, error=None, attempts=log.attempts) if log else None
+
+
+def config_of_attempt(config: TrainConfig, number: int) -> TrainConfig:
+    """The first attempt does what the user asked; later ones continue from what the run's folder holds by then."""
+    if number == 1:
+        return config
+    values = {"run.on_existing": "resume"}
+    if any((Path(config.run.out_dir) / "checkpoints").glob("step_*/trainer_state.json")):
+        values["run.resume_from"] = ""
+    return config.replace(**values)
+
+
+def _train(config: TrainConfig, callbacks: list[Any]) -> TrainSummary:
+    # Imported here: the driver and Ray's controller load this module too, and need no DeepSpeed.
+    from train.trainer import run
+
+    if config.run.backend == "stock":
+        return run(config, callbacks=callbacks)
+    from ray_deepep.cluster import current
+
+    return run(config, swap=current().swap, callbacks=callbacks)
+
+
+def _agree_or_raise(error: Exception, rank: int) -> None:
+    """Return if every rank ended with an error for the user; raise `error` if one did not: that is a fault to retry."""
+    from ray_deepep import BootstrapError
+    from ray_deepep.rendezvous import store_exchange
+
+    try:
+        store_exchange(dist.group.WORLD, rank, dist.get_world_size(), _AGREE_S)("user error", b"")
+    except BootstrapError:
+        raise error from None
