@@ -180,6 +180,14 @@ class Buffer:
         """Calls, ms and bytes of this buffer since the last reset."""
         return self._recorder.stats(reset=reset)
 
+    def check(self) -> None:
+        """Raise if an operation that was still running when its call returned has failed since (GPU transports).
+
+        Call it after a synchronisation of yours, before results are trusted; every further operation does it too.
+        """
+        self._check_open("check")
+        self._transport.check()
+
     @property
     def closed(self) -> bool:
         """Whether ``close()`` was called (here or through the communicator)."""

@@ -98,7 +98,8 @@ class CudaTransport:
         """Room for the worst case: every rank sends all its tokens here."""
         geometry = self._geometry
         received = self._num_ranks * geometry.max_tokens
-        expert_major = received * min(geometry.num_topk, self._num_local) + ALIGNMENT_ROOM * self._num_local
+        # A token may name one expert twice: no smaller bound than K routes.
+        expert_major = received * geometry.num_topk + ALIGNMENT_ROOM * self._num_local
         sizes = self._core.DeviceSizes()
         sizes.rank, sizes.num_ranks, sizes.num_experts = rank, self._num_ranks, geometry.num_experts
         sizes.hidden, sizes.num_topk, sizes.max_tokens = geometry.hidden, geometry.num_topk, geometry.max_tokens
@@ -183,6 +184,11 @@ class CudaTransport:
         args.has_rows, args.dtype, args.out_topk_weights = False, self._dtypes[torch.float32], address(home)
         self._combine(args, topk_weights, handle)
         return home
+
+    def check(self) -> None:
+        """See :meth:`Transport.check`."""
+        with self._lock, self._errors():
+            self._buffer.check()
 
     def close(self) -> None:
         """Free this rank's memory; waits for its kernels, which stop waiting for peers."""

@@ -115,6 +115,9 @@ class ReferenceTransport:
         )
         return self._weights_home(topk_weights, handle.plan)
 
+    def check(self) -> None:
+        """Nothing to do: calls return when their operation has ended."""
+
     def close(self) -> None:
         """Tell peers that still wait for this rank; not collective."""
         if not self._closed:

@@ -115,4 +115,7 @@ class Transport(Protocol):
 
     def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle) -> torch.Tensor: ...
 
+    def check(self) -> None:
+        """Raise the fault of an operation that ended after its call returned. Local."""
+
     def close(self) -> None: ...

@@ -11,6 +11,7 @@ import itertools
 import oracle
 import torch
 from harness import RankContext
+from on_device import OnDevice
 
 from ray_deepep import Buffer, DispatchHandle, DispatchResult, ExpertMajor, Padded, TokenMajor
 from ray_deepep.handle import Layout
@@ -48,6 +49,16 @@ class CombineMode:
     bias: bool = False
     carry: bool = False
     """Row weights travel home beside the rows."""
+
+
+def layout_id(layout: Layout | str) -> str:
+    """Name of a layout in test ids."""
+    return layout if isinstance(layout, str) else str(layout).replace("alignment=", "")
+
+
+def dtype_id(dtype: torch.dtype) -> str:
+    """Name of a dtype in test ids."""
+    return str(dtype).removeprefix("torch.")
 
 
 def all_modes(token_major: bool) -> list[CombineMode]:
@@ -145,9 +156,9 @@ def _locations(topk_idx: torch.Tensor, num_experts: int, capacity: int, generato
     return locations
 
 
-def make_buffer(context: RankContext, transport: str, case: Case, world: oracle.World) -> Buffer:
+def make_buffer(context: RankContext, transport: str, case: Case, world: oracle.World) -> Buffer | OnDevice:
     """A buffer just large enough for the case; collective."""
-    return context.buffer(
+    buffer = context.buffer(
         transport,
         num_experts=case.num_experts,
         hidden=case.hidden,
@@ -155,6 +166,7 @@ def make_buffer(context: RankContext, transport: str, case: Case, world: oracle.
         max_tokens=max(case.num_tokens),
         max_capacity=world.layout.capacity if isinstance(world.layout, Padded) else 0,
     )
+    return OnDevice(buffer) if transport == "cuda" else buffer
 
 
 def dispatch(buffer: Buffer, world: oracle.World, rank: int, **more: object) -> DispatchResult:
@@ -175,6 +187,7 @@ def assert_same(name: str, got: torch.Tensor | None, want: torch.Tensor | None) 
     if want is None or got is None:
         assert got is want, f"{name}: got {got}, want {want}"
         return
+    got = got.cpu()
     assert got.dtype == want.dtype and got.shape == want.shape, (
         f"{name}: got {got.dtype} {tuple(got.shape)}, want {want.dtype} {tuple(want.shape)}"
     )
@@ -260,3 +273,21 @@ def check_cached_dispatch(buffer: Buffer, handle: DispatchHandle, world: oracle.
     others = dataclasses.replace(world, x=[random_rows(len(x), world.hidden, x.dtype, generator) for x in world.x])
     scales = None if world.x_scales is None else world.x_scales[rank]
     assert_dispatched(buffer.dispatch(others.x[rank], x_scales=scales, handle=handle), others, rank, cached=True)
+
+
+def check_still_works(buffer: Buffer, rank: int) -> None:
+    """Dispatch and combine of all ranks on a buffer that saw errors."""
+    geometry = buffer.geometry
+    case = Case(
+        seed=1,
+        num_tokens=(5, 3, 4, 0)[: buffer.comm.num_ranks],
+        num_experts=geometry.num_experts,
+        hidden=geometry.hidden,
+        num_topk=2,
+        layout=ExpertMajor(4),
+    )
+    world = make_world(case)
+    result = dispatch(buffer, world, rank)
+    assert_dispatched(result, world, rank)
+    for mode in some_modes(token_major=False):
+        check_combine(buffer, result.handle, world, rank, mode, seed=2)

@@ -61,7 +61,13 @@ class RankContext:
 
 
 # Short enough that a case which hangs is a fault that names a rank rather than a missed deadline of the harness.
-CASE_CONFIG: Mapping[str, Any] = {"deadline_s": 20.0, "bootstrap_deadline_s": 20.0, "num_threads": 1, "heap_gib": 1.0}
+CASE_CONFIG: Mapping[str, Any] = {
+    "deadline_s": 20.0,
+    "bootstrap_deadline_s": 20.0,
+    "num_threads": 1,
+    "heap_gib": 1.0,
+    "num_sms": 8,
+}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -8,7 +8,7 @@ import itertools
 import oracle
 import pytest
 import torch
-from cases import PADDED, Case, make_buffer, make_world
+from cases import PADDED, Case, dtype_id, layout_id, make_buffer, make_world
 from harness import RankContext, Ranks
 from torch.utils.checkpoint import checkpoint
 
@@ -144,7 +144,7 @@ def check_gradients(
     assert_close("dexperts", matrices.grad, want.dexperts, case.dtype)
 
 
-@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=("float32", "bfloat16"))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=dtype_id)
 @pytest.mark.parametrize("num_ranks", (1, 3))
 @pytest.mark.parametrize("reduce", ("exact", "fast", "expert_order"))
 @pytest.mark.parametrize(
@@ -173,7 +173,7 @@ def test_gradients(
     ranks.run(num_ranks, check_gradients, transport, case, weigh_at, reduce)
 
 
-@pytest.mark.parametrize("layout", (TokenMajor(), ExpertMajor(1), PADDED), ids=lambda layout: str(layout))
+@pytest.mark.parametrize("layout", (TokenMajor(), ExpertMajor(1), PADDED), ids=layout_id)
 @pytest.mark.parametrize("num_tokens", ((0, 6), (6, 0), (0, 0)), ids=str)
 @pytest.mark.parametrize("routing", ("random", "one_rank", "dropped"))
 def test_ranks_without_rows(
@@ -184,7 +184,7 @@ def test_ranks_without_rows(
     ranks.run(2, check_gradients, transport, case, "experts" if layout == TokenMajor() else "combine", "exact")
 
 
-@pytest.mark.parametrize("layout", (TokenMajor(), ExpertMajor(1), PADDED), ids=lambda layout: str(layout))
+@pytest.mark.parametrize("layout", (TokenMajor(), ExpertMajor(1), PADDED), ids=layout_id)
 def test_activation_checkpointing(ranks: Ranks, transport: str, layout: object) -> None:
     """A recomputed forward dispatches again, and backward uses the new plan."""
     case = Case(seed=SEED, num_tokens=(4, 6), num_experts=4, hidden=8, layout=layout)
@@ -211,7 +211,7 @@ def check_unused_outputs(context: RankContext, transport: str, layout: object) -
     torch.testing.assert_close(x.grad, 2.0 * torch.tensor(rows).float().unsqueeze(1).expand_as(x))
 
 
-@pytest.mark.parametrize("layout", (TokenMajor(), ExpertMajor(4), PADDED), ids=lambda layout: str(layout))
+@pytest.mark.parametrize("layout", (TokenMajor(), ExpertMajor(4), PADDED), ids=layout_id)
 def test_unused_outputs(ranks: Ranks, transport: str, layout: object) -> None:
     ranks.run(3, check_unused_outputs, transport, layout)
 
@@ -233,6 +233,6 @@ def check_weights_that_need_no_gradient(context: RankContext, transport: str, la
     assert torch.equal(*found)
 
 
-@pytest.mark.parametrize("layout", (ExpertMajor(4), PADDED), ids=lambda layout: str(layout))
+@pytest.mark.parametrize("layout", (ExpertMajor(4), PADDED), ids=layout_id)
 def test_weights_that_need_no_gradient(ranks: Ranks, transport: str, layout: object) -> None:
     ranks.run(2, check_weights_that_need_no_gradient, transport, layout)

@@ -46,6 +46,18 @@ CHOICES = {
     "one host": ("auto", [peer(0), peer(1)], "shm", "all 2 ranks share the memory of a"),
     "one host without group": ("auto", [peer(0, has_group=False), peer(1, has_group=False)], "shm", "share the memory"),
     "shm asked for": ("shm", [peer(0), peer(1)], "shm", "asked for"),
+    "GPUs on one host": (
+        "auto",
+        [peer(0, cuda_problem="", gpu="u"), peer(1, cuda_problem="", gpu="v")],
+        "cuda",
+        "all 2 ranks have GPUs of a",
+    ),
+    "one rank without GPU": (
+        "auto",
+        [peer(0, cuda_problem="", gpu="u"), peer(1)],
+        "shm",
+        "all 2 ranks share the memory",
+    ),
     "reference asked for": ("reference", [peer(0), peer(1)], "reference", "asked for"),
     "two hosts": (
         "auto",
@@ -77,6 +89,16 @@ def test_choose_transport(name: str) -> None:
 
 
 REFUSALS = {
+    "cuda without GPU": (
+        "cuda",
+        [peer(0, cuda_problem="", gpu="u"), peer(1, cuda_problem="no driver")],
+        "transport cuda: rank 1: no driver",
+    ),
+    "cuda on two hosts": (
+        "cuda",
+        [peer(0, cuda_problem=""), peer(1, cuda_problem="", host="b", machine="n")],
+        "transport cuda: ranks cannot share memory (hosts a, b)",
+    ),
     "shm on two hosts": ("shm", [peer(0), peer(1, host="b", machine="n")], "ranks cannot share memory (hosts a, b)"),
     "shm without core": (
         "shm",

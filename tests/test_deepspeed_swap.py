@@ -8,6 +8,7 @@ import dataclasses
 import gc
 import logging
 import pickle
+import weakref
 from collections.abc import Iterator
 
 import deepspeed
@@ -226,9 +227,11 @@ def check_collected_engine(context: RankContext) -> None:
     engine = make_engine(layer)
     with enable(swap_config(REFERENCE)) as swap:
         step(CASE, layer)
+        collected = weakref.ref(engine)
         del engine
         if context.rank == 0:
             gc.collect()
+            assert collected() is None
         assert len(swap.buffers) == 1
         step(CASE, layer)
 

@@ -1,4 +1,7 @@
-"""Faults on purpose, to see that a run survives them: `--inject kill:rank=1,step=7`. For tests and measurements."""
+"""Faults on purpose, to see that a run survives them. For tests and measurements.
+
+--inject kill:rank=1,step=7 stop:rank=0,step=9    the first in the first attempt, the second in the second
+"""
 
 from __future__ import annotations
 
@@ -14,7 +17,11 @@ from train.files import write_text_atomic
 from train.metrics import StepMetrics
 
 KINDS = ("kill", "stop", "raise", "slow")
-INJECTED_FILE = "injected_at"
+
+
+def injected_file(out_dir: Path, attempt: int) -> Path:
+    """Holds the time of the fault of an attempt (from 1), in seconds since the epoch."""
+    return out_dir / f"injected-{attempt}"
 
 
 class InjectedError(RuntimeError):
@@ -57,16 +64,16 @@ class Injection:
 
 
 class FaultInjector:
-    """Trainer callback that carries out an injection on its rank, and leaves the time in the run's folder."""
+    """Trainer callback that carries out an injection on its rank, and leaves the time of it in a file."""
 
-    def __init__(self, injection: Injection, *, rank: int, out_dir: Path) -> None:
+    def __init__(self, injection: Injection, *, rank: int, time_file: Path) -> None:
         self._injection = injection
         self._rank = rank
-        self._out_dir = out_dir
+        self._time_file = time_file
 
     def on_step(self, metrics: StepMetrics) -> None:
         if self._rank == self._injection.rank and metrics.step == self._injection.step:
-            write_text_atomic(self._out_dir / INJECTED_FILE, repr(time.time()))
+            write_text_atomic(self._time_file, repr(time.time()))
             self._strike()
 
     def on_checkpoint(self, info: CheckpointInfo) -> None:

@@ -27,9 +27,9 @@ from typing import Any
 from train.cli import add_config_arguments, config_from_args
 from train.config import TrainConfig
 from train.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError
-from train.inject import INJECTED_FILE, Injection
+from train.inject import Injection, injected_file
 from train.ray_jobs import RESULT_PREFIX
-from train.timeline import StartTimes, process_started
+from train.timeline import RecoveryTimes, StartTimes, process_started
 
 # Ray's own defaults poll every 2 s, print every line twice and keep the run out of the dashboard.
 _TRAIN_SETTINGS: Mapping[str, str] = {
@@ -51,8 +51,8 @@ class RayOptions:
     """How often the workers are started again after a fault."""
     address: str = ""
     """The cluster; empty: start a Ray here."""
-    inject: Injection | None = None
-    """A fault on purpose, in the first attempt."""
+    inject: tuple[Injection, ...] = ()
+    """Faults on purpose, one for each attempt from the first on."""
     submitted: float = 0.0
     """When the job was submitted, in seconds since the epoch; 0: when this process began."""
 
@@ -63,8 +63,9 @@ class RayOptions:
             raise ConfigError("--cpus-per-worker", self.cpus_per_worker, "must be positive")
         if self.max_failures < 0:
             raise ConfigError("--max-failures", self.max_failures, "must be at least 0")
-        if self.inject is not None and self.inject.rank >= self.num_workers:
-            raise ConfigError("--inject", self.inject.rank, f"rank must be less than --workers {self.num_workers}")
+        for injection in self.inject:
+            if injection.rank >= self.num_workers:
+                raise ConfigError("--inject", injection.rank, f"rank must be less than --workers {self.num_workers}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -91,7 +92,9 @@ def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--address", default=os.environ.get("RAY_ADDRESS", ""), help="Ray cluster (default: RAY_ADDRESS, or a new Ray)"
     )
-    parser.add_argument("--inject", metavar="FAULT", help="fault on purpose, e.g. kill:rank=1,step=7 (first attempt)")
+    parser.add_argument(
+        "--inject", nargs="+", default=[], metavar="FAULT", help="faults, one per attempt, e.g. kill:rank=1,step=7"
+    )
     parser.add_argument("--submitted", type=float, default=0.0, help=argparse.SUPPRESS)
 
 
@@ -102,7 +105,7 @@ def options_from_args(args: argparse.Namespace) -> RayOptions:
         cpus_per_worker=args.cpus_per_worker,
         max_failures=args.max_failures,
         address=args.address,
-        inject=Injection.parse(args.inject) if args.inject else None,
+        inject=tuple(Injection.parse(text) for text in args.inject),
         submitted=args.submitted,
     )
 
@@ -198,7 +201,8 @@ def _trainer(config: TrainConfig, options: RayOptions, *, use_gpu: bool) -> Any:
     env = {} if use_gpu else {"DS_ACCELERATOR": "cpu"}
     # Progress bars redraw one line, which a log cannot; the reporter prints lines instead.
     config = config.replace(**{"run.progress": False})
-    (out_dir / INJECTED_FILE).unlink(missing_ok=True)
+    for attempt in range(1, len(options.inject) + 1):
+        injected_file(out_dir, attempt).unlink(missing_ok=True)
     return TorchTrainer(
         train_worker,
         train_loop_config={"job": WorkerJob(config=config.to_dict(), token=token, inject=options.inject)},
@@ -233,22 +237,20 @@ def _torch_config(config: TrainConfig, options: RayOptions) -> Any:
 def _report(config: TrainConfig, options: RayOptions, outcome: Any, *, imported: float, connected: float) -> None:
     from train.report import format_summary
 
-    started, first = process_started(), outcome.attempts[0]
+    started = process_started()
     times = StartTimes(
         submitted=options.submitted or started,
         driver_started=started,
         driver_imported=imported,
         ray_connected=connected,
-        worker_started=first.started,
-        worker_entered=first.entered,
-        first_step_began=first.first_step_began,
-        first_step_done=first.first_step_done,
+        **_moments(outcome.attempts[0]),
     )
     result = {
         "backend": config.run.backend,
         "out_dir": config.run.out_dir,
         "start": dataclasses.asdict(times),
         "attempts": [dataclasses.asdict(attempt) for attempt in outcome.attempts],
+        "recoveries": [],
         "stats": dataclasses.asdict(outcome.summary.stats),
         "checkpoint": str(outcome.summary.checkpoint_path),
         "metrics": str(outcome.summary.metrics_path),
@@ -256,13 +258,23 @@ def _report(config: TrainConfig, options: RayOptions, outcome: Any, *, imported:
     }
     print(format_summary(outcome.summary))
     print(f"time to first step  {times}")
-    injected = Path(config.run.out_dir) / INJECTED_FILE
-    if injected.is_file():
-        fault = float(injected.read_text(encoding="utf-8"))
-        again = [attempt.first_step_done for attempt in outcome.attempts if attempt.entered > fault]
-        result["fault_to_training_s"] = again[0] - fault if again else None
-        print(f"from the injected fault to training again  {result['fault_to_training_s']:.1f} s")
+    for number, attempt in enumerate(outcome.attempts[1:], start=1):
+        if number <= len(options.inject):
+            fault = float(injected_file(Path(config.run.out_dir), number).read_text(encoding="utf-8"))
+            times = RecoveryTimes(fault=fault, **_moments(attempt))
+            result["recoveries"].append({"kind": options.inject[number - 1].kind} | dataclasses.asdict(times))
+            print(f"{options.inject[number - 1].kind} to training again  {times}")
     print(f"{RESULT_PREFIX} {json.dumps(result)}", flush=True)
+
+
+def _moments(attempt: Any) -> dict[str, float]:
+    """The last moments of a start, of an `Attempt`."""
+    return {
+        "worker_started": attempt.started,
+        "worker_entered": attempt.entered,
+        "first_step_began": attempt.first_step_began,
+        "first_step_done": attempt.first_step_done,
+    }
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from train.api import CheckpointInfo, TrainSummary
 from train.config import TrainConfig
 from train.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError
 from train.files import write_text_atomic
-from train.inject import FaultInjector, Injection
+from train.inject import FaultInjector, Injection, injected_file
 from train.metrics import StepMetrics
 from train.timeline import process_started
 
@@ -37,8 +37,8 @@ class WorkerJob:
     """`TrainConfig.to_dict`, all paths absolute."""
     token: str
     """Unique to this run: tells its attempts from those of an earlier run in the same folder."""
-    inject: Injection | None
-    """A fault for the first attempt."""
+    inject: tuple[Injection, ...]
+    """Faults, one for each attempt from the first on."""
 
 
 @dataclass(kw_only=True)
@@ -134,8 +134,9 @@ def train_worker(loop_config: dict[str, WorkerJob]) -> WorkerOutcome | None:
     number = [len(log.attempts) if log else 0]
     dist.broadcast_object_list(number, src=0)
     callbacks: list[Any] = [RayReporter(config, log)]
-    if number[0] == 1 and job.inject is not None:
-        callbacks.append(FaultInjector(job.inject, rank=rank, out_dir=out_dir))
+    if number[0] <= len(job.inject):
+        time_file = injected_file(out_dir, number[0])
+        callbacks.append(FaultInjector(job.inject[number[0] - 1], rank=rank, time_file=time_file))
     try:
         summary = _train(config_of_attempt(config, number[0]), callbacks)
     except USER_ERRORS as error:

@@ -9,8 +9,8 @@ namespace ray_deepep {
 
 enum class LayoutKind : int32_t { kTokenMajor = 0, kExpertMajor = 1, kPadded = 2 };
 
-// How combine adds up a token's rows: at the source, float32, k order; over the local experts first; or at the source
-// in the rows' own type by ascending expert.
+// How combine adds up a token's rows, always in float32: at the source by k; over the local experts first; or at the
+// source by ascending expert.
 enum class Reduce : int32_t { kExact = 0, kFast = 1, kExpertOrder = 2 };
 
 struct Layout {

@@ -88,10 +88,6 @@ __device__ void combine_token(const CombineParams& p, const Order& order, int64_
                 first.add(a);
                 second.add(b);
             }
-            if (p.by_expert) {
-                first.round();
-                second.round();
-            }
             if (p.routes == nullptr) continue;
             std::byte* kept = p.routes + (int64_t{k} * p.plan.num_tokens + token) * row_bytes;
             if (i < vectors) store_vec(kept, i, a);

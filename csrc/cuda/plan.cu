@@ -337,6 +337,7 @@ void launch_plan(const PlanParams& params, cudaStream_t stream) {
     plan_bases_kernel<<<1, kBaseThreads, base_shared, stream>>>(params);
     check_launch("plan_bases_kernel");
     const int items = (params.peers.num_ranks + 1) * params.num_chunks;
+    if (items == 0) return;
     const size_t list_shared = kListWarps * (num_experts + params.peers.num_ranks + kChunkTokens) * sizeof(int);
     plan_lists_kernel<<<(items + kListWarps - 1) / kListWarps, kListWarps * 32, list_shared, stream>>>(params);
     check_launch("plan_lists_kernel");

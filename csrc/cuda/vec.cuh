@@ -68,11 +68,6 @@ struct Accumulator {
 #pragma unroll
         for (int j = 0; j < Vec<T>::kCount; ++j) sums[j] = __fadd_rn(sums[j], __fmul_rn(weight, widen(v.items[j])));
     }
-    // As an addition in the rows' own type leaves it.
-    __device__ void round() {
-#pragma unroll
-        for (float& sum : sums) sum = widen(narrow<T>(sum));
-    }
     __device__ Vec<T> value() const {
         Vec<T> v;
 #pragma unroll

@@ -1,0 +1,111 @@
+"""The CUDA core against the oracle, bit by bit: 1 to 8 ranks on the GPUs there are (several ranks on one GPU need MPS).
+
+tests/gpu/run.sh        # starts MPS, builds, runs these tests
+"""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+import torch
+from cases import FLOAT8, LAYOUTS, PADDED, ROUTINGS, Case, all_modes, check_case
+from harness import RankContext, Ranks
+
+from ray_deepep import ExpertMajor, TokenMajor
+from ray_deepep.cuda import cuda_problem
+
+pytestmark = pytest.mark.skipif(bool(cuda_problem()), reason=f"transport cuda: {cuda_problem()}")
+SEED = 71
+
+
+def check_cases(context: RankContext, cases: list[Case], modes: list | None = None) -> None:
+    torch.cuda.set_device(context.rank % torch.cuda.device_count())
+    for case in cases:
+        check_case(context, "cuda", case, modes)
+
+
+def tokens_of(num_ranks: int, most: int) -> tuple[int, ...]:
+    return tuple(max(most - 37 * rank, 0) for rank in range(num_ranks))
+
+
+@pytest.mark.parametrize("num_ranks", (1, 2, 4, 8))
+def test_layouts_and_dtypes(ranks: Ranks, num_ranks: int) -> None:
+    cases = [
+        Case(
+            seed=SEED,
+            num_tokens=tokens_of(num_ranks, 150),
+            num_experts=num_ranks * 3,
+            hidden=256,
+            layout=layout,
+            dtype=dtype,
+            routing="sparse",
+        )
+        for layout in LAYOUTS
+        for dtype in (torch.float32, torch.bfloat16, torch.float16, FLOAT8)
+    ]
+    ranks.run(num_ranks, check_cases, cases, deadline_s=120.0)
+
+
+@pytest.mark.parametrize("num_ranks", (2, 4))
+def test_routings_and_empty_ranks(ranks: Ranks, num_ranks: int) -> None:
+    shapes = [
+        tokens_of(num_ranks, 70),
+        (0,) * num_ranks,
+        (0,) * (num_ranks - 1) + (65,),
+        (64,) + (0,) * (num_ranks - 1),
+    ]
+    cases = [
+        Case(seed=SEED, num_tokens=shape, num_experts=num_ranks * 4, hidden=64, layout=layout, routing=routing)
+        for shape in shapes
+        for layout in (TokenMajor(), ExpertMajor(8), PADDED)
+        for routing in ROUTINGS
+    ]
+    ranks.run(num_ranks, check_cases, cases, deadline_s=200.0)
+
+
+def test_num_topk(ranks: Ranks) -> None:
+    cases = [
+        Case(seed=SEED, num_tokens=(130, 0, 3, 64), num_experts=64, num_topk=num_topk, layout=layout)
+        for num_topk in (1, 2, 3, 4, 5, 6, 7, 8, 31, 32)
+        for layout in (TokenMajor(), ExpertMajor(8), PADDED)
+    ]
+    ranks.run(4, check_cases, cases, deadline_s=120.0)
+
+
+def test_row_sizes(ranks: Ranks) -> None:
+    """From one vector to rows of several pieces."""
+    cases = [
+        Case(seed=SEED, num_tokens=(33, 70), num_experts=8, hidden=hidden, layout=layout, dtype=dtype)
+        for dtype, sizes in ((torch.float32, (4, 60, 3588, 16384)), (torch.bfloat16, (8, 1000, 7168, 7176, 16384)))
+        for hidden in sizes
+        for layout in (TokenMajor(), ExpertMajor(8))
+    ]
+    ranks.run(2, check_cases, cases, deadline_s=120.0)
+
+
+def test_all_combine_modes(ranks: Ranks) -> None:
+    for layout in (TokenMajor(), ExpertMajor(16), PADDED):
+        case = Case(seed=SEED, num_tokens=(7, 0, 4, 80), num_experts=8, num_topk=4, layout=layout, dtype=torch.bfloat16)
+        ranks.run(4, check_cases, [case], all_modes(layout == TokenMajor()), deadline_s=120.0)
+
+
+def fuzz_case(generator: random.Random, num_ranks: int) -> Case:
+    dtype = generator.choice((torch.float32, torch.bfloat16, torch.float16, FLOAT8))
+    hidden = 128 * generator.randint(1, 4) if dtype == FLOAT8 else 8 * generator.randint(1, 80)
+    return Case(
+        seed=generator.getrandbits(32),
+        num_tokens=tuple(generator.choice((0, 1, generator.randint(0, 300))) for _ in range(num_ranks)),
+        num_experts=num_ranks * generator.randint(1, 20),
+        hidden=hidden,
+        num_topk=generator.randint(1, 9),
+        layout=generator.choice(LAYOUTS),
+        dtype=dtype,
+        routing=generator.choice([r for r in ROUTINGS if r != "distinct"]),
+    )
+
+
+@pytest.mark.parametrize("num_ranks", (2, 4, 8))
+def test_random_cases(ranks: Ranks, num_ranks: int) -> None:
+    generator = random.Random(SEED + num_ranks)
+    ranks.run(num_ranks, check_cases, [fuzz_case(generator, num_ranks) for _ in range(40)], deadline_s=250.0)

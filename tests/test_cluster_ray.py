@@ -1,0 +1,342 @@
+"""``ray_deepep.cluster`` on a real Ray: raw actors, Ray Train runs, and faults. One Ray serves the whole file."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("ray", reason="ray_deepep.cluster needs Ray")
+
+import ray
+
+from ray_deepep import BootstrapError, Buffer, CommConfig, CommFaultError, InvalidArgumentError, InvalidTypeError
+from ray_deepep.cluster import (
+    ExpertParallelConfig,
+    NotBootstrappedError,
+    WorkerBootstrapError,
+    bootstrap,
+    current,
+    teardown,
+)
+from ray_deepep.cluster.expert_parallel import ExpertParallelBackend
+
+ROOT = Path(__file__).parents[1]
+CONFIG = CommConfig(bootstrap_deadline_s=30.0, deadline_s=10.0, num_threads=1, heap_gib=1.0)
+SHORT = CommConfig(bootstrap_deadline_s=4.0, num_threads=1, heap_gib=1.0)
+TINY = ("--preset", "tiny", "--workers", "2", "--backend", "ray_deepep", "--set", "data.max_bytes=65536")
+
+
+@pytest.fixture(scope="module")
+def cluster():
+    """A Ray of this file's own, with the dashboard that jobs and the Train state need; gives its two addresses."""
+    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
+    context = ray.init(address="local", num_cpus=8, include_dashboard=True, log_to_driver=False)
+    yield {"gcs": ray.get_runtime_context().gcs_address, "dashboard": f"http://{context.dashboard_url}"}
+    ray.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+
+
+class Worker:
+    """What a user's actor may look like."""
+
+    def pid(self) -> int:
+        return os.getpid()
+
+    def sleep(self, seconds: float) -> None:
+        time.sleep(seconds)
+
+    def place(self) -> tuple:
+        state = current()
+        return state.world_rank, state.ranks, state.communicator.rank, state.communicator.num_ranks
+
+    def add_up(self) -> float:
+        """Every token to all experts and back; with weights of one, K times itself."""
+        with Buffer(current().communicator, num_experts=4, hidden=256, num_topk=4, max_tokens=32) as buffer:
+            x = torch.full((8, 256), 1.0 + current().world_rank)
+            arrived = buffer.dispatch(x, torch.arange(4).repeat(8, 1))
+            per_rank = buffer.combine(arrived.x, arrived.handle).x
+            return float(per_rank.mean()) / current().communicator.num_ranks
+
+    def dispatch_until_fault(self) -> CommFaultError:
+        with Buffer(current().communicator, num_experts=4, hidden=256, num_topk=1, max_tokens=32) as buffer:
+            try:
+                while True:
+                    buffer.dispatch(torch.ones(8, 256), torch.zeros(8, 1, dtype=torch.int64))
+            except CommFaultError as error:
+                return error
+
+
+@pytest.fixture(scope="module")
+def actors(cluster):
+    """Four actors; tests that break one replace it in the list."""
+    made = [new_actor() for _ in range(4)]
+    ray.get([actor.pid.remote() for actor in made], timeout=120)
+    return made
+
+
+def new_actor():
+    return ray.remote(num_cpus=0.5)(Worker).remote()
+
+
+# Raw actors
+
+
+def test_actors_dispatch_and_combine(actors):
+    ranks = bootstrap(actors, config=CONFIG)
+    assert [r.world_rank for r in ranks] == [0, 1, 2, 3]
+    assert {r.process.pid for r in ranks} == set(ray.get([actor.pid.remote() for actor in actors]))
+    assert ray.get([actor.add_up.remote() for actor in actors], timeout=60) == [1.0, 2.0, 3.0, 4.0]
+    teardown(actors)
+    with pytest.raises(NotBootstrappedError):
+        ray.get(actors[0].place.remote())
+
+
+def test_ep_groups_of_consecutive_actors(actors):
+    ranks = bootstrap(actors, config=CONFIG, ep_size=2)
+    assert [(r.rank, r.ranks) for r in ranks] == [(0, (0, 1)), (1, (0, 1)), (0, (2, 3)), (1, (2, 3))]
+    places = ray.get([actor.place.remote() for actor in actors])
+    assert places == [(0, (0, 1), 0, 2), (1, (0, 1), 1, 2), (2, (2, 3), 0, 2), (3, (2, 3), 1, 2)]
+    assert ray.get([actor.add_up.remote() for actor in actors], timeout=60) == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_reference_transport_over_a_process_group_of_ours(actors):
+    config = CommConfig(transport="reference", bootstrap_deadline_s=30.0, deadline_s=10.0)
+    ranks = bootstrap(actors, config=config, ep_size=2, process_group="gloo", timeout_s=60)
+    assert {r.transport for r in ranks} == {"reference"}
+    assert ray.get([actor.add_up.remote() for actor in actors], timeout=60) == [1.0, 2.0, 3.0, 4.0]
+    teardown(actors)
+
+
+def test_a_busy_actor_is_named_within_the_deadline(actors):
+    busy = actors[2].sleep.remote(8.0)
+    begin = time.monotonic()
+    with pytest.raises(
+        BootstrapError, match=r"rank 2 did not reach 'join' within 4 s \(rank 2, Worker, pid \d+"
+    ) as info:
+        bootstrap(actors, config=SHORT)
+    assert time.monotonic() - begin < SHORT.bootstrap_deadline_s + 4.0
+    assert info.value.missing == [2]
+    ray.get(busy)
+    bootstrap(actors, config=CONFIG)  # the others are free again, and the busy one too
+    assert ray.get([actor.add_up.remote() for actor in actors], timeout=60) == [1.0, 2.0, 3.0, 4.0]
+
+
+def test_a_killed_actor_is_named_by_its_peers_and_by_the_next_bootstrap(actors):
+    bootstrap(actors, config=CONFIG)
+    pid = ray.get(actors[1].pid.remote())
+    survivors = [actors[rank] for rank in (0, 2, 3)]
+    loops = [actor.dispatch_until_fault.remote() for actor in actors]
+    time.sleep(1.0)
+    os.kill(pid, signal.SIGKILL)
+    errors = ray.get([loops[rank] for rank in (0, 2, 3)], timeout=CONFIG.deadline_s + 5)
+    assert [error.record.peer for error in errors] == [1, 1, 1]
+    assert {error.record.peer_pid for error in errors} == {pid}
+    with pytest.raises(BootstrapError, match="rank 1 did not reach 'join'") as info:
+        bootstrap(actors, config=CONFIG)
+    assert info.value.missing == [1]
+    assert "died" in info.value.detail
+    actors[1] = new_actor()
+    bootstrap(actors, config=CONFIG)
+    assert ray.get([actor.add_up.remote() for actor in (actors[1], *survivors)], timeout=60) == [2.0, 1.0, 3.0, 4.0]
+
+
+def test_what_an_actor_raises_comes_back_typed(actors):
+    with pytest.raises(InvalidArgumentError, match="process_group"):
+        bootstrap(actors, config=CONFIG, swap=True)
+    # Without a process group there is nothing to fall back on, and the error says so.
+    with pytest.raises(Exception, match="transport reference needs a torch process group"):
+        bootstrap(actors, config=CommConfig(transport="reference", bootstrap_deadline_s=30.0))
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda actors: [], InvalidArgumentError, "actors: must name at least one actor"),
+        (lambda actors: [actors[0], "a"], InvalidTypeError, "actors: must be Ray actor handles; got 'str at 1'"),
+        (lambda actors: [actors[0], actors[0]], InvalidArgumentError, "actors: must be different actors"),
+    ],
+)
+def test_bad_actors_are_refused(actors, change, error, text):
+    with pytest.raises(error, match=re.escape(text)):
+        bootstrap(change(actors), config=CONFIG)
+
+
+def test_a_degree_that_does_not_fit_is_refused(actors):
+    with pytest.raises(InvalidArgumentError, match="ep_size: must divide the world size 4; got 3"):
+        bootstrap(actors, config=CONFIG, ep_size=3)
+
+
+def test_current_outside_an_actor(cluster):
+    with pytest.raises(NotBootstrappedError, match="ExpertParallelConfig"):
+        current()
+
+
+# ExpertParallelConfig without a Train run
+
+
+@pytest.mark.parametrize(
+    ("fields", "error"),
+    [
+        ({"ep_size": 0}, InvalidArgumentError),
+        ({"ep_size": 1.5}, InvalidArgumentError),
+        ({"comm": {}}, InvalidTypeError),
+        ({"init_method": "file"}, InvalidArgumentError),
+    ],
+)
+def test_config_refuses_bad_fields(fields, error):
+    with pytest.raises(error, match=next(iter(fields))):
+        ExpertParallelConfig(**fields)
+
+
+class FakeWorkerGroup:
+    """As much of Ray Train's worker group as the backend calls, over raw actors."""
+
+    def __init__(self, actors) -> None:
+        self.actors = actors
+        self.was_shut_down = False
+
+    def __len__(self) -> int:
+        return len(self.actors)
+
+    def execute_single_async(self, rank, function, *args):
+        return self.actors[rank].__ray_call__.remote(lambda actor, *a: function(*a), *args)
+
+    def get_workers(self):
+        metadata = type("M", (), {"node_id": ray.get_runtime_context().get_node_id(), "hostname": "h", "pid": 7})
+        return [type("W", (), {"metadata": metadata})] * len(self.actors)
+
+    def get_resources_per_worker(self):
+        return {"CPU": 1}
+
+    def shutdown(self) -> None:
+        self.was_shut_down = True
+
+
+def test_a_worker_that_does_not_answer_is_named_at_start(actors):
+    busy = actors[1].sleep.remote(6.0)
+    group = FakeWorkerGroup(actors[:2])
+    with pytest.raises(WorkerBootstrapError, match="rank 1 did not reach 'reach' within 4 s") as info:
+        ExpertParallelBackend().on_start(group, ExpertParallelConfig(comm=SHORT, swap=False))
+    assert info.value.missing == [1]
+    assert group.was_shut_down
+    ray.get(busy)
+
+
+# Ray Train runs, as a user starts them
+
+
+class Run:
+    """One `python -m train.ray_main` on the cluster of this file."""
+
+    def __init__(self, cluster, out: Path, *arguments: str, **env: str) -> None:
+        self.out = out
+        command = [sys.executable, "-m", "train.ray_main", *TINY, "--out", str(out), *arguments]
+        environment = os.environ | {"RAY_ADDRESS": cluster["gcs"]} | env
+        begin = time.monotonic()
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
+        self.seconds = time.monotonic() - begin
+        self.status = done.returncode
+        self.text = done.stdout + done.stderr
+        self.faults = [json.loads(line.partition("RAY_DEEPEP_FAULT ")[2]) for line in self.lines("RAY_DEEPEP_FAULT")]
+
+    def lines(self, word: str) -> list[str]:
+        return [line for line in self.text.splitlines() if word in line]
+
+    @property
+    def losses(self) -> list[tuple]:
+        records = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
+        return [(r["step"], r["loss"], r["aux_loss"], r.get("val_loss")) for r in records]
+
+
+class SharedMemoryWatch:
+    """Notes what appears in /dev/shm while a run goes."""
+
+    def __init__(self) -> None:
+        self.names: set[str] = set()
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._look)
+
+    def _look(self) -> None:
+        while not self._end.wait(0.05):
+            self.names |= set(os.listdir("/dev/shm"))
+
+    def __enter__(self) -> "SharedMemoryWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._end.set()
+        self._thread.join()
+
+
+@pytest.fixture(scope="module")
+def undisturbed(cluster, tmp_path_factory) -> Run:
+    run = Run(cluster, tmp_path_factory.mktemp("runs") / "undisturbed")
+    assert run.status == 0, run.text
+    return run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_faults_are_named_and_do_not_change_the_losses(cluster, undisturbed, tmp_path):
+    assert undisturbed.faults == []
+    with SharedMemoryWatch() as watch:
+        run = Run(
+            cluster,
+            tmp_path / "disturbed",
+            *("--max-failures", "4", "--inject", "kill:rank=1,step=3", "stop:rank=1,step=5"),
+            *("raise:rank=0,step=6", "slow:rank=1,step=7,seconds=120"),
+            RAY_DEEPEP_DEADLINE_S="4",
+        )
+    assert run.status == 0, run.text
+    named = [(fault["attempt"], fault["rank"], fault["cause"]) for fault in run.faults]
+    assert named == [(1, 1, "died"), (2, 1, "stopped"), (3, 0, "raised"), (4, 1, "late")]
+    assert run.losses == undisturbed.losses
+    assert [step for step, *_ in run.losses] == list(range(1, 9))
+    assert not [name for name in watch.names if "deepep" in name]
+    pids = [fault["pid"] for fault in run.faults]
+    assert all(not Path(f"/proc/{pid}").exists() for pid in pids), "a culprit's process was left behind"
+    details = attempt_details(cluster, "tiny-ray_deepep")
+    for text in ("rank 1 (pid", "is stopped (SIGSTOP)", "InjectedError", "was late"):
+        assert any(text in detail for detail in details), (text, details)
+
+
+def attempt_details(cluster, name: str) -> list[str]:
+    """Status texts of all attempts of Train runs whose name begins with `name`, as the dashboard has them."""
+    with urllib.request.urlopen(f"{cluster['dashboard']}/api/train/v2/runs/v1", timeout=30) as answer:
+        runs = json.load(answer)["train_runs"]
+    attempts = [attempt for run in runs if run["name"].startswith(name) for attempt in run["attempts"]]
+    return [attempt["status_detail"] or "" for attempt in attempts]
+
+
+@pytest.mark.slow
+def test_a_run_without_retries_fails_with_the_culprit(cluster, tmp_path):
+    run = Run(cluster, tmp_path / "fatal", "--max-failures", "0", "--inject", "kill:rank=0,step=1")
+    assert run.status == 1
+    assert [(fault["rank"], fault["cause"]) for fault in run.faults] == [(0, "died")]
+    assert run.lines("error: training failed"), run.text
+
+
+@pytest.mark.slow
+def test_an_error_of_the_user_is_not_retried(cluster, undisturbed):
+    run = Run(cluster, undisturbed.out)
+    assert run.status == 2
+    assert run.lines("holds checkpoints"), run.text
+    assert run.faults == []
+    assert not run.lines("RESTARTING")
+
+
+def test_too_few_cpus_are_an_error_at_once(cluster, tmp_path):
+    run = Run(cluster, tmp_path / "many", "--workers", "64", "--set", "model.num_experts=64")
+    assert run.status == 2
+    assert run.lines("error: --workers = 64: needs 64 CPUs and the cluster has 8"), run.text
+    assert run.seconds < 60
