@@ -12,6 +12,7 @@ between, capacity factor 1.25, the same weights and inputs in all variants. What
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import logging
 from pathlib import Path
@@ -31,10 +32,10 @@ if TYPE_CHECKING:
 RESULTS_PATH = RESULTS / "deepspeed_layer.jsonl"
 NAME = "deepspeed_layer"
 EXPLANATION = (
-    "`deepspeed.moe.layer.MoE`, float32, experts hidden → hidden → hidden, capacity factor 1.25, 1,024 tokens per rank; "
+    "`deepspeed.moe.layer.MoE`, float32, experts hidden → hidden → hidden, capacity factor 1.25, 1,024 tokens a rank; "
     "stock, and swapped with `attach(model, SwapConfig(layout=..., combine=...))`, in turns. *Communication* is all of "
     "the layer's time, forward and backward, outside its gate and its experts: encoding, all-to-all, decoding and "
-    "waiting for other ranks, measured by the same hooks on either."
+    "waiting for other ranks, measured by the same hooks on either; *CPU ms* is its processor time, mean of the ranks."
 )
 SWAPS = (("padded", "exact"), ("padded", "fast"), ("compact", "exact"), ("compact", "fast"))
 
@@ -139,15 +140,16 @@ def _new_layer(case: Case) -> MoE:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     deepspeed.init_distributed("gloo", verbose=False)
     hidden = case.hidden
-    layer = MoE(
-        hidden_size=hidden,
-        expert=nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden)),
-        num_experts=case.num_experts,
-        ep_size=case.num_ranks,
-        k=case.k,
-        capacity_factor=case.capacity_factor,
-    )
-    layer.set_deepspeed_parallelism()
+    with contextlib.redirect_stdout(None):  # DeepSpeed prints when it makes a group
+        layer = MoE(
+            hidden_size=hidden,
+            expert=nn.Sequential(nn.Linear(hidden, hidden), nn.GELU(), nn.Linear(hidden, hidden)),
+            num_experts=case.num_experts,
+            ep_size=case.num_ranks,
+            k=case.k,
+            capacity_factor=case.capacity_factor,
+        )
+        layer.set_deepspeed_parallelism()
     return layer
 
 
@@ -208,6 +210,7 @@ def summary_table(records: list[Record]) -> str:
             continue
         config, ours, theirs = record["config"], record["parts"]["communication"], stock["parts"]["communication"]
         share, stock_share = ours / record["median_ms"], theirs / stock["median_ms"]
+        cpu, stock_cpu = record["parts"]["communication_cpu"], stock["parts"]["communication_cpu"]
         rows.append(
             [
                 f"top-{config['k']} of {config['num_experts']}, hidden {config['hidden']}: {record['variant']}",
@@ -217,10 +220,11 @@ def summary_table(records: list[Record]) -> str:
                 f"{theirs:.1f} → {ours:.1f}",
                 f"**{theirs / ours:.1f}×**",
                 f"{stock_share:.0%} → {share:.0%}",
+                f"{stock_cpu:.1f} → {cpu:.1f}",
             ]
         )
     header = ["layer, forward + backward", "ranks", "ms, stock → ours", "faster", "communication ms", "less"]
-    return markdown_table([*header, "share of the whole"], rows)
+    return markdown_table([*header, "share of the whole", "its CPU ms"], rows)
 
 
 def is_headline(record: Record) -> bool:

@@ -39,12 +39,13 @@ def run_facts() -> Record:
 
 
 def summarise(timing: Timing) -> Record:
-    """Median, 10th and 90th percentile of a variant, and the medians of its parts, ms."""
+    """Median, least, 10th and 90th percentile of a variant, and the medians of its parts, ms."""
     deciles = _deciles(timing.span_ms)
     record = {
         "variant": timing.name,
         "num_rounds": len(timing.span_ms),
         "median_ms": _round(statistics.median(timing.span_ms)),
+        "min_ms": _round(min(timing.span_ms)),
         "p10_ms": _round(deciles[0]),
         "p90_ms": _round(deciles[-1]),
         "rank_median_ms": _round(statistics.median(timing.rank_ms)),

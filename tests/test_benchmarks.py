@@ -1,4 +1,4 @@
-"""Benchmarks run at tiny sizes, leave complete lines, and compare things that compute the same. Times are not judged."""
+"""Benchmarks run at tiny sizes, leave complete lines, and compare what computes the same. Times are not judged."""
 
 from __future__ import annotations
 
@@ -6,12 +6,13 @@ import json
 import pathlib
 
 import pytest
-
-from benchmarks import deepspeed_layer, dispatch_combine, records, table, timing
 from harness import shm_problem
 
+from benchmarks import deepspeed_layer, dispatch_combine, records, table, timing
+
 RUN_FIELDS = {"benchmark", "run", "git_sha", "git_dirty", "cpu", "cores", "load_1m", "python", "torch"}
-VARIANT_FIELDS = {"config", "variant", "num_rounds", "median_ms", "p10_ms", "p90_ms", "rank_median_ms", "cpu_median_ms"}
+TIME_FIELDS = {"num_rounds", "median_ms", "min_ms", "p10_ms", "p90_ms", "rank_median_ms", "cpu_median_ms"}
+VARIANT_FIELDS = {"config", "variant"} | TIME_FIELDS
 README = f"# Title\n\n{table.BEGIN}\nold\n{table.END}\n\nmore\n"
 
 needs_core = pytest.mark.skipif(bool(shm_problem()), reason=shm_problem() or "-")
@@ -92,7 +93,7 @@ def test_latest_run_alone_is_shown(tmp_path: pathlib.Path) -> None:
 def layer_records() -> list[records.Record]:
     facts = records.run_facts() | {"benchmark": "deepspeed_layer"}
     config = {"num_ranks": 2, "k": 2, "num_experts": 8, "num_tokens": 64, "hidden": 16, "capacity_factor": 1.25}
-    parts = {"gate": 1.0, "experts": 2.0, "communication": 3.0}
+    parts = {"gate": 1.0, "experts": 2.0, "communication": 3.0, "communication_cpu": 2.5}
     variant = {"config": config, "median_ms": 6.0, "p10_ms": 5.0, "p90_ms": 7.0, "parts": parts}
     return [facts | variant | {"variant": name} for name in ("stock", "padded, exact")]
 

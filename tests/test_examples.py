@@ -8,7 +8,6 @@ import subprocess
 import sys
 
 import pytest
-
 from harness import shm_problem
 
 ROOT = pathlib.Path(__file__).parents[1]

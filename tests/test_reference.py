@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, check_case
-from harness import CASE_CONFIG, RankContext, RankPool, error_of
+from harness import CASE_CONFIG, RankContext, RankPool, Ranks, error_of
 
 from ray_deepep import Buffer, CommConfig, CommFaultError, Communicator, ExpertMajor, MismatchError, Padded, TokenMajor
 from ray_deepep.plan_reference import RankRouting, expert_major_slots, make_plan
@@ -172,9 +172,18 @@ CAUSES = {
 }
 
 
-@pytest.mark.parametrize("how", CAUSES)
-@pytest.mark.parametrize(("num_ranks", "culprit"), ((2, 0), (4, 2)))
-def test_fault_names_the_culprit(num_ranks: int, culprit: int, how: str) -> None:
+@pytest.mark.parametrize(
+    ("how", "num_ranks", "culprit"),
+    (
+        ("late", 2, 0),
+        ("killed", 4, 2),
+        ("stopped", 2, 1),
+        ("closed", 3, 2),
+        ("killed inside", 2, 1),
+        ("killed inside", 4, 2),
+    ),
+)
+def test_fault_names_the_culprit(how: str, num_ranks: int, culprit: int) -> None:
     with RankPool(num_ranks) as pool:
         culprit_pid = pool.processes[culprit].pid
         outcomes = pool.outcomes(check_fault, culprit, how, deadline_s=20.0, doomed=[culprit])
@@ -215,11 +224,6 @@ def test_lost_store(tmp_path) -> None:
     assert outcome.value == ("peer_died", -1), outcome.error or outcome.lost
 
 
-def test_one_process_needs_no_peer(tmp_path) -> None:
-    with RankPool(1) as pool:
-        pool.run(check_single)
-
-
 def check_single(context: RankContext) -> None:
     config = CommConfig(transport="reference", **CASE_CONFIG)
     with Communicator.from_process_group(config=config) as comm:
@@ -231,3 +235,7 @@ def check_single(context: RankContext) -> None:
         home = buffer.combine(result.x, result.handle, weighted=True)
         weights[2, 0] = weights[3, 0] = weights[3, 1] = 0
         torch.testing.assert_close(home.x, x * weights.sum(1, keepdim=True))
+
+
+def test_one_process_needs_no_peer(ranks: Ranks) -> None:
+    ranks.run(1, check_single)

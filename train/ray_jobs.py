@@ -61,7 +61,7 @@ class JobRunner:
             raise
         results = [line.removeprefix(RESULT_PREFIX) for line in lines if line.startswith(RESULT_PREFIX)]
         if status != "SUCCEEDED" or not results:
-            raise JobFailedError(f"{_reason(lines)} (job {job_id} {status.lower()}; its log: {log_path})")
+            raise JobFailedError(f"{reason_of(lines)} (job {job_id} {status.lower()}; its log: {log_path})")
         return json.loads(results[-1])
 
     async def _follow(self, job_id: str, log: Any, lines: list[str], show: Callable[[str], None]) -> None:
@@ -85,7 +85,7 @@ class JobRunner:
             time.sleep(0.1)
 
 
-def _reason(lines: list[str]) -> str:
+def reason_of(lines: list[str]) -> str:
     """The last line of a log that says what went wrong, or its last line."""
     errors = [line for line in lines if line.startswith("error:")]
     text = [line for line in lines if line.strip()]

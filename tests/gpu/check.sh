@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# compute-sanitizer over small cases of the CUDA core, then faults (both without MPS). Run after run.sh has built.
+set -uo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+export PYTHONPATH=$PWD
+for tool in memcheck racecheck; do
+  echo "== $tool"
+  compute-sanitizer --tool $tool --target-processes all --error-exitcode 9 \
+    python3 -m pytest -q tests/gpu/test_cuda_core.py -k "layouts_and_dtypes and 1" 2>&1 | tail -8
+done
+python3 -m pytest -q --durations=3 tests/gpu/test_cuda_faults.py 2>&1 | tail -25

@@ -1,0 +1,257 @@
+"""The demo and its own Ray: what it prints, and that nothing is left of it however it ends."""
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("ray", reason="the demo needs Ray")
+
+from train.demo import DemoOptions, main, options_from_args, progress
+from train.errors import ConfigError, DataError
+from train.inject import Injection
+from train.presets import get_preset
+from train.ray_jobs import JobFailedError, reason_of
+from train.ray_main import RayOptions, check_resources, with_absolute_paths
+from train.timeline import RecoveryTimes, StartTimes
+
+ROOT = Path(__file__).parents[1]
+
+
+# Parts, without Ray
+
+
+@pytest.mark.parametrize(
+    ("line", "number", "text"),
+    [
+        ("step 4/200 loss 3.2100 tokens/s 12345", 4, "loss 3.2100 tokens/s 12345"),
+        ("step 4/200 loss 3.21 tokens/s 1 validation 3.1", 4, "loss 3.21 tokens/s 1 validation 3.1"),
+        ("a step 4/200 loss 3.2", None, ""),
+        ("step up", None, ""),
+        ("step x/y loss 3", None, ""),
+    ],
+)
+def test_progress_lines(line, number, text):
+    found = progress(line)
+    assert (found.number, found.text) == (number, text) if number else found is None
+
+
+def test_command_of_a_job_quotes_what_the_user_gave(tmp_path):
+    options = options_from_args(["--data", str(ROOT / "README.md"), "--out", str(tmp_path / "a b"), "--steps", "7"])
+    command = options.entrypoint("stock", "python")
+    assert "--backend stock --workers 2" in command
+    assert f"--out '{tmp_path}/a b/stock'" in command
+    assert "--steps 7" in command
+    assert "--resume" not in command
+
+
+def test_an_earlier_demo_is_left_alone(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert options_from_args([]).out == tmp_path / "runs/demo"
+    (tmp_path / "runs/demo").mkdir(parents=True)
+    (tmp_path / "runs/demo-2").mkdir()
+    assert options_from_args([]).out == tmp_path / "runs/demo-3"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "text"),
+    [
+        (["--workers", "0"], ConfigError, "--workers = 0: must be at least 1"),
+        (["--steps", "0"], ConfigError, "--steps = 0: must be at least 1"),
+        (["--preset", "huge"], ConfigError, "preset = 'huge'"),
+        (["--resume", "nowhere"], ConfigError, "must be the folder of an earlier demo"),
+        (["--data", "no/such/file"], DataError, "no such file or folder"),
+    ],
+)
+def test_bad_arguments_are_refused_before_anything_starts(arguments, error, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(error, match=re.escape(text)):
+        options_from_args(arguments)
+    assert main(arguments) == 2
+    assert text in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reason_of_a_failed_job_is_its_own_error_line():
+    assert reason_of(["x", "error: no data", "Traceback", ""]) == "no data"
+    assert reason_of(["x", "last words", ""]) == "last words"
+    assert reason_of([]) == "the job printed nothing"
+    assert "no data" in str(JobFailedError("no data"))
+
+
+def test_times_add_up_and_name_their_parts():
+    start = StartTimes(
+        submitted=10.0,
+        driver_started=11.0,
+        driver_imported=13.0,
+        ray_connected=13.5,
+        worker_started=17.5,
+        worker_entered=25.5,
+        first_step_began=27.5,
+        first_step_done=27.75,
+    )
+    assert start.total_s == 17.75
+    assert start.parts_s()["controller and placement"] == 4.0
+    assert str(start).startswith("17.8 s (job start 1.0, driver imports 2.0, connect 0.5,")
+    recovery = RecoveryTimes(
+        fault=1.0, worker_started=2.0, worker_entered=4.0, first_step_began=8.0, first_step_done=8.5
+    )
+    assert list(recovery.parts_s().values()) == [1.0, 2.0, 4.0, 0.5]
+
+
+def test_injections():
+    assert Injection.parse("kill:rank=1,step=7") == Injection(kind="kill", rank=1, step=7)
+    assert Injection.parse("slow:rank=0,step=2,seconds=1.5").seconds == 1.5
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["kill", "melt:rank=1,step=7", "kill:rank=1", "kill:rank=-1,step=7", "kill:rank=1,step=0", "kill:rank=1,step=2,x=3"]
+    + ["slow:rank=1,step=2", "kill:rank=1,step=2,seconds=3", "kill:rank=one,step=2"],
+)
+def test_bad_injections(text):
+    with pytest.raises(ConfigError, match="--inject"):
+        Injection.parse(text)
+
+
+def test_options_of_a_run_are_checked():
+    with pytest.raises(ConfigError, match="--workers = 0"):
+        RayOptions(num_workers=0)
+    with pytest.raises(ConfigError, match="rank must be less than --workers 2"):
+        RayOptions(num_workers=2, inject=(Injection(kind="kill", rank=2, step=1),))
+
+
+def test_workers_get_gpus_where_there_are_enough():
+    config, options = get_preset("tiny"), RayOptions(num_workers=2)
+    assert not check_resources(config, options, {"CPU": 2.0})
+    assert not check_resources(config, options, {"CPU": 2.0, "GPU": 1.0})
+    assert check_resources(config, options, {"CPU": 2.0, "GPU": 2.0})
+    assert not check_resources(config.replace(**{"run.device": "cpu"}), options, {"CPU": 2.0, "GPU": 2.0})
+    with pytest.raises(ConfigError, match="needs as many GPUs and the cluster has 1"):
+        check_resources(config.replace(**{"run.device": "cuda"}), options, {"CPU": 2.0, "GPU": 1.0})
+    with pytest.raises(ConfigError, match="needs 2 CPUs and the cluster has 1; use fewer"):
+        check_resources(config, options, {"CPU": 1.0})
+
+
+def test_paths_are_absolute_for_workers(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    config = get_preset("tiny").replace(**{"data.paths": ["a.txt"], "run.resume_from": "old", "run.out_dir": "out"})
+    moved = with_absolute_paths(config)
+    assert moved.data.paths == (str(tmp_path / "a.txt"),)
+    assert (moved.run.resume_from, moved.run.out_dir) == (str(tmp_path / "old"), str(tmp_path / "out"))
+    assert moved.data.tokenizer_file == ""
+
+
+# The whole, on a Ray of its own
+
+
+class Demo:
+    """A demo process, and everything that came from it: found by the folder of its Ray, which their commands name."""
+
+    def __init__(self, out: Path, *arguments: str) -> None:
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        command = [sys.executable, "-m", "train.demo", "--preset", "tiny", "--out", str(out), *arguments]
+        self.out = out
+        self.process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        )
+
+    def ray_processes(self) -> list[int]:
+        """Living processes that have this demo's watchdog above them, the watchdog included."""
+        children: dict[int, list[int]] = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                fields = stat.read_text(errors="replace").rpartition(")")[2].split()
+            except OSError:
+                continue
+            if fields[0] != "Z":
+                children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+        found, stack = [], [self.process.pid]
+        while stack:
+            below = children.get(stack.pop(), [])
+            found += below
+            stack += below
+        return found
+
+    def wait_for(self, condition, deadline_s: float) -> None:
+        end = time.monotonic() + deadline_s
+        while not condition():
+            assert time.monotonic() < end, f"the demo did not get there within {deadline_s:g} s"
+            assert self.process.poll() is None, self.process.stdout.read()
+            time.sleep(0.1)
+
+
+def wait_until_gone(pids: list[int], deadline_s: float) -> list[int]:
+    end = time.monotonic() + deadline_s
+    while time.monotonic() < end:
+        pids = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        if not pids:
+            break
+        time.sleep(0.1)
+    return pids
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_demo_runs_both_backends_and_compares(tmp_path):
+    shared_memory = set(os.listdir("/dev/shm"))
+    demo = Demo(tmp_path / "demo")
+    text, _ = demo.process.communicate(timeout=580)
+    assert demo.process.returncode == 0, text
+    assert re.search(r"ray_deepep +stock +ratio", text)
+    for word in ("last loss", "tokens/s", "ms per step", "share of dispatch + combine"):
+        assert word in text
+    assert re.search(r"ray_deepep: time from submission to the first step [\d.]+ s \(job start", text)
+    assert "dashboard, while it ran: http://127.0.0.1:" in text
+    for name in ("loss.png", "ray_deepep/loss.png", "ray_deepep/metrics.jsonl", "stock/metrics.jsonl"):
+        assert (demo.out / name).stat().st_size > 0
+    losses = [
+        [json.loads(line)["loss"] for line in (demo.out / backend / "metrics.jsonl").read_text().splitlines()]
+        for backend in ("ray_deepep", "stock")
+    ]
+    assert losses[0] == losses[1], "the swapped backend is bit-equal to stock on the CPU"
+    assert not [name for name in set(os.listdir("/dev/shm")) - shared_memory if "deepep" in name or "plasma" in name]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+def test_a_demo_that_is_ended_leaves_no_process(tmp_path, how):
+    with socket.socket() as busy:  # another Ray's dashboard
+        busy.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            busy.bind(("127.0.0.1", 8265))
+            busy.listen()
+        except OSError:
+            pass  # there is one already
+        demo = Demo(tmp_path / "demo", "--steps", "100000", "--backend", "ray_deepep")
+        log = demo.out / "job-ray_deepep.log"
+        demo.wait_for(lambda: log.is_file() and log.stat().st_size > 0, 120)
+        pids = demo.ray_processes()
+        assert len(pids) > 5
+        demo.process.send_signal(how)
+        assert wait_until_gone(pids, 20) == []
+        text = demo.process.stdout.read()
+    demo.process.wait(10)
+    assert "port 8265 is busy" in text
+    if how != signal.SIGKILL:
+        assert demo.process.returncode == 130
+
+
+def test_a_cluster_that_is_not_there(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
+    assert main(["--preset", "tiny", "--out", str(tmp_path / "demo")]) == 2
+    assert "127.0.0.1:1" in capsys.readouterr().err
+
+
+def test_demo_options_know_their_steps(tmp_path):
+    options = DemoOptions(
+        preset="tiny", data=(), workers=2, steps=None, out=tmp_path, resume=False, backends=("stock",)
+    )
+    assert options.num_steps == get_preset("tiny").run.steps
