@@ -103,7 +103,7 @@ class LayerVariant:
         torch.manual_seed(1234 + dist.get_rank())
 
 
-def run_case(case_fields: dict[str, object], num_rounds: int) -> list[Record]:
+def run_case(case_fields: dict[str, object], num_rounds: int, nice: int) -> list[Record]:
     """One case; called on every rank."""
     from ray_deepep.deepspeed import SwapConfig, attach
 
@@ -121,7 +121,7 @@ def run_case(case_fields: dict[str, object], num_rounds: int) -> list[Record]:
         variants.append(LayerVariant(name, layer, x, grad))
     expected = variants[0].results()
     errors = [_difference(variant.results(), expected) for variant in variants]
-    timings = measure([v.variant() for v in variants], num_rounds=num_rounds, title=case.title)
+    timings = measure([v.variant() for v in variants], num_rounds=num_rounds, nice=nice, title=case.title)
     num_bytes = [0, *(_bytes_per_run(swap, variant) for swap, variant in zip(swaps, variants[1:], strict=True))]
     for swap in swaps:
         swap.close()
@@ -168,13 +168,13 @@ def _bytes_per_run(swap, variant: LayerVariant) -> int:
     return int(stats["dispatch_bytes"] + stats["combine_bytes"])
 
 
-def run_cases(chosen: list[Case], *, num_rounds: int, path: Path) -> list[Record]:
+def run_cases(chosen: list[Case], *, num_rounds: int, path: Path, nice: int = 0) -> list[Record]:
     """Run all cases, append their lines to ``path``, and return them."""
     started = run_facts()
     records: list[Record] = []
     for case in chosen:
-        facts = started | {"load_1m": run_facts()["load_1m"], "benchmark": NAME}
-        found = run_ranks(run_case, case.num_ranks, dataclasses.asdict(case), num_rounds)
+        facts = started | {"load_1m": run_facts()["load_1m"], "benchmark": NAME, "nice": nice}
+        found = run_ranks(run_case, case.num_ranks, dataclasses.asdict(case), num_rounds, nice)
         records += [facts | record for record in found]
         print(f"\n{case.title}\n\n{parts_table(found)}\n", flush=True)
     append(path, records)
@@ -238,12 +238,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="rank counts (default 2 4)")
     parser.add_argument("--hidden", type=int, default=512, help="hidden size (default 512)")
     parser.add_argument("--first", action="store_true", help="top-2 of 8 alone")
+    parser.add_argument("--nice", type=int, default=0, help="nice value while the clock runs, such as -20 (as root)")
     parser.add_argument("--out", type=Path, default=RESULTS_PATH, help="results file to append to")
     args = parser.parse_args(argv)
     chosen = [case for case in cases(args.hidden) if case.num_ranks in args.ranks]
     if args.first:
         chosen = [case for case in chosen if is_headline({"config": dataclasses.asdict(case)})]
-    print(summary_table(run_cases(chosen, num_rounds=args.rounds, path=args.out)))
+    print(summary_table(run_cases(chosen, num_rounds=args.rounds, path=args.out, nice=args.nice)))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from harness import shm_problem
 
 from benchmarks import deepspeed_layer, dispatch_combine, records, table, timing
 
-RUN_FIELDS = {"benchmark", "run", "git_sha", "git_dirty", "cpu", "cores", "load_1m", "python", "torch"}
+RUN_FIELDS = {"benchmark", "nice", "run", "git_sha", "git_dirty", "cpu", "cores", "load_1m", "python", "torch"}
 TIME_FIELDS = {"num_rounds", "median_ms", "min_ms", "p10_ms", "p90_ms", "rank_median_ms", "cpu_median_ms"}
 VARIANT_FIELDS = {"config", "variant"} | TIME_FIELDS
 README = f"# Title\n\n{table.BEGIN}\nold\n{table.END}\n\nmore\n"

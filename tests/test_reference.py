@@ -159,7 +159,7 @@ def check_fault(context: RankContext, culprit: int, how: str) -> dict | None:
 
 
 def make_another(buffer: Buffer) -> Buffer:
-    return Buffer(buffer.comm, num_experts=4, hidden=8, num_topk=1, max_tokens=1)
+    return Buffer(buffer.comm, num_experts=buffer.comm.num_ranks, hidden=8, num_topk=1, max_tokens=1)
 
 
 CAUSES = {

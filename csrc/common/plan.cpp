@@ -65,8 +65,15 @@ void plan_receive(Plan& plan, const std::vector<Routing>& routing, std::vector<i
     const Geometry& geometry = plan.geometry;
     const int num_topk = plan.num_topk, num_local = geometry.num_local_experts();
     const int first = geometry.rank * num_local;
+    int64_t tokens = 0, routes = 0;
+    for (const Routing& from : routing) tokens += from.num_per_rank[geometry.rank];
+    for (const int64_t count : plan.expert_count) routes += count;
     plan.recv_base.assign(1, 0);
+    plan.recv_token.reserve(tokens);
+    plan.route_begin.reserve(tokens + 1);
     plan.route_begin.assign(1, 0);
+    plan.route_slot.reserve(routes);
+    plan.route_k.reserve(routes);
     for (int source = 0; source < geometry.num_ranks; ++source) {
         const Routing& from = routing[source];
         for (int64_t t = 0; t < from.num_tokens; ++t) {

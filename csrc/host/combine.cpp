@@ -36,13 +36,46 @@ int order_routes(const int32_t* routes, int num_topk, int num_local, bool by_ran
         }
         if (!repeated) order[count++] = k;
     }
-    if (by_rank || by_expert) {
-        std::stable_sort(order.begin(), order.begin() + count, [&](int a, int b) {
-            return by_rank ? routes[a] / num_local < routes[b] / num_local : routes[a] < routes[b];
-        });
+    if (!by_rank && !by_expert) return count;
+    // Insertion: stable, and tokens have few routes.
+    const auto key = [&](int k) { return by_rank ? routes[k] / num_local : routes[k]; };
+    for (int i = 1; i < count; ++i) {
+        const int k = order[i];
+        int j = i;
+        for (; j > 0 && key(order[j - 1]) > key(k); --j) order[j] = order[j - 1];
+        order[j] = k;
     }
     return count;
 }
+
+// One token's sum, in a row of float32 that stays in the first-level cache.
+class RowSum {
+  public:
+    RowSum(int64_t hidden, DType dtype, bool streamed)
+        : hidden_(hidden), dtype_(dtype), streamed_(streamed), sum_(hidden) {}
+    void add(const void* row) {
+        empty_ ? set_row(sum_.data(), row, hidden_, dtype_) : add_row(sum_.data(), row, hidden_, dtype_);
+        empty_ = false;
+    }
+    void add_scaled(const void* row, float weight) {
+        empty_ ? set_scaled_row(sum_.data(), row, hidden_, dtype_, weight)
+               : add_scaled_row(sum_.data(), row, hidden_, dtype_, weight);
+        empty_ = false;
+    }
+    // Write the sum, rounded, and start the next.
+    void take(void* out) {
+        if (empty_) std::fill(sum_.begin(), sum_.end(), 0.0f);
+        store_row(out, sum_.data(), hidden_, dtype_, streamed_);
+        empty_ = true;
+    }
+
+  private:
+    int64_t hidden_;
+    DType dtype_;
+    bool streamed_;
+    std::vector<float> sum_;
+    bool empty_ = true;
+};
 
 }  // namespace
 
@@ -84,18 +117,20 @@ void HostBuffer::stage_outputs(const CombineArgs& args, const HostPlan& host_pla
     const int64_t own_begin = plan.recv_base[geometry_.rank];
     const int64_t own_count = plan.recv_base[geometry_.rank + 1] - own_begin;
     const auto* rows = pointer<const std::byte>(args.rows);
+    const bool streamed = (plan.num_recv_tokens() - own_count) * bytes >= kStreamedBytes;
     threads_.parallel_for(plan.num_recv_tokens() - own_count, kRowGrain, [&](int64_t begin, int64_t end) {
         for (int64_t j = begin; j < end; ++j) {
             const int64_t i = j < own_begin ? j : j + own_count;
             if (token_major) {
-                std::memcpy(staged + i * bytes, rows + i * bytes, bytes);
+                copy_row(staged + i * bytes, rows + i * bytes, bytes, streamed);
                 continue;
             }
             for (int64_t r = plan.route_begin[i]; r < plan.route_begin[i + 1]; ++r) {
                 const int64_t slot = plan.route_slot[r];
-                std::memcpy(staged + slot * bytes, rows + slot * bytes, bytes);
+                copy_row(staged + slot * bytes, rows + slot * bytes, bytes, streamed);
             }
         }
+        finish_streaming();
     });
 }
 
@@ -104,25 +139,18 @@ void HostBuffer::reduce_local(const CombineArgs& args, const HostPlan& host_plan
     const Plan& plan = host_plan.plan;
     const int64_t hidden = sizes_.hidden, bytes = hidden * element_size(args.dtype);
     const auto* rows = pointer<const std::byte>(args.rows);
+    const bool streamed = plan.num_recv_tokens() * bytes >= kStreamedBytes;
     threads_.parallel_for(plan.num_recv_tokens(), kRowGrain, [&](int64_t begin, int64_t end) {
-        std::vector<float> acc(hidden);
+        RowSum sum(hidden, args.dtype, streamed);
         for (int64_t i = begin; i < end; ++i) {
             const int64_t first = plan.route_begin[i], last = plan.route_begin[i + 1];
-            if (last - first == 1 && !args.weighted) {
-                std::memcpy(staged + i * bytes, rows + plan.route_slot[first] * bytes, bytes);
-                continue;
-            }
-            std::fill(acc.begin(), acc.end(), 0.0f);
             for (int64_t r = first; r < last; ++r) {
                 const std::byte* row = rows + plan.route_slot[r] * bytes;
-                if (args.weighted) {
-                    add_scaled_row(acc.data(), row, hidden, args.dtype, host_plan.route_weight[r]);
-                } else {
-                    add_row(acc.data(), row, hidden, args.dtype);
-                }
+                args.weighted ? sum.add_scaled(row, host_plan.route_weight[r]) : sum.add(row);
             }
-            store_row(staged + i * bytes, acc.data(), hidden, args.dtype);
+            sum.take(staged + i * bytes);
         }
+        finish_streaming();
     });
 }
 
@@ -140,31 +168,28 @@ void HostBuffer::pull_outputs(const CombineArgs& args, const HostPlan& host_plan
     if (!own_staged) sources[geometry_.rank] = pointer<const std::byte>(args.rows);
     auto* routes = pointer<std::byte>(out.routes);
 
+    const bool streamed = plan.num_tokens * bytes >= kStreamedBytes;
     threads_.parallel_for(plan.num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
-        std::vector<float> acc(hidden);
+        RowSum sum(hidden, args.dtype, streamed);
         std::array<int, kMaxTopk> order;
         for (int64_t t = begin; t < end; ++t) {
             const int64_t first = t * num_topk;
             const int count = order_routes(&plan.send_expert[first], num_topk, num_local, by_rank, by_expert, order);
-            std::fill(acc.begin(), acc.end(), 0.0f);
             for (int i = 0; i < count; ++i) {
                 const int64_t route = first + order[i];
                 const int64_t row = by_rank ? plan.send_row[route] : plan.send_slot[route];
                 const std::byte* src = sources[plan.destination(route)] + row * bytes;
-                if (scaled) {
-                    add_scaled_row(acc.data(), src, hidden, args.dtype, host_plan.send_weight[route]);
-                } else {
-                    add_row(acc.data(), src, hidden, args.dtype);
-                }
-                if (routes != nullptr) std::memcpy(routes + (order[i] * plan.num_tokens + t) * bytes, src, bytes);
+                scaled ? sum.add_scaled(src, host_plan.send_weight[route]) : sum.add(src);
+                if (routes != nullptr)
+                    copy_row(routes + (order[i] * plan.num_tokens + t) * bytes, src, bytes, streamed);
             }
-            if (args.bias != 0)
-                add_row(acc.data(), pointer<const std::byte>(args.bias) + t * bytes, hidden, args.dtype);
-            store_row(pointer<std::byte>(out.x) + t * bytes, acc.data(), hidden, args.dtype);
+            if (args.bias != 0) sum.add(pointer<const std::byte>(args.bias) + t * bytes);
+            sum.take(pointer<std::byte>(out.x) + t * bytes);
             for (int k = 0; routes != nullptr && k < num_topk; ++k) {
                 if (plan.send_expert[first + k] < 0) std::memset(routes + (k * plan.num_tokens + t) * bytes, 0, bytes);
             }
         }
+        finish_streaming();
     });
 }
 

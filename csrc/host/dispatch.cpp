@@ -126,6 +126,7 @@ void HostBuffer::stage_rows(const DispatchArgs& args, OpHeader& own, const int32
     auto* rows = at<std::byte>(geometry_.rank, own.rows_at);
     const auto* x = pointer<const std::byte>(args.x);
     const int num_topk = own.num_topk, num_local = geometry_.num_local_experts(), rank = geometry_.rank;
+    const bool streamed = args.num_tokens * bytes >= kStreamedBytes;
     threads_.parallel_for(args.num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             bool remote = false;
@@ -134,12 +135,13 @@ void HostBuffer::stage_rows(const DispatchArgs& args, OpHeader& own, const int32
                 remote = remote || (expert >= 0 && expert / num_local != rank);
             }
             if (!remote) continue;
-            std::memcpy(rows + t * bytes, x + t * bytes, bytes);
+            copy_row(rows + t * bytes, x + t * bytes, bytes, streamed);
             if (args.x_scales != 0) {
                 std::memcpy(at<std::byte>(rank, own.scales_at) + t * scales,
                             pointer<const std::byte>(args.x_scales) + t * scales, scales);
             }
         }
+        finish_streaming();
     });
 }
 
@@ -155,6 +157,7 @@ void HostBuffer::pull_rows(const DispatchArgs& args, const HostPlan& host_plan, 
     auto* out_x = pointer<std::byte>(out.x);
     auto* out_scales = pointer<std::byte>(out.x_scales);
     const bool token_major = plan.layout.kind == LayoutKind::kTokenMajor;
+    const bool streamed = plan.num_rows * bytes >= kStreamedBytes;
     for (int source = 0; source < geometry_.num_ranks; ++source) {
         const bool own = source == geometry_.rank;
         const OpHeader& from = header(source);
@@ -162,7 +165,7 @@ void HostBuffer::pull_rows(const DispatchArgs& args, const HostPlan& host_plan, 
         const auto* x_scales =
             own ? pointer<const std::byte>(args.x_scales) : at<const std::byte>(source, from.scales_at);
         const auto copy = [&](int64_t slot, int64_t token) {
-            std::memcpy(out_x + slot * bytes, x + token * bytes, bytes);
+            copy_row(out_x + slot * bytes, x + token * bytes, bytes, streamed);
             if (out_scales != nullptr) std::memcpy(out_scales + slot * scales, x_scales + token * scales, scales);
         };
         const int64_t first = plan.recv_base[source];
@@ -182,6 +185,7 @@ void HostBuffer::pull_rows(const DispatchArgs& args, const HostPlan& host_plan, 
                     }
                 }
             }
+            finish_streaming();
         });
     }
 }

@@ -1,6 +1,11 @@
 #include "host/rows.h"
 
-#include <utility>
+#include <algorithm>
+#include <cstring>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
 
 // One build serves every x86-64: the loader picks the widest version that the processor has.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
@@ -16,6 +21,13 @@ namespace {
     RAY_DEEPEP_MULTIVERSION void scale_##NAME(T* __restrict dst, const T* __restrict src, int64_t n, float w) { \
         for (int64_t i = 0; i < n; ++i) dst[i] = from_float<T>(w * to_float(src[i]));                           \
     }                                                                                                           \
+    RAY_DEEPEP_MULTIVERSION void set_##NAME(float* __restrict acc, const T* __restrict src, int64_t n) {        \
+        for (int64_t i = 0; i < n; ++i) acc[i] = 0.0f + to_float(src[i]);                                       \
+    }                                                                                                           \
+    RAY_DEEPEP_MULTIVERSION void set_scaled_##NAME(float* __restrict acc, const T* __restrict src, int64_t n,   \
+                                                   float w) {                                                   \
+        for (int64_t i = 0; i < n; ++i) acc[i] = 0.0f + w * to_float(src[i]);                                   \
+    }                                                                                                           \
     RAY_DEEPEP_MULTIVERSION void add_##NAME(float* __restrict acc, const T* __restrict src, int64_t n) {        \
         for (int64_t i = 0; i < n; ++i) acc[i] += to_float(src[i]);                                             \
     }                                                                                                           \
@@ -23,7 +35,8 @@ namespace {
                                                    float w) {                                                   \
         for (int64_t i = 0; i < n; ++i) acc[i] += w * to_float(src[i]);                                         \
     }                                                                                                           \
-    RAY_DEEPEP_MULTIVERSION void store_##NAME(T* __restrict dst, const float* __restrict acc, int64_t n) {      \
+    RAY_DEEPEP_MULTIVERSION [[maybe_unused]] void store_##NAME(T* __restrict dst, const float* __restrict acc,  \
+                                                               int64_t n) {                                     \
         for (int64_t i = 0; i < n; ++i) dst[i] = from_float<T>(acc[i]);                                         \
     }
 
@@ -46,6 +59,24 @@ void scale_row(void* dst, const void* src, int64_t hidden, DType dtype, float we
     }
 }
 
+void set_row(float* acc, const void* src, int64_t hidden, DType dtype) {
+    switch (dtype) {
+        case DType::kFloat32: return set_float32(acc, static_cast<const float*>(src), hidden);
+        case DType::kBFloat16: return set_bfloat16(acc, static_cast<const BFloat16*>(src), hidden);
+        case DType::kFloat16: return set_float16(acc, static_cast<const Float16*>(src), hidden);
+        case DType::kFloat8E4M3: return;
+    }
+}
+
+void set_scaled_row(float* acc, const void* src, int64_t hidden, DType dtype, float weight) {
+    switch (dtype) {
+        case DType::kFloat32: return set_scaled_float32(acc, static_cast<const float*>(src), hidden, weight);
+        case DType::kBFloat16: return set_scaled_bfloat16(acc, static_cast<const BFloat16*>(src), hidden, weight);
+        case DType::kFloat16: return set_scaled_float16(acc, static_cast<const Float16*>(src), hidden, weight);
+        case DType::kFloat8E4M3: return;
+    }
+}
+
 void add_row(float* acc, const void* src, int64_t hidden, DType dtype) {
     switch (dtype) {
         case DType::kFloat32: return add_float32(acc, static_cast<const float*>(src), hidden);
@@ -64,12 +95,61 @@ void add_scaled_row(float* acc, const void* src, int64_t hidden, DType dtype, fl
     }
 }
 
-void store_row(void* dst, const float* acc, int64_t hidden, DType dtype) {
+namespace {
+
+// Elements converted at a time before they are streamed: stays in the first-level cache.
+constexpr int64_t kBlock = 512;
+
+void store_block(void* dst, const float* acc, int64_t count, DType dtype) {
     switch (dtype) {
-        case DType::kFloat32: return store_float32(static_cast<float*>(dst), acc, hidden);
-        case DType::kBFloat16: return store_bfloat16(static_cast<BFloat16*>(dst), acc, hidden);
-        case DType::kFloat16: return store_float16(static_cast<Float16*>(dst), acc, hidden);
+        case DType::kFloat32: std::memcpy(dst, acc, count * sizeof(float)); return;
+        case DType::kBFloat16: return store_bfloat16(static_cast<BFloat16*>(dst), acc, count);
+        case DType::kFloat16: return store_float16(static_cast<Float16*>(dst), acc, count);
         case DType::kFloat8E4M3: return;
+    }
+}
+
+}  // namespace
+
+void copy_row(void* dst, const void* src, int64_t bytes, bool streamed) {
+#if defined(__SSE2__)
+    if (streamed && reinterpret_cast<uintptr_t>(dst) % 16 == 0) {
+        auto* to = static_cast<__m128i*>(dst);
+        const auto* from = static_cast<const __m128i*>(src);
+        const int64_t vectors = bytes / 16;
+        int64_t i = 0;
+        for (; i + 4 <= vectors; i += 4) {
+            const __m128i a = _mm_loadu_si128(from + i), b = _mm_loadu_si128(from + i + 1);
+            const __m128i c = _mm_loadu_si128(from + i + 2), d = _mm_loadu_si128(from + i + 3);
+            _mm_stream_si128(to + i, a);
+            _mm_stream_si128(to + i + 1, b);
+            _mm_stream_si128(to + i + 2, c);
+            _mm_stream_si128(to + i + 3, d);
+        }
+        for (; i < vectors; ++i) _mm_stream_si128(to + i, _mm_loadu_si128(from + i));
+        std::memcpy(to + vectors, from + vectors, bytes % 16);
+        return;
+    }
+#endif
+    (void)streamed;
+    std::memcpy(dst, src, bytes);
+}
+
+void finish_streaming() {
+#if defined(__SSE2__)
+    _mm_sfence();
+#endif
+}
+
+void store_row(void* dst, const float* acc, int64_t hidden, DType dtype, bool streamed) {
+    if (!streamed) return store_block(dst, acc, hidden, dtype);
+    if (dtype == DType::kFloat32) return copy_row(dst, acc, hidden * sizeof(float), true);
+    alignas(16) std::byte block[kBlock * 2];
+    const int64_t size = element_size(dtype);
+    for (int64_t i = 0; i < hidden; i += kBlock) {
+        const int64_t count = std::min(kBlock, hidden - i);
+        store_block(block, acc + i, count, dtype);
+        copy_row(static_cast<std::byte*>(dst) + i * size, block, count * size, true);
     }
 }
 

@@ -7,6 +7,7 @@ attempt's error and, when no retry is left, the exception), and the metric ``ray
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Mapping
 
@@ -27,6 +28,8 @@ from .processes import ProcessId, kill_process, on_nodes, process_state
 _ANSWER_DEADLINE_S = 1.0
 _SETTLE_S = 1.0
 """A fault reaches the ranks within milliseconds of each other, not at once."""
+_WORKER_EXIT = re.compile(r"^.*?(?=Worker exit type: )", re.DOTALL)
+"""What Ray says before the reason of a death: ids, and that the actor died."""
 _COLLECTIVE_WORDS = ("gloo", "NCCL", "ProcessGroup", "Connection closed by peer", "Connection reset by peer")
 
 
@@ -137,7 +140,8 @@ def look(status, record: FaultRecord | None) -> tuple[RankState, str]:
     text = one_line(status.error)
     if isinstance(status.error, WorkerHealthCheckFailedError):
         failure = status.error.health_check_failure
-        return (RankState.DEAD if isinstance(failure, RayActorError) else RankState.UNRESPONSIVE), one_line(failure)
+        state = RankState.DEAD if isinstance(failure, RayActorError) else RankState.UNRESPONSIVE
+        return state, one_line(_WORKER_EXIT.sub("", str(failure)))
     error = _user_error(status.error)
     if error is None:
         return RankState.UNRESPONSIVE, text

@@ -100,7 +100,7 @@ def _dispatch_padded(shared: SharedBuffer, tokens: torch.Tensor, routes: Routes,
         except MismatchError as error:
             if error.field not in ("layout", "capacity", "layout.capacity"):
                 raise
-            pass
+            shared.capacities_differ = True
     capacity = _largest_capacity(shared, tokens, routes.capacity)
     return dispatch(shared.buffer, tokens, routes, layout=Padded(capacity), combine=combine)
 

@@ -17,6 +17,7 @@ from ..transport import BufferGeometry
 
 MAX_ROWS = 1 << 20
 _BYTES_PER_ELEMENT = 4
+_BYTES_BESIDE = 64
 _BYTES_PER_ROUTE = 32
 
 
@@ -29,8 +30,9 @@ def geometry_for(
         InvalidArgumentError: not even ``num_ranks`` tokens fit ``heap_gib``.
     """
     space = int(heap_gib * (1 << 30))
-    row = hidden * _BYTES_PER_ELEMENT
-    max_tokens = min(MAX_ROWS, space // 4 // (row + num_topk * _BYTES_PER_ROUTE))
+    # With the ids, weights and scales that travel beside it.
+    row = hidden * _BYTES_PER_ELEMENT + hidden // 32 + _BYTES_BESIDE + num_topk * _BYTES_PER_ROUTE
+    max_tokens = min(MAX_ROWS, space // 4 // row)
     max_capacity = 0
     if padded:
         max_capacity = min(MAX_ROWS, space // 2 // (num_experts * row))
