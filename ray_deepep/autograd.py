@@ -10,6 +10,7 @@ With g the gradient of the output and w the weights:
 from __future__ import annotations
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from .buffer import Buffer
 from .handle import CombineResult, DispatchHandle, DispatchResult, Layout
@@ -26,6 +27,7 @@ class _Dispatch(torch.autograd.Function):
         return result.x, result.topk_weights
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_rows, grad_weights):
         handle, geometry = ctx.handle, ctx.buffer.geometry
         if grad_rows is None:
@@ -51,6 +53,7 @@ class _Combine(torch.autograd.Function):
         return result.x
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_out):
         grad_out = grad_out.contiguous()
         if not ctx.needs_weights:
@@ -77,7 +80,8 @@ def dispatch(
     """Differentiable :meth:`Buffer.dispatch` (float32, bfloat16, float16 rows).
 
     Gradients flow from ``x`` of the result to ``x``, and from its ``topk_weights`` to ``topk_weights``. ``reduce`` says
-    how the backward adds up a token's row gradients. Collective, forward and backward.
+    how the backward adds up a token's row gradients. Collective, forward and backward: on all ranks or on none, ``x`` or
+    ``topk_weights`` must need a gradient, or some ranks would wait for a backward that others never run.
     """
     holder: list[DispatchResult] = []
     rows, weights = _Dispatch.apply(x, topk_weights, buffer, topk_idx, layout, locations, reduce, holder)

@@ -238,5 +238,8 @@ def choose_transport(wanted: str, peers: tuple[RankInfo, ...]) -> tuple[str, str
             raise TransportUnavailableError("transport reference needs a torch process group on every rank")
         return "reference", "asked for" if wanted == "reference" else f"{problem}; torch.distributed serves any hosts"
     if problem:
-        raise TransportUnavailableError(f"transport {wanted}: {problem}, and no torch process group to fall back on")
+        fallback = (
+            "transport reference would serve them" if has_group else "there is no torch process group to fall back on"
+        )
+        raise TransportUnavailableError(f"transport {wanted}: {problem}; {fallback}")
     return "shm", "asked for" if wanted == "shm" else f"all {len(peers)} ranks share the memory of {peers[0].host}"

@@ -86,7 +86,8 @@ class DispatchResult:
     x_scales: torch.Tensor | None
     """``[S, H / 128]`` float32, for fp8 rows."""
     topk_idx: torch.Tensor | None
-    """``[R, K]`` int64, token-major only: local expert ids, -1 where the expert lives elsewhere."""
+    """``[R, K]`` int64, token-major only: local expert ids, -1 where the expert lives elsewhere. None
+    for a dispatch along an earlier plan."""
     topk_weights: torch.Tensor | None
     """``[R, K]`` token-major (0 where ``topk_idx`` is -1), ``[S]`` otherwise (0 in padding), float32."""
     handle: DispatchHandle
