@@ -1,6 +1,7 @@
 """Build of ray_deepep: the CPU core always, the CUDA core where nvcc is found; plain pybind11, no torch headers.
 
-RAY_DEEPEP_CUDA=0 leaves the CUDA core out, =1 insists on it. RAY_DEEPEP_CUDA_ARCHS="90" or "80;90;100" says for which
+RAY_DEEPEP_CORES=0 builds nothing (``setup.py build_ext --inplace`` does it later). RAY_DEEPEP_CUDA=0 leaves the CUDA core
+out, =1 insists on it. RAY_DEEPEP_CUDA_ARCHS="90" or "80;90;100" says for which
 chips; RAY_DEEPEP_BUILD_JOBS how many compilers run at once.
 """
 
@@ -50,6 +51,8 @@ def cuda_home(nvcc: str) -> pathlib.Path:
 
 def extensions() -> list[Extension]:
     """What can be built here; what cannot is said in one line."""
+    if os.environ.get("RAY_DEEPEP_CORES") == "0":
+        return []
     depends = [str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".h", ".cuh")]
     cpu = Extension("ray_deepep._core", sources(*SHARED_FOLDERS, "host", "bindings"), depends=depends)
     wanted, nvcc = os.environ.get("RAY_DEEPEP_CUDA", ""), find_nvcc()

@@ -1,0 +1,69 @@
+"""A wheel holds what a user needs and nothing else, and works away from the sources."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import zipfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+PARTS = ("ray_deepep", "csrc", "train", "setup.py", "pyproject.toml", "README.md", "LICENSE")
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> pathlib.Path:
+    """Built from a copy of the sources, CPU core only."""
+    folder = tmp_path_factory.mktemp("wheel")
+    for part in PARTS:
+        source = ROOT / part
+        if source.is_dir():
+            shutil.copytree(source, folder / part, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+        else:
+            shutil.copy(source, folder / part)
+    command = [sys.executable, "-m", "pip", "wheel", "-q", "--no-deps", "--no-build-isolation", "-w", "dist", "."]
+    done = subprocess.run(
+        command, cwd=folder, env={**os.environ, "RAY_DEEPEP_CUDA": "0"}, capture_output=True, text=True, timeout=280
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    (built,) = (folder / "dist").glob("*.whl")
+    return built
+
+
+@pytest.mark.slow
+def test_wheel_contents(wheel: pathlib.Path) -> None:
+    names = zipfile.ZipFile(wheel).namelist()
+    assert any(name.startswith("ray_deepep/_core.") and name.endswith(".so") for name in names)
+    assert any(name.endswith("licenses/LICENSE") for name in names)
+    assert {"ray_deepep/cluster/__init__.py", "ray_deepep/deepspeed/__init__.py", "train/main.py"} <= set(names)
+    tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
+    assert tops == {"ray_deepep", "train"}
+
+
+@pytest.mark.slow
+def test_wheel_works_away_from_the_sources(wheel: pathlib.Path, tmp_path: pathlib.Path) -> None:
+    zipfile.ZipFile(wheel).extractall(tmp_path)
+    program = (
+        "import torch, ray_deepep as rd\n"
+        f"assert rd.__file__.startswith({str(tmp_path)!r}), rd.__file__\n"
+        "comm = rd.Communicator.from_exchange(lambda phase, payload: [payload], rank=0, num_ranks=1)\n"
+        "buffer = rd.Buffer(comm, num_experts=2, hidden=8, num_topk=1, max_tokens=4)\n"
+        "x = torch.randn(4, 8)\n"
+        "got = buffer.dispatch(x, torch.tensor([[0], [1], [1], [0]]))\n"
+        "assert torch.equal(buffer.combine(got.x, got.handle).x, x)\n"
+        "print(comm.transport)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.strip() == "shm"
