@@ -24,7 +24,8 @@ class _Dispatch(torch.autograd.Function):
         ctx.buffer, ctx.handle, ctx.reduce, ctx.dtype = buffer, result.handle, reduce, x.dtype
         ctx.needs_weights = topk_weights is not None and ctx.needs_input_grad[1]
         ctx.set_materialize_grads(False)
-        return result.x, result.topk_weights
+        # An alias: the handle keeps the tensor itself, and an output kept by its own node is freed late.
+        return result.x, result.topk_weights.detach()
 
     @staticmethod
     @once_differentiable
@@ -80,8 +81,8 @@ def dispatch(
     """Differentiable :meth:`Buffer.dispatch` (float32, bfloat16, float16 rows).
 
     Gradients flow from ``x`` of the result to ``x``, and from its ``topk_weights`` to ``topk_weights``. ``reduce`` says
-    how the backward adds up a token's row gradients. Collective, forward and backward: on all ranks or on none, ``x`` or
-    ``topk_weights`` must need a gradient, or some ranks would wait for a backward that others never run.
+    how the backward adds up a token's row gradients. Collective, forward and backward: ``x`` or ``topk_weights`` must
+    need a gradient on all ranks or on none, or some would wait for a backward that others never run.
     """
     holder: list[DispatchResult] = []
     rows, weights = _Dispatch.apply(x, topk_weights, buffer, topk_idx, layout, locations, reduce, holder)

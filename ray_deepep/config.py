@@ -28,13 +28,15 @@ class CommConfig:
     """Multiprocessors that row-moving kernels of transport ``cuda`` may use."""
     heap_provider: str = "auto"
     """How GPU memory is shared: ``vmm`` (file descriptors), ``ipc`` (CUDA IPC), or ``auto`` (vmm where supported)."""
+    device_heap_gib: float = dataclasses.field(default_factory=env.device_heap_gib)
+    """GPU memory that DeepSpeed's swap asks for, per buffer, GiB. It is used at once, unlike ``heap_gib``."""
     heap_gib: float = dataclasses.field(default_factory=env.heap_gib)
     """Largest address space of one rank's part of a buffer's heap, GiB. Memory is used only where rows were written."""
 
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
             raise InvalidArgumentError("transport", self.transport, f"must be one of {', '.join(TRANSPORTS)}")
-        for name in ("deadline_s", "bootstrap_deadline_s", "heap_gib"):
+        for name in ("deadline_s", "bootstrap_deadline_s", "heap_gib", "device_heap_gib"):
             if not getattr(self, name) > 0:
                 raise InvalidArgumentError(name, getattr(self, name), "must be > 0")
         if self.heap_provider not in HEAP_PROVIDERS:

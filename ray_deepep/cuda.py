@@ -95,17 +95,23 @@ class CudaTransport:
             )
 
     def _sizes(self, rank: int):
-        """Room for the worst case: every rank sends all its tokens here."""
+        """Room for the worst case: every rank sends all its tokens here.
+
+        With ``max_capacity`` the buffer serves padded dispatches, and a rank receives no more than its slots hold.
+        """
         geometry = self._geometry
         received = self._num_ranks * geometry.max_tokens
         # A token may name one expert twice: no smaller bound than K routes.
-        expert_major = received * geometry.num_topk + ALIGNMENT_ROOM * self._num_local
+        rows = received * geometry.num_topk + ALIGNMENT_ROOM * self._num_local
+        if geometry.max_capacity:
+            rows = geometry.num_experts * geometry.max_capacity
+            received = min(received, rows)
         sizes = self._core.DeviceSizes()
         sizes.rank, sizes.num_ranks, sizes.num_experts = rank, self._num_ranks, geometry.num_experts
         sizes.hidden, sizes.num_topk, sizes.max_tokens = geometry.hidden, geometry.num_topk, geometry.max_tokens
         sizes.max_recv_tokens = received
-        sizes.max_rows = max(expert_major, geometry.num_experts * geometry.max_capacity)
-        self._max_recv_tokens, self._max_rows = received, sizes.max_rows
+        sizes.max_rows = rows
+        self._max_recv_tokens, self._max_rows = received, rows
         return sizes
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:

@@ -11,6 +11,7 @@
 | ``RAY_DEEPEP_LAYOUT`` | ``padded`` | rows that DeepSpeed's experts see: ``padded`` (as stock) or ``compact`` |
 | ``RAY_DEEPEP_COMBINE`` | ``exact`` | ``exact`` (bit-equal to stock) or ``fast`` (expert side first) |
 | ``RAY_TRAIN_CALLBACKS`` | empty | Ray's own: callbacks of Train runs; fault supervision is added to it |
+| ``RAY_DEEPEP_DEVICE_HEAP_GIB`` | ``4`` | GPU memory of one of DeepSpeed's buffers |
 | ``RAY_DEEPEP_HEAP_GIB`` | ``64`` | largest address space per rank and buffer; memory is used only where rows are |
 """
 
@@ -106,6 +107,11 @@ def combine() -> str:
 def heap_gib() -> float:
     """``RAY_DEEPEP_HEAP_GIB``."""
     return _read("RAY_DEEPEP_HEAP_GIB", 64.0, _positive, "must be a positive number of GiB")
+
+
+def device_heap_gib() -> float:
+    """``RAY_DEEPEP_DEVICE_HEAP_GIB``."""
+    return _read("RAY_DEEPEP_DEVICE_HEAP_GIB", 4.0, _positive, "must be a positive number of GiB")
 
 
 def ray_train_callbacks() -> list[str]:

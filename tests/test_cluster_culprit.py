@@ -15,7 +15,8 @@ from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollSt
 
 from ray_deepep import CommFaultError
 from ray_deepep.cluster import RankFault, RankState, RankStatus, decide_culprit, ep_groups
-from ray_deepep.cluster.supervision import WorkerFaultError, look, with_culprit
+from ray_deepep.cluster.evidence import look
+from ray_deepep.cluster.supervision import WorkerFaultError, with_culprit
 
 
 def fault(reporter: int, blamed: int, cause: str = "timeout", sequence: int = 5, elapsed_s: float = 3.0) -> RankFault:

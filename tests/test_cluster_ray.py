@@ -10,6 +10,7 @@ import threading
 import time
 import urllib.request
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ import torch
 pytest.importorskip("ray", reason="ray_deepep.cluster needs Ray")
 
 import ray
+from ray.train import RunConfig
+from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
 from ray_deepep import BootstrapError, Buffer, CommConfig, CommFaultError, InvalidArgumentError, InvalidTypeError
 from ray_deepep.cluster import (
@@ -28,6 +31,7 @@ from ray_deepep.cluster import (
     teardown,
 )
 from ray_deepep.cluster.expert_parallel import ExpertParallelBackend
+from ray_deepep.cluster.supervision import FaultSupervisor
 
 ROOT = Path(__file__).parents[1]
 CONFIG = CommConfig(bootstrap_deadline_s=30.0, deadline_s=10.0, num_threads=1, heap_gib=1.0)
@@ -200,8 +204,9 @@ def test_config_refuses_bad_fields(fields, error):
 class FakeWorkerGroup:
     """As much of Ray Train's worker group as the backend calls, over raw actors."""
 
-    def __init__(self, actors) -> None:
+    def __init__(self, actors, pids=(7, 7)) -> None:
         self.actors = actors
+        self.pids = pids
         self.was_shut_down = False
 
     def __len__(self) -> int:
@@ -211,8 +216,9 @@ class FakeWorkerGroup:
         return self.actors[rank].__ray_call__.remote(lambda actor, *a: function(*a), *args)
 
     def get_workers(self):
-        metadata = type("M", (), {"node_id": ray.get_runtime_context().get_node_id(), "hostname": "h", "pid": 7})
-        return [type("W", (), {"metadata": metadata})] * len(self.actors)
+        node_id = ray.get_runtime_context().get_node_id()
+        metadata = [SimpleNamespace(node_id=node_id, hostname="h", pid=pid) for pid in self.pids]
+        return [SimpleNamespace(metadata=m) for m in metadata]
 
     def get_resources_per_worker(self):
         return {"CPU": 1}
@@ -229,6 +235,29 @@ def test_a_worker_that_does_not_answer_is_named_at_start(actors):
     assert info.value.missing == [1]
     assert group.was_shut_down
     ray.get(busy)
+
+
+def test_a_stopped_worker_is_found_where_no_deadline_would_find_it(actors):
+    """As in a torch.distributed collective, which waits for half an hour."""
+    victim = new_actor()
+    pid = ray.get(victim.pid.remote())
+    group = FakeWorkerGroup([actors[0], victim], pids=[ray.get(actors[0].pid.remote()), pid])
+    config = ExpertParallelConfig(comm=CommConfig(deadline_s=0.5), swap=False)
+    supervisor = FaultSupervisor()
+    supervisor.after_controller_start(
+        SimpleNamespace(backend_config=config, get_run_config=lambda: RunConfig(name="r"))
+    )
+    supervisor.after_worker_group_start(group)
+    group._world_rank_to_ongoing_poll = {1: None}
+    os.kill(pid, signal.SIGSTOP)
+    status = WorkerGroupPollStatus({rank: WorkerStatus(running=True) for rank in range(2)})
+    supervisor.after_worker_group_poll_status(status)
+    assert status.errors == {}, "a moment is no fault"
+    time.sleep(0.7)
+    supervisor.after_worker_group_poll_status(status)
+    assert status.errors[1].culprit.cause == "stopped"
+    with pytest.raises(ray.exceptions.ActorDiedError):
+        ray.get(victim.pid.remote(), timeout=20)
 
 
 # Ray Train runs, as a user starts them

@@ -156,8 +156,7 @@ def _call_all(worker_group, phase: str, calls: list[tuple], config: ExpertParall
 
 def worker_processes(worker_group) -> list[ProcessId]:
     """Each rank's process."""
-    metadata = [w.metadata for w in worker_group.get_workers()]
-    return [ProcessId(node_id=m.node_id, host=m.hostname, pid=m.pid) for m in metadata]
+    return [ProcessId.of(worker.metadata) for worker in worker_group.get_workers()]
 
 
 def register_supervisor() -> None:

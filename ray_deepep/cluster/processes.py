@@ -9,7 +9,7 @@ import signal
 import socket
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import ray
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -26,6 +26,11 @@ class ProcessId:
     node_id: str
     host: str
     pid: int
+
+    @classmethod
+    def of(cls, metadata: Any) -> ProcessId:
+        """From Ray Train's metadata of a worker."""
+        return cls(node_id=metadata.node_id, host=metadata.hostname, pid=metadata.pid)
 
     def __str__(self) -> str:
         return f"pid {self.pid} on {self.host}, node {self.node_id[:12]}"

@@ -77,17 +77,19 @@ class BufferRegistry:
                 return known[0]
             self.release([layer])
         ranks = tuple(dist.get_process_group_ranks(layer.ep_group))
+        communicator = self._communicator(layer, ranks)
+        on_gpu = communicator.transport == "cuda"
         geometry = geometry_for(
             num_ranks=len(ranks),
             num_experts=layer.num_local_experts * len(ranks),
             hidden=hidden,
             num_topk=num_topk,
             padded=padded,
-            heap_gib=self._config.heap_gib,
+            heap_gib=self._config.device_heap_gib if on_gpu else self._config.heap_gib,
         )
         shared = self._buffers.get((ranks, geometry))
         if shared is None:
-            shared = SharedBuffer(buffer=Buffer(self._communicator(layer, ranks), **dataclasses.asdict(geometry)))
+            shared = SharedBuffer(buffer=Buffer(communicator, **dataclasses.asdict(geometry)))
             self._buffers[ranks, geometry] = shared
         number = next(self._numbers)
         shared.users.add(number)

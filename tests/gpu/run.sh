@@ -12,4 +12,4 @@ mps=$(mktemp -d)
 export CUDA_MPS_PIPE_DIRECTORY=$mps/pipe CUDA_MPS_LOG_DIRECTORY=$mps/log
 mkdir -p "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"
 nvidia-cuda-mps-control -d && trap 'echo quit | nvidia-cuda-mps-control; rm -rf "$mps"' EXIT
-python3 -m pytest -q --durations=8 tests/gpu "$@"
+DS_ACCELERATOR=${DS_ACCELERATOR:-cuda} python3 -m pytest -q --durations=8 tests/gpu "$@"

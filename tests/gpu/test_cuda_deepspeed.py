@@ -1,0 +1,58 @@
+"""DeepSpeed's MoE layer swapped onto the CUDA core, against the same layer swapped onto the CPU core.
+
+Needs DeepSpeed on the GPU host, and MPS where ranks share a GPU.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from harness import CASE_CONFIG, RankContext, Ranks
+
+from ray_deepep.cuda import cuda_problem
+
+pytest.importorskip("deepspeed", reason="DeepSpeed is not installed here")
+pytestmark = pytest.mark.skipif(bool(cuda_problem()), reason=f"transport cuda: {cuda_problem()}")
+
+
+def layer_on_both(context: RankContext, k: int, drop_tokens: bool, layout: str, combine: str) -> list[str]:
+    import deepspeed_cases as ds
+
+    from ray_deepep import CommConfig
+    from ray_deepep.deepspeed import SwapConfig, enable
+
+    torch.cuda.set_device(context.rank % torch.cuda.device_count())
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ds.start_deepspeed()
+    # Without random gates: the devices draw differently.
+    moe = {"top2_2nd_expert_sampling": False} if k == 2 else {}
+    case = ds.LayerCase(k=k, drop_tokens=drop_tokens, ep_size=context.num_ranks, moe=moe)
+    layer = ds.make_layer(case)
+    results = []
+    for device, transport in (("cpu", "shm"), ("cuda", "cuda")):
+        comm = CommConfig(**{**CASE_CONFIG, "transport": transport, "device_heap_gib": 0.05})
+        with enable(SwapConfig(layout=layout, combine=combine, comm=comm)) as swap, torch.device(device):
+            results.append(_step(layer.to(device), context.rank, device))
+            assert [c.transport for c in swap.communicators] == [transport]
+    return ds.differences(*results, atol=2e-5)
+
+
+def _step(layer: torch.nn.Module, rank: int, device: str) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(rank)
+    shape = (4, 16, layer.deepspeed_moe.gate.wg.weight.shape[1])
+    x = torch.randn(shape, generator=generator).to(device).requires_grad_()
+    weight = torch.randn(shape, generator=generator).to(device)
+    layer.zero_grad()
+    y, l_aux, exp_counts = layer(x)
+    ((y * weight).sum() + l_aux).backward()
+    results = {"y": y, "l_aux": l_aux, "exp_counts": exp_counts, "x.grad": x.grad}
+    results |= {f"{name}.grad": p.grad for name, p in layer.named_parameters()}
+    return {name: value.detach().cpu().clone() for name, value in results.items()}
+
+
+@pytest.mark.parametrize(("layout", "combine"), [("padded", "exact"), ("padded", "fast"), ("compact", "exact")])
+@pytest.mark.parametrize(("k", "drop_tokens"), [(2, True), (4, True), (4, False)])
+@pytest.mark.parametrize("num_ranks", (2, 4))
+def test_layer(ranks: Ranks, num_ranks: int, k: int, drop_tokens: bool, layout: str, combine: str) -> None:
+    for differences in ranks.run(num_ranks, layer_on_both, k, drop_tokens, layout, combine, deadline_s=120.0):
+        assert differences == []
