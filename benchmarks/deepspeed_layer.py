@@ -192,12 +192,13 @@ def parts_table(records: list[Record]) -> str:
             *(f"{record['parts'][name]:.1f}" for name in names),
             f"{record['parts']['communication']:.1f}",
             f"{record['parts']['communication_cpu']:.1f}",
+            f"{record['page_faults']:.0f}",
             f"{record['max_difference']:.0e}",
         ]
         for record in records
     ]
     short = ["gate", "experts", "disp. fwd", "comb. fwd", "comb. bwd", "disp. bwd"]
-    header = ["variant", "ms", "p10–p90", *short, "comm.", "comm. CPU", "difference"]
+    header = ["variant", "ms", "p10–p90", *short, "comm.", "comm. CPU", "page faults", "difference"]
     return markdown_table(header, rows)
 
 

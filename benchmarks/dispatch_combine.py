@@ -223,12 +223,15 @@ def times_table(records: list[Record]) -> str:
             f"{record['median_ms']:.2f}",
             f"{record['p10_ms']:.2f}–{record['p90_ms']:.2f}",
             f"{record['cpu_median_ms']:.2f}",
+            f"{record['page_faults']:.0f}",
             f"{record['bytes'] / record['median_ms'] / 1e6:.2f}",
             "" if record["max_error"] is None else f"{record['max_error']:.1e}",
         ]
         for record in records
     ]
-    return markdown_table(["variant", "MB a rank", "median ms", "p10–p90", "CPU ms", "GB/s a rank", "max error"], rows)
+    return markdown_table(
+        ["variant", "MB a rank", "median ms", "p10–p90", "CPU ms", "page faults", "GB/s a rank", "max error"], rows
+    )
 
 
 def summary_table(records: list[Record]) -> str:

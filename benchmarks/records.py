@@ -50,6 +50,7 @@ def summarise(timing: Timing) -> Record:
         "p90_ms": _round(deciles[-1]),
         "rank_median_ms": _round(statistics.median(timing.rank_ms)),
         "cpu_median_ms": _round(statistics.median(timing.cpu_ms)),
+        "page_faults": _round(statistics.mean(timing.page_faults)),
     }
     if timing.parts:
         record["parts"] = {name: _round(statistics.median(values)) for name, values in timing.parts.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import resource
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -38,6 +39,8 @@ class Timing:
     """Largest time of any rank between its own start and end. Less than the span where ranks share cores in turn."""
     cpu_ms: list[float]
     """Processor time of all ranks and their threads together; waiting asleep is not in it, nor is what others run."""
+    page_faults: list[float]
+    """Pages of fresh memory that all ranks together touched first: each costs a trip into the kernel."""
     parts: dict[str, list[float]]
     """Mean over ranks of each part."""
 
@@ -67,20 +70,18 @@ class _Sample:
     start: float
     end: float
     cpu: float
+    page_faults: int
     parts: dict[str, float]
 
 
 class _Samples:
     def __init__(self) -> None:
-        self.starts: list[float] = []
-        self.ends: list[float] = []
-        self.cpus: list[float] = []
+        self.columns: list[list[float]] = [[], [], [], []]
         self.parts: dict[str, list[float]] = {}
 
     def add(self, sample: _Sample) -> None:
-        self.starts.append(sample.start)
-        self.ends.append(sample.end)
-        self.cpus.append(sample.cpu)
+        for column, value in zip(self.columns, (sample.start, sample.end, sample.cpu, sample.page_faults)):
+            column.append(value)
         for name, value in sample.parts.items():
             self.parts.setdefault(name, []).append(value)
 
@@ -90,12 +91,22 @@ def _run_once(variant: Variant, nice: int) -> _Sample:
         variant.prepare()
     with _priority(nice):
         dist.barrier()
-        start, cpu = time.perf_counter(), time.process_time()
+        before, start = _used(), time.perf_counter()
         # Kept alive while the clock runs: freeing it is not part of the work.
         result = variant.run()
-        end, cpu = time.perf_counter(), time.process_time() - cpu
+        end, after = time.perf_counter(), _used()
     del result
-    return _Sample(start=start, end=end, cpu=cpu, parts={} if variant.parts is None else variant.parts())
+    return _Sample(
+        start=start,
+        end=end,
+        cpu=after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime,
+        page_faults=after.ru_minflt - before.ru_minflt,
+        parts={} if variant.parts is None else variant.parts(),
+    )
+
+
+def _used() -> resource.struct_rusage:
+    return resource.getrusage(resource.RUSAGE_SELF)
 
 
 @contextmanager
@@ -120,16 +131,17 @@ def _set_nice(nice: int) -> None:
 
 def _gather(name: str, own: _Samples) -> Timing:
     # perf_counter is the host's monotonic clock, the same in all processes.
-    mine = torch.tensor([own.starts, own.ends, own.cpus, *own.parts.values()], dtype=torch.float64)
+    mine = torch.tensor([*own.columns, *own.parts.values()], dtype=torch.float64)
     everyone = [torch.empty_like(mine) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, mine)
     every = torch.stack(everyone)
-    starts, ends = every[:, 0] * 1e3, every[:, 1] * 1e3
-    parts = every[:, 3:].mean(0)
+    starts, ends, cpu, page_faults = every[:, :4].unbind(1)
+    parts = every[:, 4:].mean(0)
     return Timing(
         name=name,
-        span_ms=(ends.amax(0) - starts.amin(0)).tolist(),
-        rank_ms=(ends - starts).amax(0).tolist(),
-        cpu_ms=(every[:, 2].sum(0) * 1e3).tolist(),
+        span_ms=((ends.amax(0) - starts.amin(0)) * 1e3).tolist(),
+        rank_ms=((ends - starts).amax(0) * 1e3).tolist(),
+        cpu_ms=(cpu.sum(0) * 1e3).tolist(),
+        page_faults=page_faults.sum(0).tolist(),
         parts={part: parts[i].tolist() for i, part in enumerate(own.parts)},
     )

@@ -11,7 +11,16 @@ from harness import shm_problem
 from benchmarks import deepspeed_layer, dispatch_combine, records, table, timing
 
 RUN_FIELDS = {"benchmark", "nice", "run", "git_sha", "git_dirty", "cpu", "cores", "load_1m", "python", "torch"}
-TIME_FIELDS = {"num_rounds", "median_ms", "min_ms", "p10_ms", "p90_ms", "rank_median_ms", "cpu_median_ms"}
+TIME_FIELDS = {
+    "num_rounds",
+    "median_ms",
+    "min_ms",
+    "p10_ms",
+    "p90_ms",
+    "rank_median_ms",
+    "cpu_median_ms",
+    "page_faults",
+}
 VARIANT_FIELDS = {"config", "variant"} | TIME_FIELDS
 README = f"# Title\n\n{table.BEGIN}\nold\n{table.END}\n\nmore\n"
 
@@ -73,7 +82,9 @@ def test_deepspeed_layer_lines(tmp_path: pathlib.Path) -> None:
 
 def timing_of(name: str) -> timing.Timing:
     values = [float(value) for value in range(1, 12)]
-    return timing.Timing(name=name, span_ms=values, rank_ms=values, cpu_ms=values, parts={"gate": values})
+    return timing.Timing(
+        name=name, span_ms=values, rank_ms=values, cpu_ms=values, page_faults=values, parts={"gate": values}
+    )
 
 
 def test_summary_of_a_timing() -> None:

@@ -35,7 +35,7 @@ from ray_deepep.cluster.supervision import FaultSupervisor
 
 ROOT = Path(__file__).parents[1]
 CONFIG = CommConfig(bootstrap_deadline_s=30.0, deadline_s=10.0, num_threads=1, heap_gib=1.0)
-SHORT = CommConfig(bootstrap_deadline_s=4.0, num_threads=1, heap_gib=1.0)
+SHORT = CommConfig(bootstrap_deadline_s=3.0, num_threads=1, heap_gib=1.0)
 TINY = ("--preset", "tiny", "--workers", "2", "--backend", "ray_deepep", "--set", "data.max_bytes=65536")
 
 
@@ -121,10 +121,10 @@ def test_reference_transport_over_a_process_group_of_ours(actors):
 
 
 def test_a_busy_actor_is_named_within_the_deadline(actors):
-    busy = actors[2].sleep.remote(8.0)
+    busy = actors[2].sleep.remote(5.0)
     begin = time.monotonic()
     with pytest.raises(
-        BootstrapError, match=r"rank 2 did not reach 'join' within 4 s \(rank 2, Worker, pid \d+"
+        BootstrapError, match=r"rank 2 did not reach 'join' within 3 s \(rank 2, Worker, pid \d+"
     ) as info:
         bootstrap(actors, config=SHORT)
     assert time.monotonic() - begin < SHORT.bootstrap_deadline_s + 4.0
@@ -228,9 +228,9 @@ class FakeWorkerGroup:
 
 
 def test_a_worker_that_does_not_answer_is_named_at_start(actors):
-    busy = actors[1].sleep.remote(6.0)
+    busy = actors[1].sleep.remote(5.0)
     group = FakeWorkerGroup(actors[:2])
-    with pytest.raises(WorkerBootstrapError, match="rank 1 did not reach 'reach' within 4 s") as info:
+    with pytest.raises(WorkerBootstrapError, match="rank 1 did not reach 'reach' within 3 s") as info:
         ExpertParallelBackend().on_start(group, ExpertParallelConfig(comm=SHORT, swap=False))
     assert info.value.missing == [1]
     assert group.was_shut_down

@@ -31,7 +31,7 @@ def layer_on_both(context: RankContext, k: int, drop_tokens: bool, layout: str, 
     results = []
     for device, transport in (("cpu", "shm"), ("cuda", "cuda")):
         comm = CommConfig(**{**CASE_CONFIG, "transport": transport, "device_heap_gib": 0.05})
-        with enable(SwapConfig(layout=layout, combine=combine, comm=comm)) as swap, torch.device(device):
+        with enable(SwapConfig(layout=layout, combine=combine, comm=comm)) as swap:
             results.append(_step(layer.to(device), context.rank, device))
             assert [c.transport for c in swap.communicators] == [transport]
     return ds.differences(*results, atol=2e-5)
