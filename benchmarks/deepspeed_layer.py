@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import json
 import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -29,13 +30,16 @@ from .timing import Variant, measure
 if TYPE_CHECKING:
     from deepspeed.moe.layer import MoE
 
+    from ray_deepep.deepspeed import Swap
+
 RESULTS_PATH = RESULTS / "deepspeed_layer.jsonl"
 NAME = "deepspeed_layer"
 EXPLANATION = (
     "`deepspeed.moe.layer.MoE`, float32, experts hidden → hidden → hidden, capacity factor 1.25, 1,024 tokens a rank; "
     "stock, and swapped with `attach(model, SwapConfig(layout=..., combine=...))`, in turns. *Communication* is all of "
-    "the layer's time, forward and backward, outside its gate and its experts: encoding, all-to-all, decoding and "
-    "waiting for other ranks, measured by the same hooks on either; *CPU ms* is its processor time, mean of the ranks."
+    "the layer's time, forward and backward, outside its gate and its experts: encoding, all-to-all, decoding. It is "
+    "measured by the same hooks on either, in runs in which ranks meet before each exchange, so that waiting for a rank "
+    "that computes longer is not in it; *share* is this time in the whole; *CPU ms* is its processor time, mean of ranks."
 )
 SWAPS = (("padded", "exact"), ("padded", "fast"), ("compact", "exact"), ("compact", "fast"))
 
@@ -79,9 +83,12 @@ class LayerVariant:
         self._clock = LayerClock(layer.deepspeed_moe)
         self.out: Tensor | None = None
 
-    def variant(self) -> Variant:
-        """For ``measure``."""
-        return Variant(name=self.name, run=self.run, prepare=self._prepare, parts=self._clock.parts)
+    def variants(self) -> list[Variant]:
+        """For ``measure``: one for the whole, one for its parts."""
+        return [
+            Variant(name=name, run=self.run, prepare=lambda aligned=aligned: self._prepare(aligned), parts=self._parts)
+            for name, aligned in ((self.name, False), (f"{self.name}, aligned", True))
+        ]
 
     def run(self) -> None:
         """Forward and backward."""
@@ -95,7 +102,11 @@ class LayerVariant:
         self.run()
         return [self.out.detach(), self._x.grad, *(p.grad for p in self.layer.parameters())]
 
-    def _prepare(self) -> None:
+    def _parts(self) -> dict[str, float]:
+        return self._clock.parts()
+
+    def _prepare(self, aligned: bool = False) -> None:
+        self._clock.aligned = aligned
         self.out = self._x.grad = None
         for parameter in self.layer.parameters():
             parameter.grad = None
@@ -111,23 +122,31 @@ def run_case(case_fields: dict[str, object], num_rounds: int, nice: int) -> list
     torch.manual_seed(dist.get_rank())
     x, grad = torch.randn(case.num_tokens, case.hidden), torch.randn(case.num_tokens, case.hidden)
     weights = _new_layer(case).state_dict()
-    variants, swaps = [], []
+    layers, swaps = [], []
     for settings in (None, *SWAPS):
         layer = _new_layer(case)
         layer.load_state_dict(weights)
         if settings is not None:
             swaps.append(attach(layer, SwapConfig(layout=settings[0], combine=settings[1])))
         name = "stock" if settings is None else f"{settings[0]}, {settings[1]}"
-        variants.append(LayerVariant(name, layer, x, grad))
-    expected = variants[0].results()
-    errors = [_difference(variant.results(), expected) for variant in variants]
-    timings = measure([v.variant() for v in variants], num_rounds=num_rounds, nice=nice, title=case.title)
-    num_bytes = [0, *(_bytes_per_run(swap, variant) for swap, variant in zip(swaps, variants[1:], strict=True))]
+        layers.append(LayerVariant(name, layer, x, grad))
+    expected = layers[0].results()
+    errors = [_difference(layer.results(), expected) for layer in layers]
+    timings = measure(
+        [v for layer in layers for v in layer.variants()], num_rounds=num_rounds, nice=nice, title=case.title
+    )
+    num_bytes = [0, *(_bytes_per_run(swap, layer) for swap, layer in zip(swaps, layers[1:], strict=True))]
     for swap in swaps:
         swap.close()
     return [
-        {"config": case_fields, "bytes": size, "max_difference": error} | summarise(timing)
-        for timing, size, error in zip(timings, num_bytes, errors, strict=True)
+        {
+            "config": case_fields,
+            "bytes": size,
+            "max_difference": error,
+            **summarise(whole),
+            "aligned_parts": summarise(aligned)["parts"],
+        }
+        for whole, aligned, size, error in zip(timings[::2], timings[1::2], num_bytes, errors, strict=True)
     ]
 
 
@@ -161,9 +180,9 @@ def _difference(found: list[Tensor], expected: list[Tensor]) -> float:
     return float(worst_of_all)
 
 
-def _bytes_per_run(swap, variant: LayerVariant) -> int:
+def _bytes_per_run(swap: Swap, layer: LayerVariant) -> int:
     swap.comm_stats(reset=True)
-    variant.results()
+    layer.results()
     stats = swap.comm_stats(reset=True)
     return int(stats["dispatch_bytes"] + stats["combine_bytes"])
 
@@ -182,50 +201,48 @@ def run_cases(chosen: list[Case], *, num_rounds: int, path: Path, nice: int = 0)
 
 
 def parts_table(records: list[Record]) -> str:
-    """All variants of one case: median ms of the whole and of its parts."""
-    names = ("gate", "experts", "dispatch_forward", "combine_forward", "combine_backward", "dispatch_backward")
+    """All variants of one case: median ms of the whole, of its parts, and of communication alone."""
+    alone = ("dispatch_forward", "combine_forward", "combine_backward", "dispatch_backward", "communication")
     rows = [
         [
             record["variant"],
             f"{record['median_ms']:.1f}",
             f"{record['p10_ms']:.1f}–{record['p90_ms']:.1f}",
-            *(f"{record['parts'][name]:.1f}" for name in names),
-            f"{record['parts']['communication']:.1f}",
-            f"{record['parts']['communication_cpu']:.1f}",
+            *(f"{record['parts'][name]:.1f}" for name in ("gate", "experts", "communication")),
+            *(f"{record['aligned_parts'][name]:.2f}" for name in alone),
+            f"{record['aligned_parts']['communication_cpu']:.2f}",
             f"{record['page_faults']:.0f}",
             f"{record['max_difference']:.0e}",
         ]
         for record in records
     ]
-    short = ["gate", "experts", "disp. fwd", "comb. fwd", "comb. bwd", "disp. bwd"]
-    header = ["variant", "ms", "p10–p90", *short, "comm.", "comm. CPU", "page faults", "difference"]
+    header = ["variant", "ms", "p10–p90", "gate", "experts", "comm. and waiting"]
+    header += ["disp. fwd", "comb. fwd", "comb. bwd", "disp. bwd", "comm.", "its CPU", "page faults", "difference"]
     return markdown_table(header, rows)
 
 
 def summary_table(records: list[Record]) -> str:
     """Swapped against stock, for all cases."""
-    rows = []
-    for record in records:
-        if record["variant"] == "stock":
-            stock = record
-            continue
-        config, ours, theirs = record["config"], record["parts"]["communication"], stock["parts"]["communication"]
-        share, stock_share = ours / record["median_ms"], theirs / stock["median_ms"]
-        cpu, stock_cpu = record["parts"]["communication_cpu"], stock["parts"]["communication_cpu"]
-        rows.append(
-            [
-                f"top-{config['k']} of {config['num_experts']}, hidden {config['hidden']}: {record['variant']}",
-                str(config["num_ranks"]),
-                f"{stock['median_ms']:.1f} → {record['median_ms']:.1f}",
-                f"**{stock['median_ms'] / record['median_ms']:.2f}×**",
-                f"{theirs:.1f} → {ours:.1f}",
-                f"**{theirs / ours:.1f}×**",
-                f"{stock_share:.0%} → {share:.0%}",
-                f"{stock_cpu:.1f} → {cpu:.1f}",
-            ]
-        )
+    stock = {json.dumps(r["config"]): r for r in records if r["variant"] == "stock"}
+    rows = [_summary_row(r, stock[json.dumps(r["config"])]) for r in records if r["variant"] != "stock"]
     header = ["layer, forward + backward", "ranks", "ms, stock → ours", "faster", "communication ms", "less"]
-    return markdown_table([*header, "share of the whole", "its CPU ms"], rows)
+    return markdown_table([*header, "share", "CPU ms"], rows)
+
+
+def _summary_row(record: Record, stock: Record) -> list[str]:
+    config, ms, stock_ms = record["config"], record["median_ms"], stock["median_ms"]
+    ours, theirs = (r["aligned_parts"]["communication"] for r in (record, stock))
+    cpu, stock_cpu = (r["aligned_parts"]["communication_cpu"] for r in (record, stock))
+    return [
+        f"top-{config['k']} of {config['num_experts']}, hidden {config['hidden']}: {record['variant']}",
+        str(config["num_ranks"]),
+        f"{stock_ms:.1f} → {ms:.1f}",
+        f"**{stock_ms / ms:.2f}×**",
+        f"{theirs:.1f} → {ours:.1f}",
+        f"**{theirs / ours:.1f}×**",
+        f"{theirs / stock_ms:.0%} → {ours / ms:.0%}",
+        f"{stock_cpu:.1f} → {cpu:.1f}",
+    ]
 
 
 def is_headline(record: Record) -> bool:

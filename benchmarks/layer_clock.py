@@ -6,9 +6,12 @@ Hooks stand at the layer, its gate and its experts, which every backend keeps. *
 - backward: from the layer's output gradient to the experts' output gradient, and from the experts' input gradient to
   the gradient of the gate's weights (autograd runs the gate's own backward last, it was recorded first).
 
-So it holds all of stock's ``_route_slots``, ``_sparse_encode``, both ``_AllToAll`` and ``_sparse_decode``, all that the
-swapped layer does instead, and waiting for other ranks in either. An expert container's split and concatenation count
-as the experts' work, unless a backend calls the experts itself: then they count as communication.
+So it holds all of stock's ``_route_slots``, ``_sparse_encode``, both ``_AllToAll`` and ``_sparse_decode``, and all that
+the swapped layer does instead. An expert container's split and concatenation count as the experts' work, unless a
+backend calls the experts itself: then they count as communication.
+
+A rank that computes longer makes the others wait. With ``aligned``, ranks meet at a barrier before each of the four
+spans begins, outside the clock, so that communication is what moving the rows takes; without, it holds the waiting too.
 """
 
 from __future__ import annotations
@@ -17,6 +20,7 @@ import dataclasses
 import time
 from typing import Any
 
+import torch.distributed as dist
 from deepspeed.moe.sharded_moe import MOELayer
 from torch import Tensor
 
@@ -33,6 +37,8 @@ class LayerClock:
     """Clocks each forward and backward of ``layer``; ``parts()`` tells of the last one."""
 
     def __init__(self, layer: MOELayer) -> None:
+        self.aligned = False
+        """Whether ranks meet before each span of communication; the same on every rank."""
         self._marks: dict[str, _Mark] = {}
         layer.register_forward_pre_hook(lambda *_: self._start())
         layer.gate.register_forward_hook(self._gate_ended)
@@ -67,6 +73,12 @@ class LayerClock:
     def _mark(self, name: str) -> None:
         self._marks[name] = _Mark(wall=time.perf_counter(), cpu=time.process_time())
 
+    def _mark_exchange(self, name: str) -> None:
+        """Communication begins here."""
+        if self.aligned:
+            dist.barrier()
+        self._mark(name)
+
     def _mark_first(self, name: str) -> None:
         if name not in self._marks:
             self._mark(name)
@@ -77,18 +89,18 @@ class LayerClock:
 
     def _gate_ended(self, module: object, inputs: object, output: tuple[Any, ...]) -> None:
         output[_GATE_WEIGHTS].register_hook(lambda grad: self._mark("gate_grad"))
-        self._mark("gate_end")
+        self._mark_exchange("gate_end")
 
     def _experts_begin(self, module: object, inputs: tuple[Tensor, ...]) -> None:
         # The container begins before its first expert and its gradient comes after the last, so both ends are right
         # whether a backend calls the container or the experts one by one.
-        inputs[0].register_hook(lambda grad: self._mark("experts_in_grad"))
+        inputs[0].register_hook(lambda grad: self._mark_exchange("experts_in_grad"))
         self._mark_first("experts_begin")
 
     def _experts_end(self, module: object, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         output.register_hook(lambda grad: self._mark_first("experts_out_grad"))
-        self._mark("experts_end")
+        self._mark_exchange("experts_end")
 
     def _layer_ended(self, module: object, inputs: object, output: Tensor) -> None:
-        output.register_hook(lambda grad: self._mark("out_grad"))
+        output.register_hook(lambda grad: self._mark_exchange("out_grad"))
         self._mark("forward_end")

@@ -18,7 +18,7 @@ _KIND_COLORS = {
     "memcpy_ready": "tab:gray",
     "memcpy_fresh": "tab:gray",
 }
-_PART_COLORS = {"experts": "tab:blue", "gate": "tab:cyan", "communication": "tab:red"}
+_PART_COLORS = {"experts": "tab:blue", "gate": "tab:cyan", "waiting": "lightgray", "communication": "tab:red"}
 
 
 def plot_dispatch_combine(records: list[Record], path: Path) -> None:
@@ -42,12 +42,12 @@ def plot_dispatch_combine(records: list[Record], path: Path) -> None:
 
 
 def plot_deepspeed_layer(records: list[Record], path: Path) -> None:
-    """Median ms of forward + backward, split into experts, gate and communication, a panel per rank count."""
+    """Median ms of forward + backward, split into experts, gate, communication and waiting, a panel per rank count."""
     figure, panels = _panels(records, height=3.2)
     for axes, (num_ranks, found) in zip(panels, _by_ranks(records).items()):
         names, left = [record["variant"] for record in found], [0.0] * len(found)
         for part, color in _PART_COLORS.items():
-            values = [record["parts"][part] for record in found]
+            values = [_split(record)[part] for record in found]
             axes.barh(names, values, left=left, color=color, label=part)
             left = [a + b for a, b in zip(left, values)]
         for row, (record, end) in enumerate(zip(found, left)):
@@ -59,6 +59,13 @@ def plot_deepspeed_layer(records: list[Record], path: Path) -> None:
     sizes = f"{config['num_tokens']} tokens × {config['hidden']}, top-{config['k']} of {config['num_experts']}"
     figure.suptitle(f"deepspeed.moe.layer.MoE, {sizes}, capacity {config['capacity_factor']}, {_machine(records)}")
     _save(figure, path)
+
+
+def _split(record: Record) -> dict[str, float]:
+    """Parts that add up to the whole. Waiting is what is left: for ranks that compute longer, and for the processor."""
+    parts, communication = record["parts"], record["aligned_parts"]["communication"]
+    split = {"experts": parts["experts"], "gate": parts["gate"], "communication": communication}
+    return split | {"waiting": max(record["median_ms"] - sum(split.values()), 0.0)}
 
 
 def _by_ranks(records: list[Record]) -> dict[int, list[Record]]:

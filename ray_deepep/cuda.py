@@ -49,10 +49,23 @@ def gpu_uuid() -> str:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CudaPlan:
-    """A plan in GPU memory, with the tensors that hold it."""
+    """A plan in GPU memory, with the tensor that holds its arrays."""
 
     core: object
-    tensors: dict[str, torch.Tensor]
+    memory: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Coming:
+    """What a dispatch will bring, known before its rows are pulled; fields as in ``DispatchOutput``."""
+
+    num_rows: int
+    num_recv_tokens: int
+    num_recv_tokens_per_expert: tuple[int, ...]
+    expert_offsets: tuple[int, ...]
+    topk_idx: torch.Tensor | None
+    topk_weights: torch.Tensor | None
+    plan: CudaPlan
 
 
 class CudaTransport:
@@ -122,41 +135,58 @@ class CudaTransport:
         args.scale_by_weights = request.scale_by_weights
         stream = torch.cuda.current_stream().cuda_stream
         with self._lock, self._errors():
-            if request.handle is not None:
-                plan = request.handle.plan
-                self._buffer.begin_cached_dispatch(args, plan.core, self._num_sms, stream)
-                rows, handle = request.handle.num_rows, request.handle
-                counts = (handle.num_recv_tokens, handle.num_recv_tokens_per_expert, handle.expert_offsets)
-                topk_idx = topk_weights = None
-            else:
-                plan = self._new_plan(request)
-                args.topk_idx, args.topk_weights = address(request.topk_idx), address(request.topk_weights)
-                args.locations = address(request.locations)
-                topk_idx, topk_weights = self._routing_outputs(request)
-                args.out_topk_idx, args.out_topk_weights = address(topk_idx), address(topk_weights)
-                self._buffer.begin_dispatch(args, plan.core, True, self._num_sms, stream)
-                found = self._buffer.wait_counts()
-                rows = found.num_rows
-                if found.overflow:
-                    raise InvalidArgumentError("layout", request.layout, f"needs {rows} rows, more than the buffer has")
-                offsets = tuple(found.expert_offset) if isinstance(request.layout, ExpertMajor) else ()
-                counts = (found.num_recv_tokens, tuple(found.expert_count), offsets)
-                topk_idx = None if topk_idx is None else topk_idx[: found.num_recv_tokens]
-                topk_weights = topk_weights[: found.num_recv_tokens if topk_idx is not None else rows]
-            x = torch.empty(rows, self._geometry.hidden, dtype=request.x.dtype, device=self.device)
+            begin = self._begin_new if request.handle is None else self._begin_cached
+            coming = begin(request, args, stream)
+            x = torch.empty(coming.num_rows, self._geometry.hidden, dtype=request.x.dtype, device=self.device)
             x_scales = None
             if request.x_scales is not None:
-                x_scales = torch.empty(rows, self._geometry.hidden // SCALE_BLOCK, device=self.device)
+                x_scales = torch.empty(coming.num_rows, self._geometry.hidden // SCALE_BLOCK, device=self.device)
             args.out_x, args.out_scales = address(x), address(x_scales)
-            self._buffer.pull_dispatch(args, plan.core, request.handle is not None, self._num_sms, stream)
+            cached = request.handle is not None
+            self._buffer.pull_dispatch(args, coming.plan.core, cached, self._num_sms, stream)
         return DispatchOutput(
             x=x,
             x_scales=x_scales,
-            topk_idx=topk_idx,
-            topk_weights=topk_weights,
-            num_recv_tokens=counts[0],
-            num_recv_tokens_per_expert=counts[1],
-            expert_offsets=counts[2],
+            topk_idx=coming.topk_idx,
+            topk_weights=coming.topk_weights,
+            num_recv_tokens=coming.num_recv_tokens,
+            num_recv_tokens_per_expert=coming.num_recv_tokens_per_expert,
+            expert_offsets=coming.expert_offsets,
+            plan=coming.plan,
+        )
+
+    def _begin_cached(self, request: DispatchRequest, args, stream: int) -> _Coming:
+        handle = request.handle
+        self._buffer.begin_cached_dispatch(args, handle.plan.core, self._num_sms, stream)
+        return _Coming(
+            num_rows=handle.num_rows,
+            num_recv_tokens=handle.num_recv_tokens,
+            num_recv_tokens_per_expert=handle.num_recv_tokens_per_expert,
+            expert_offsets=handle.expert_offsets,
+            topk_idx=None,
+            topk_weights=None,
+            plan=handle.plan,
+        )
+
+    def _begin_new(self, request: DispatchRequest, args, stream: int) -> _Coming:
+        plan = self._new_plan(request)
+        args.topk_idx, args.topk_weights = address(request.topk_idx), address(request.topk_weights)
+        args.locations = address(request.locations)
+        topk_idx, topk_weights = self._routing_outputs(request)
+        args.out_topk_idx, args.out_topk_weights = address(topk_idx), address(topk_weights)
+        self._buffer.begin_dispatch(args, plan.core, True, self._num_sms, stream)
+        found = self._buffer.wait_counts()
+        if found.overflow:
+            rule = f"needs {found.num_rows} rows, more than the buffer's {self._max_rows}"
+            raise InvalidArgumentError("layout", request.layout, rule)
+        token_major = isinstance(request.layout, TokenMajor)
+        return _Coming(
+            num_rows=found.num_rows,
+            num_recv_tokens=found.num_recv_tokens,
+            num_recv_tokens_per_expert=tuple(found.expert_count),
+            expert_offsets=tuple(found.expert_offset) if isinstance(request.layout, ExpertMajor) else (),
+            topk_idx=topk_idx[: found.num_recv_tokens] if token_major else None,
+            topk_weights=topk_weights[: found.num_rows],
             plan=plan,
         )
 
@@ -208,24 +238,26 @@ class CudaTransport:
             self._buffer.combine(args, handle.plan.core, self._num_sms, torch.cuda.current_stream().cuda_stream)
 
     def _new_plan(self, request: DispatchRequest) -> CudaPlan:
+        """Room for a plan. One allocation for all arrays: each would cost the host some microseconds per dispatch."""
         num_tokens, num_topk = request.topk_idx.shape
         received, rows = self._max_recv_tokens, self._max_rows
-        shapes = {
-            "recv_source": (received,),
-            "recv_token": (received,),
-            "recv_slot": (received, num_topk),
-            "slot_row": (rows,),
-            "send_expert": (num_tokens, num_topk),
-            "send_row": (num_tokens, num_topk),
-            "send_slot": (num_tokens, num_topk),
-            "counts": (3 + 2 * self._num_local,),
+        sizes = {
+            "recv_source": received,
+            "recv_token": received,
+            "recv_slot": received * num_topk,
+            "recv_weight": received * num_topk,
+            "slot_row": rows,
+            "send_expert": num_tokens * num_topk,
+            "send_row": num_tokens * num_topk,
+            "send_slot": num_tokens * num_topk,
+            "send_weight": num_tokens * num_topk,
+            "counts": 3 + 2 * self._num_local,
         }
-        tensors = {n: torch.empty(s, dtype=torch.int32, device=self.device) for n, s in shapes.items()}
-        tensors["recv_weight"] = torch.empty(received, num_topk, device=self.device)
-        tensors["send_weight"] = torch.empty(num_tokens, num_topk, device=self.device)
-        plan = self._core.DevicePlan()
-        for name, tensor in tensors.items():
-            setattr(plan, name, tensor.data_ptr())
+        memory = torch.empty(sum(sizes.values()), dtype=torch.int32, device=self.device)
+        plan, address_of_next = self._core.DevicePlan(), memory.data_ptr()
+        for name, size in sizes.items():
+            setattr(plan, name, address_of_next)
+            address_of_next += 4 * size
         plan.num_tokens, plan.num_topk = num_tokens, num_topk
         plan.max_recv_tokens, plan.max_rows = received, rows
         layout = request.layout
@@ -235,7 +267,7 @@ class CudaTransport:
             plan.layout, plan.capacity = self._kinds.PADDED, layout.capacity
         else:
             plan.layout = self._kinds.TOKEN_MAJOR
-        return CudaPlan(core=plan, tensors=tensors)
+        return CudaPlan(core=plan, memory=memory)
 
     def _routing_outputs(self, request: DispatchRequest) -> tuple[torch.Tensor | None, torch.Tensor]:
         if isinstance(request.layout, TokenMajor):
