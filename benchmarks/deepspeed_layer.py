@@ -16,15 +16,14 @@ import contextlib
 import dataclasses
 import json
 import logging
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .ranks import run_ranks
-from .records import RESULTS, Record, append, markdown_table, run_facts, summarise
+from .records import RESULTS, Record, markdown_table, summarise
+from .run import RunOptions, add_options, run_on_ranks
 from .timing import Variant, measure
 
 if TYPE_CHECKING:
@@ -38,8 +37,9 @@ EXPLANATION = (
     "`deepspeed.moe.layer.MoE`, float32, experts hidden → hidden → hidden, capacity factor 1.25, 1,024 tokens a rank; "
     "stock, and swapped with `attach(model, SwapConfig(layout=..., combine=...))`, in turns. *Communication* is all of "
     "the layer's time, forward and backward, outside its gate and its experts: encoding, all-to-all, decoding. It is "
-    "measured by the same hooks on either, in runs in which ranks meet before each exchange, so that waiting for a rank "
-    "that computes longer is not in it; *share* is this time in the whole; *CPU ms* is its processor time, mean of ranks."
+    "measured by the same hooks on either, in runs in which ranks meet before each exchange, so that waiting for a "
+    "rank that computes longer is not in it. *Share* is this time in the whole; *CPU ms* is its processor time, mean "
+    "of the ranks."
 )
 SWAPS = (("padded", "exact"), ("padded", "fast"), ("compact", "exact"), ("compact", "fast"))
 
@@ -187,16 +187,13 @@ def _bytes_per_run(swap: Swap, layer: LayerVariant) -> int:
     return int(stats["dispatch_bytes"] + stats["combine_bytes"])
 
 
-def run_cases(chosen: list[Case], *, num_rounds: int, path: Path, nice: int = 0) -> list[Record]:
-    """Run all cases, append their lines to ``path``, and return them."""
-    started = run_facts()
+def run_cases(chosen: list[Case], *, num_rounds: int, options: RunOptions) -> list[Record]:
+    """Run all cases, append their lines to ``options.out``, and return them."""
     records: list[Record] = []
     for case in chosen:
-        facts = started | {"load_1m": run_facts()["load_1m"], "benchmark": NAME, "nice": nice}
-        found = run_ranks(run_case, case.num_ranks, dataclasses.asdict(case), num_rounds, nice)
-        records += [facts | record for record in found]
+        found = run_on_ranks(NAME, run_case, dataclasses.asdict(case), num_rounds=num_rounds, options=options)
+        records += found
         print(f"\n{case.title}\n\n{parts_table(found)}\n", flush=True)
-    append(path, records)
     return records
 
 
@@ -256,13 +253,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="rank counts (default 2 4)")
     parser.add_argument("--hidden", type=int, default=512, help="hidden size (default 512)")
     parser.add_argument("--first", action="store_true", help="top-2 of 8 alone")
-    parser.add_argument("--nice", type=int, default=0, help="nice value while the clock runs, such as -20 (as root)")
-    parser.add_argument("--out", type=Path, default=RESULTS_PATH, help="results file to append to")
+    add_options(parser, RESULTS_PATH)
     args = parser.parse_args(argv)
     chosen = [case for case in cases(args.hidden) if case.num_ranks in args.ranks]
     if args.first:
         chosen = [case for case in chosen if is_headline({"config": dataclasses.asdict(case)})]
-    print(summary_table(run_cases(chosen, num_rounds=args.rounds, path=args.out, nice=args.nice)))
+    print(summary_table(run_cases(chosen, num_rounds=args.rounds, options=RunOptions.of(args))))
 
 
 if __name__ == "__main__":

@@ -17,7 +17,6 @@ import ctypes
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -27,8 +26,8 @@ from ray_deepep import Buffer, CommConfig, Communicator, ExpertMajor, TokenMajor
 from ray_deepep.handle import Layout
 
 from .gloo_dispatcher import GlooDispatcher, exchange
-from .ranks import run_ranks
-from .records import RESULTS, Record, append, markdown_table, run_facts, summarise
+from .records import RESULTS, Record, markdown_table, summarise
+from .run import RunOptions, add_options, run_on_ranks
 from .timing import Variant, measure
 
 RESULTS_PATH = RESULTS / "dispatch_combine.jsonl"
@@ -201,16 +200,13 @@ def run_case(case: dict[str, object], num_rounds: int, nice: int) -> list[Record
     return CaseRun(Case(**case)).run(num_rounds, nice)
 
 
-def run_cases(cases: list[Case], *, num_rounds: int, path: Path, nice: int = 0) -> list[Record]:
-    """Run all cases, append their lines to ``path``, and return them."""
-    started = run_facts()
+def run_cases(cases: list[Case], *, num_rounds: int, options: RunOptions) -> list[Record]:
+    """Run all cases, append their lines to ``options.out``, and return them."""
     records: list[Record] = []
     for case in cases:
-        facts = started | {"load_1m": run_facts()["load_1m"], "benchmark": NAME, "nice": nice}
-        found = run_ranks(run_case, case.num_ranks, dataclasses.asdict(case), num_rounds, nice)
-        records += [facts | record for record in found]
+        found = run_on_ranks(NAME, run_case, dataclasses.asdict(case), num_rounds=num_rounds, options=options)
+        records += found
         print(f"\n{case.title}\n\n{times_table(found)}\n", flush=True)
-    append(path, records)
     return records
 
 
@@ -272,13 +268,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=40, help="times each variant is run (default 40)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="rank counts (default 2 4)")
     parser.add_argument("--first", action="store_true", help="float32 × 1,024 alone")
-    parser.add_argument("--nice", type=int, default=0, help="nice value while the clock runs, such as -20 (as root)")
-    parser.add_argument("--out", type=Path, default=RESULTS_PATH, help="results file to append to")
+    add_options(parser, RESULTS_PATH)
     args = parser.parse_args(argv)
     cases = [case for case in CASES if case.num_ranks in args.ranks]
     if args.first:
         cases = [case for case in cases if is_headline({"config": dataclasses.asdict(case)})]
-    print(summary_table(run_cases(cases, num_rounds=args.rounds, path=args.out, nice=args.nice)))
+    print(summary_table(run_cases(cases, num_rounds=args.rounds, options=RunOptions.of(args))))
 
 
 if __name__ == "__main__":

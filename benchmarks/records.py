@@ -64,13 +64,18 @@ def append(path: Path, records: list[Record]) -> None:
         file.writelines(json.dumps(record) + "\n" for record in records)
 
 
-def latest_run(path: Path) -> list[Record]:
-    """Lines of the newest run in a results file; empty if there is none."""
+def latest(path: Path) -> list[Record]:
+    """The newest lines of each case in a results file, in the order in which cases first appear; empty if none."""
     if not path.is_file():
         return []
-    records = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
-    newest = max((record["run"] for record in records), default="")
-    return [record for record in records if record["run"] == newest]
+    by_case: dict[str, list[Record]] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        record = json.loads(line)
+        lines = by_case.setdefault(json.dumps(record["config"], sort_keys=True), [])
+        if lines and lines[0]["run"] != record["run"]:
+            lines.clear()
+        lines.append(record)
+    return [record for lines in by_case.values() for record in lines]
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -87,10 +92,13 @@ def markdown_table(header: list[str], rows: list[list[str]]) -> str:
 
 def origin(records: list[Record], path: Path) -> str:
     """One sentence on where a table comes from."""
-    first = records[0]
-    commit = f"commit `{first['git_sha']}`" + (" with local changes" if first["git_dirty"] else "")
+    commits = dict.fromkeys(f"`{r['git_sha']}`{' with local changes' if r['git_dirty'] else ''}" for r in records)
+    days = sorted({r["run"][:10] for r in records})
+    machines = dict.fromkeys(f"{r['cores']} cores of {r['cpu']}" for r in records)
     where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    return f"From `{where}`, {commit}, {first['run'][:10]}, {first['cores']} cores of {first['cpu']}."
+    busy = max(r["others_cpu"] for r in records)
+    parts = [f"From `{where}`", f"commit {', '.join(commits)}", " to ".join(dict.fromkeys([days[0], days[-1]]))]
+    return f"{', '.join([*parts, *machines])}; at most {busy:.0%} of its time went to other programs."
 
 
 def _deciles(values: list[float]) -> list[float]:

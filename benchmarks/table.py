@@ -16,7 +16,7 @@ from pathlib import Path
 
 from . import deepspeed_layer, dispatch_combine
 from .plots import plot_deepspeed_layer, plot_dispatch_combine
-from .records import RESULTS, ROOT, Record, latest_run, origin
+from .records import RESULTS, ROOT, Record, latest, origin
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 IMAGES = "docs/images"
@@ -78,10 +78,10 @@ def between_markers(text: str, content: str) -> str:
 
 def texts(results: Path, readme: Path) -> dict[Path, str]:
     """What the files should hold."""
-    headlines, full = [], ["# Results\n\nWritten by `python -m benchmarks.table`; the newest run of each benchmark."]
+    headlines, full = [], ["# Results\n\nWritten by `python -m benchmarks.table`; the newest run of each case."]
     for report in REPORTS:
         path = results / f"{report.name}.jsonl"
-        records = latest_run(path)
+        records = latest(path)
         if not records:
             continue
         chosen = [record for record in records if report.is_headline(record)]
@@ -97,7 +97,7 @@ def texts(results: Path, readme: Path) -> dict[Path, str]:
 def draw(results: Path, images: Path) -> None:
     """Draw the headline cases of each benchmark."""
     for report in REPORTS:
-        chosen = [r for r in latest_run(results / f"{report.name}.jsonl") if report.is_headline(r)]
+        chosen = [r for r in latest(results / f"{report.name}.jsonl") if report.is_headline(r)]
         if chosen:
             report.plot(chosen, images / f"{report.name}.png")
 

@@ -3,14 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import pathlib
+import time
 
 import pytest
 from harness import shm_problem
 
-from benchmarks import deepspeed_layer, dispatch_combine, records, table, timing
+from benchmarks import deepspeed_layer, dispatch_combine, machine, records, run, table, timing
 
-RUN_FIELDS = {"benchmark", "nice", "run", "git_sha", "git_dirty", "cpu", "cores", "load_1m", "python", "torch"}
+RUN_FIELDS = {
+    "benchmark",
+    "nice",
+    "others_cpu",
+    "run",
+    "git_sha",
+    "git_dirty",
+    "cpu",
+    "cores",
+    "load_1m",
+    "python",
+    "torch",
+}
 TIME_FIELDS = {
     "num_rounds",
     "median_ms",
@@ -29,12 +43,12 @@ needs_core = pytest.mark.skipif(bool(shm_problem()), reason=shm_problem() or "-"
 
 def tiny_dispatch_combine(path: pathlib.Path) -> list[records.Record]:
     case = dispatch_combine.Case(num_ranks=2, num_tokens=40, hidden=8, num_topk=3, num_experts=8)
-    return dispatch_combine.run_cases([case], num_rounds=2, path=path)
+    return dispatch_combine.run_cases([case], num_rounds=2, options=run.RunOptions(out=path))
 
 
 def tiny_layer(path: pathlib.Path) -> list[records.Record]:
     case = deepspeed_layer.Case(num_ranks=2, num_tokens=64, hidden=16, num_experts=4)
-    return deepspeed_layer.run_cases([case], num_rounds=2, path=path)
+    return deepspeed_layer.run_cases([case], num_rounds=2, options=run.RunOptions(out=path))
 
 
 @needs_core
@@ -92,16 +106,34 @@ def test_summary_of_a_timing() -> None:
     assert record["parts"] == {"gate": 6.0}
 
 
-def test_latest_run_alone_is_shown(tmp_path: pathlib.Path) -> None:
+def test_newest_lines_of_each_case_are_shown(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "results.jsonl"
-    assert records.latest_run(path) == []
-    records.append(path, [{"run": "2026-01-01", "value": 1}, {"run": "2026-01-02", "value": 2}])
-    records.append(path, [{"run": "2026-01-02", "value": 3}])
-    assert [record["value"] for record in records.latest_run(path)] == [2, 3]
+    assert records.latest(path) == []
+    first, second = {"num_ranks": 2}, {"num_ranks": 4}
+    records.append(
+        path, [{"run": "08:00", "config": first, "value": 1}, {"run": "08:01", "config": second, "value": 2}]
+    )
+    records.append(path, [{"run": "09:00", "config": first, "value": value} for value in (3, 4)])
+    assert [record["value"] for record in records.latest(path)] == [3, 4, 2]
+
+
+def test_time_of_this_process_is_not_of_others() -> None:
+    watch = machine.OthersWatch()
+    end = time.process_time() + 0.5
+    while time.process_time() < end:
+        pass
+    cores = os.cpu_count() or 1
+    assert watch.share() <= 1 - 0.4 / cores
+
+
+def test_waiting_for_a_quiet_machine_ends() -> None:
+    start = time.monotonic()
+    machine.wait_until_quiet(0.5)
+    assert time.monotonic() - start < 10
 
 
 def layer_records() -> list[records.Record]:
-    facts = records.run_facts() | {"benchmark": "deepspeed_layer"}
+    facts = records.run_facts() | {"benchmark": "deepspeed_layer", "others_cpu": 0.02}
     config = {"num_ranks": 2, "k": 2, "num_experts": 8, "num_tokens": 64, "hidden": 16, "capacity_factor": 1.25}
     parts = {"gate": 1.0, "experts": 2.0, "communication": 3.0, "communication_cpu": 2.5}
     variant = {"config": config, "median_ms": 6.0, "p10_ms": 5.0, "p90_ms": 7.0, "parts": parts, "aligned_parts": parts}

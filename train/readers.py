@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import sysconfig
 from collections.abc import Iterator
 from pathlib import Path
@@ -47,8 +48,11 @@ def _hidden(path: Path) -> bool:
 
 def _library_files() -> list[Path]:
     root = Path(sysconfig.get_path("stdlib"))
-    names = [p.relative_to(root) for p in root.rglob("*.py")]
-    kept = [name for name in names if not _LIBRARY_SKIP.intersection(name.parts)]
+    kept: list[Path] = []
+    for folder, subfolders, names in os.walk(root):
+        # Not even looked into: installed packages are below, tens of thousands of files.
+        subfolders[:] = [name for name in subfolders if name not in _LIBRARY_SKIP]
+        kept += [Path(folder, name).relative_to(root) for name in names if name.endswith(".py")]
     if not kept:
         raise DataError(str(root), "the standard library's sources are not here", "Pass your own text with --data")
     kept.sort(key=lambda name: hashlib.sha256(name.as_posix().encode()).digest())

@@ -31,7 +31,6 @@ from train.engine import build_engine, quiet_deepspeed
 from train.errors import TrainingDivergedError
 from train.files import write_text_atomic
 from train.metrics import MetricsWriter, StepMetrics, run_stats
-from train.plots import plot_losses
 from train.run_folder import RunFolder
 from train.sample import sample_tokens
 from train.stock_comm import StockCommTimer
