@@ -1,8 +1,8 @@
 """Build of ray_deepep: the CPU core always, the CUDA core where nvcc is found; plain pybind11, no torch headers.
 
 RAY_DEEPEP_CORES=0 builds nothing (``setup.py build_ext --inplace`` does it later). RAY_DEEPEP_CUDA=0 leaves the CUDA
-core out, =1 insists on it. RAY_DEEPEP_CUDA_ARCHS="90" or "80;90;100" says for which chips, RAY_DEEPEP_BUILD_JOBS how many
-compilers run at once.
+core out, =1 insists on it. RAY_DEEPEP_CUDA_ARCHS="90" or "80;90;100" says for which chips, RAY_DEEPEP_BUILD_JOBS how
+many compilers run at once.
 """
 
 from __future__ import annotations
