@@ -7,6 +7,7 @@ communicator picked, and wraps what comes back in frozen results.
 from __future__ import annotations
 
 import secrets
+import time
 
 import torch
 
@@ -111,9 +112,9 @@ class Buffer:
             owner=self._identity,
             scale_by_weights=scale_by_weights,
         )
-        with self._recorder.measure("dispatch"):
-            output = self._transport.dispatch(request)
-        self._recorder.add_bytes("dispatch", output.x.numel() * output.x.element_size())
+        start = time.perf_counter()
+        output = self._transport.dispatch(request)
+        self._recorder.add("dispatch", time.perf_counter() - start, output.x.numel() * output.x.element_size())
         return self._dispatch_result(request, output)
 
     def combine(
@@ -156,9 +157,9 @@ class Buffer:
             keep_routes=keep_routes,
             bias=bias,
         )
-        with self._recorder.measure("combine"):
-            output = self._transport.combine(request)
-        self._recorder.add_bytes("combine", rows.numel() * rows.element_size())
+        start = time.perf_counter()
+        output = self._transport.combine(request)
+        self._recorder.add("combine", time.perf_counter() - start, rows.numel() * rows.element_size())
         return CombineResult(x=output.x, topk_weights=output.topk_weights, routes=output.routes)
 
     def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
@@ -173,8 +174,10 @@ class Buffer:
         self._check_open("combine_weights")
         handle = checks.handle(handle, self._identity)
         topk_weights = checks.row_weights(topk_weights, handle)
-        with self._recorder.measure("combine"):
-            return self._transport.combine_weights(topk_weights, handle)
+        start = time.perf_counter()
+        home = self._transport.combine_weights(topk_weights, handle)
+        self._recorder.add("combine", time.perf_counter() - start, 0)
+        return home
 
     def stats(self, *, reset: bool = False) -> CommStats:
         """Calls, ms and bytes of this buffer since the last reset."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import math
 import os
 import threading
 from collections.abc import Callable
@@ -53,6 +54,12 @@ def machine_id() -> str:
     return f"{boot} {namespace} uid {os.geteuid()}"
 
 
+POOLED_BYTES = 256 * 1024
+"""Outputs from this size on take their memory from a pool, which saves the page faults of fresh memory."""
+MAX_IDLE_BYTES = 1 << 30
+"""Memory that a pool keeps while nobody uses it."""
+
+
 class ShmDomain:
     """The ranks of one host, connected: what buffers of transport ``shm`` are made from.
 
@@ -63,6 +70,7 @@ class ShmDomain:
     def __init__(self, exchange: Exchange, *, peers: tuple[RankInfo, ...], rank: int, config: CommConfig) -> None:
         self.config, self.peers, self.rank = config, peers, rank
         self.core = _load()
+        self._pool = self.core.BlockPool(MAX_IDLE_BYTES)
         self._domain = self.core.Domain(rank, len(peers))
         payload = json.dumps([self._domain.address, self._domain.secret]).encode()
         offers = [json.loads(offer) for offer in exchange("connect", payload)]
@@ -74,6 +82,14 @@ class ShmDomain:
     def core_domain(self):
         """The core's own object, from which the CUDA core makes buffers too."""
         return self._domain
+
+    def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """As ``torch.empty``; the memory of a large tensor comes from this domain's pool and goes back when it dies."""
+        count = math.prod(shape)
+        if count * dtype.itemsize < POOLED_BYTES:
+            return torch.empty(shape, dtype=dtype)
+        block = self._pool.take(count * dtype.itemsize)
+        return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
 
     def make_buffer(self, geometry: BufferGeometry):
         """A core buffer; collective."""
@@ -101,7 +117,7 @@ class ShmTransport:
     device_type = "cpu"
 
     def __init__(self, domain: ShmDomain, geometry: BufferGeometry, *, on_fault: Callable[[FaultRecord], None]) -> None:
-        self._geometry, self._core = geometry, domain.core
+        self._geometry, self._core, self._empty = geometry, domain.core, domain.empty
         self._errors = lambda: public_errors(domain, on_fault)
         # The autograd engine calls backward from threads of its own.
         self._lock = threading.Lock()
@@ -146,9 +162,9 @@ class ShmTransport:
         args.row_weights, args.has_row_weights = address(request.topk_weights), request.topk_weights is not None
         num_tokens, num_topk, hidden = handle.num_tokens, handle.num_topk, rows.shape[1]
         output = CombineOutput(
-            x=torch.empty(num_tokens, hidden, dtype=rows.dtype),
-            topk_weights=torch.empty(num_tokens, num_topk) if args.has_row_weights else None,
-            routes=torch.empty(num_topk, num_tokens, hidden, dtype=rows.dtype) if request.keep_routes else None,
+            x=self._empty(num_tokens, hidden, dtype=rows.dtype),
+            topk_weights=self._empty(num_tokens, num_topk) if args.has_row_weights else None,
+            routes=self._empty(num_topk, num_tokens, hidden, dtype=rows.dtype) if request.keep_routes else None,
         )
         out = self._core.CombineOutputs()
         out.x, out.topk_weights, out.routes = map(address, (output.x, output.topk_weights, output.routes))
@@ -160,7 +176,7 @@ class ShmTransport:
         """See :meth:`Transport.combine_weights`."""
         args, out = self._core.CombineArgs(), self._core.CombineOutputs()
         args.has_rows, args.has_row_weights, args.row_weights = False, True, topk_weights.data_ptr()
-        home = torch.empty(handle.num_tokens, handle.num_topk)
+        home = self._empty(handle.num_tokens, handle.num_topk)
         out.topk_weights = home.data_ptr()
         with self._lock, self._errors():
             self._buffer.combine(args, handle.plan, out)
@@ -187,16 +203,16 @@ class ShmTransport:
         hidden, cached = request.x.shape[1], request.handle is not None
         scales = None
         if request.x_scales is not None:
-            scales = torch.empty(rows, hidden // SCALE_BLOCK, dtype=torch.float32)
+            scales = self._empty(rows, hidden // SCALE_BLOCK, dtype=torch.float32)
         topk_idx = topk_weights = None
         if isinstance(request.layout, TokenMajor):
             num_topk = request.handle.num_topk if cached else request.topk_idx.shape[1]
-            topk_idx = None if cached else torch.empty(received, num_topk, dtype=torch.int64)
-            topk_weights = None if cached else torch.empty(received, num_topk, dtype=torch.float32)
+            topk_idx = None if cached else self._empty(received, num_topk, dtype=torch.int64)
+            topk_weights = None if cached else self._empty(received, num_topk, dtype=torch.float32)
         elif not cached:
-            topk_weights = torch.empty(rows, dtype=torch.float32)
+            topk_weights = self._empty(rows, dtype=torch.float32)
         return DispatchOutput(
-            x=torch.empty(rows, hidden, dtype=request.x.dtype),
+            x=self._empty(rows, hidden, dtype=request.x.dtype),
             x_scales=scales,
             topk_idx=topk_idx,
             topk_weights=topk_weights,

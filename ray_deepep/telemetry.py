@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,26 +25,32 @@ class CommStats:
 
 
 class CommRecorder:
-    """Adds up :class:`CommStats` for one buffer."""
+    """Counts for one buffer. Plain numbers: it runs twice per operation."""
 
     def __init__(self) -> None:
-        self._stats = CommStats()
+        self._clear()
 
-    @contextmanager
-    def measure(self, operation: str) -> Iterator[None]:
-        """Time one ``dispatch`` or ``combine``; failed calls are not counted."""
-        start = time.perf_counter()
-        yield
-        elapsed_ms = (time.perf_counter() - start) * 1e3
-        self._stats += CommStats(**{f"num_{operation}": 1, f"{operation}_ms": elapsed_ms})
+    def _clear(self) -> None:
+        self._calls = {"dispatch": 0, "combine": 0}
+        self._seconds = {"dispatch": 0.0, "combine": 0.0}
+        self._bytes = {"dispatch": 0, "combine": 0}
 
-    def add_bytes(self, operation: str, num_bytes: int) -> None:
-        """Count bytes of one ``dispatch`` or ``combine``."""
-        self._stats += CommStats(**{f"{operation}_bytes": num_bytes})
+    def add(self, operation: str, seconds: float, num_bytes: int) -> None:
+        """Count one completed ``dispatch`` or ``combine``."""
+        self._calls[operation] += 1
+        self._seconds[operation] += seconds
+        self._bytes[operation] += num_bytes
 
     def stats(self, *, reset: bool = False) -> CommStats:
         """Totals since the last reset."""
-        stats = self._stats
+        stats = CommStats(
+            num_dispatch=self._calls["dispatch"],
+            num_combine=self._calls["combine"],
+            dispatch_ms=self._seconds["dispatch"] * 1e3,
+            combine_ms=self._seconds["combine"] * 1e3,
+            dispatch_bytes=self._bytes["dispatch"],
+            combine_bytes=self._bytes["combine"],
+        )
         if reset:
-            self._stats = CommStats()
+            self._clear()
         return stats

@@ -7,6 +7,7 @@ namespace ray_deepep {
 
 void register_errors(pybind11::module_& module);
 void register_domain(pybind11::module_& module);
+void register_block_pool(pybind11::module_& module);
 void register_host_buffer(pybind11::module_& module);
 
 }  // namespace ray_deepep

@@ -5,5 +5,6 @@ PYBIND11_MODULE(_core, module) {
     module.attr("version") = RAY_DEEPEP_VERSION;
     ray_deepep::register_errors(module);
     ray_deepep::register_domain(module);
+    ray_deepep::register_block_pool(module);
     ray_deepep::register_host_buffer(module);
 }
