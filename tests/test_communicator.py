@@ -25,7 +25,7 @@ from ray_deepep.communicator import RankInfo, choose_transport
 from ray_deepep.rendezvous import store_exchange
 
 GEOMETRY = {"num_experts": 4, "hidden": 24, "num_topk": 3, "max_tokens": 9}
-BOOTSTRAP_DEADLINE_S = 1.0
+BOOTSTRAP_DEADLINE_S = 3.0
 needs_shm = pytest.mark.skipif(bool(shm_problem()), reason=shm_problem())
 
 
@@ -268,7 +268,7 @@ def test_missing_at_bootstrap(transport: str, absent: list[int], who: str) -> No
     for rank in {0, 1, 2} - set(absent):
         assert found[rank]["missing"] == absent
         assert found[rank]["phase"] == "meet"
-        assert found[rank]["text"] == f"bootstrap: {who} did not reach 'meet' within 1 s"
+        assert found[rank]["text"] == f"bootstrap: {who} did not reach 'meet' within {BOOTSTRAP_DEADLINE_S:g} s"
         assert BOOTSTRAP_DEADLINE_S <= found[rank]["elapsed_s"] < BOOTSTRAP_DEADLINE_S + 1
 
 
