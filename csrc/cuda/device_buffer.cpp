@@ -185,6 +185,11 @@ PlanCounts DeviceBuffer::wait_counts() {
             throw FaultError(record);
         }
     }
+    if (status_->bad_expert != 0) {
+        const int expert = std::exchange(status_->bad_expert, 0) - 1;
+        throw ArgumentError("topk_idx", std::to_string(expert),
+                            "must be in [-1, " + std::to_string(sizes_.num_experts) + ")");
+    }
     const auto* counts = reinterpret_cast<const int32_t*>(status_ + 1);
     const int num_local = sizes_.num_local_experts();
     PlanCounts result;

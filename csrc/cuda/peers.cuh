@@ -33,8 +33,8 @@ struct HostStatus {
     uint32_t counts_ready;  // ticket of the dispatch whose counts are below
     int32_t num_recv_tokens;
     int32_t num_rows;
-    uint32_t overflow;  // sequence of a dispatch that did not fit
-    int32_t unused;
+    uint32_t overflow;   // sequence of a dispatch that did not fit
+    int32_t bad_expert;  // 1 + an expert id out of range that was seen; 0: none. Its route is dropped.
     // int32 expert_count[L] and expert_offset[L + 1] follow
 };
 

@@ -22,7 +22,11 @@ __device__ void publish_chunk(const PublishParams& p, uint32_t sequence, int chu
     const int routes = max(0, min(kChunkTokens, p.num_tokens - first_token)) * p.num_topk;
     for (int i = threadIdx.x; i < routes; i += blockDim.x) {
         const int64_t route = int64_t{first_token} * p.num_topk + i;
-        const int expert = static_cast<int>(p.topk_idx[route]);
+        int expert = static_cast<int>(p.topk_idx[route]);
+        if (expert < -1 || expert >= peers.num_experts) {
+            peers.status->bad_expert = expert + 1;
+            expert = -1;
+        }
         topk_idx[route] = expert;
         topk_weights[route] = p.topk_weights[route];
         if (p.locations != nullptr) locations[route] = p.locations[route];
@@ -32,7 +36,8 @@ __device__ void publish_chunk(const PublishParams& p, uint32_t sequence, int chu
         bool first = true;
         for (int k = i % p.num_topk; k > 0 && first; --k) {
             const int earlier = static_cast<int>(p.topk_idx[route - k]);
-            first = earlier < 0 || earlier / peers.num_local_experts != dest;
+            const bool valid = earlier >= 0 && earlier < peers.num_experts;
+            first = !valid || earlier / peers.num_local_experts != dest;
         }
         if (first) atomicAdd(&rank_count[dest], 1);
     }

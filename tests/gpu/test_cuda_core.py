@@ -10,9 +10,9 @@ import random
 import pytest
 import torch
 from cases import FLOAT8, LAYOUTS, PADDED, ROUTINGS, Case, all_modes, check_case
-from harness import RankContext, Ranks
+from harness import RankContext, Ranks, error_of
 
-from ray_deepep import ExpertMajor, TokenMajor
+from ray_deepep import ExpertMajor, InvalidArgumentError, TokenMajor
 from ray_deepep.cuda import cuda_problem
 
 pytestmark = pytest.mark.skipif(bool(cuda_problem()), reason=f"transport cuda: {cuda_problem()}")
@@ -109,3 +109,20 @@ def fuzz_case(generator: random.Random, num_ranks: int) -> Case:
 def test_random_cases(ranks: Ranks, num_ranks: int) -> None:
     generator = random.Random(SEED + num_ranks)
     ranks.run(num_ranks, check_cases, [fuzz_case(generator, num_ranks) for _ in range(40)], deadline_s=250.0)
+
+
+def bad_expert(context: RankContext) -> str:
+    """Only the host that waits for counts can tell; the peers' dispatch is complete, without the bad routes."""
+    torch.cuda.set_device(context.rank % torch.cuda.device_count())
+    with context.buffer("cuda", num_experts=4, hidden=64, num_topk=2, max_tokens=8) as buffer:
+        topk_idx = torch.zeros(8, 2, dtype=torch.int64, device="cuda")
+        topk_idx[3, 1] = 4 if context.rank == 0 else 1
+        x = torch.randn(8, 64, device="cuda")
+        if context.rank == 0:
+            return str(error_of(InvalidArgumentError, lambda: buffer.dispatch(x, topk_idx)))
+        buffer.dispatch(x, topk_idx)
+        return ""
+
+
+def test_expert_out_of_range(ranks: Ranks) -> None:
+    assert ranks.run(2, bad_expert) == ["topk_idx: must be in [-1, 4); got '4'", ""]
