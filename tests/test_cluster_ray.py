@@ -1,27 +1,23 @@
 """``ray_deepep.cluster`` on a real Ray: raw actors, Ray Train runs, and faults. One Ray serves the whole file."""
 
-import json
 import os
 import re
 import signal
-import subprocess
-import sys
-import threading
 import time
-import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-import torch
 
 pytest.importorskip("ray", reason="ray_deepep.cluster needs Ray")
 
+import cluster_cases
 import ray
+from cluster_cases import FakeWorkerGroup, Run, SharedMemoryWatch, attempt_details, new_actor
 from ray.train import RunConfig
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 
-from ray_deepep import BootstrapError, Buffer, CommConfig, CommFaultError, InvalidArgumentError, InvalidTypeError
+from ray_deepep import BootstrapError, CommConfig, InvalidArgumentError, InvalidTypeError
 from ray_deepep.cluster import (
     ExpertParallelConfig,
     NotBootstrappedError,
@@ -31,52 +27,21 @@ from ray_deepep.cluster import (
     teardown,
 )
 from ray_deepep.cluster.expert_parallel import ExpertParallelBackend
+from ray_deepep.cluster.processes import ProcessId, process_state
 from ray_deepep.cluster.supervision import FaultSupervisor
 
-ROOT = Path(__file__).parents[1]
 CONFIG = CommConfig(bootstrap_deadline_s=30.0, deadline_s=10.0, num_threads=1, heap_gib=1.0)
 SHORT = CommConfig(bootstrap_deadline_s=3.0, num_threads=1, heap_gib=1.0)
-TINY = ("--preset", "tiny", "--workers", "2", "--backend", "ray_deepep", "--set", "data.max_bytes=65536")
 
 
 @pytest.fixture(scope="module")
 def cluster():
     """A Ray of this file's own, with the dashboard that jobs and the Train state need; gives its two addresses."""
-    ray.cloudpickle.register_pickle_by_value(sys.modules[__name__])  # actors cannot import a test module
+    ray.cloudpickle.register_pickle_by_value(cluster_cases)
     context = ray.init(address="local", num_cpus=8, include_dashboard=True, log_to_driver=False)
     yield {"gcs": ray.get_runtime_context().gcs_address, "dashboard": f"http://{context.dashboard_url}"}
     ray.shutdown()
-    ray.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-
-
-class Worker:
-    """What a user's actor may look like."""
-
-    def pid(self) -> int:
-        return os.getpid()
-
-    def sleep(self, seconds: float) -> None:
-        time.sleep(seconds)
-
-    def place(self) -> tuple:
-        state = current()
-        return state.world_rank, state.ranks, state.communicator.rank, state.communicator.num_ranks
-
-    def add_up(self) -> float:
-        """Every token to all experts and back; with weights of one, K times itself."""
-        with Buffer(current().communicator, num_experts=4, hidden=256, num_topk=4, max_tokens=32) as buffer:
-            x = torch.full((8, 256), 1.0 + current().world_rank)
-            arrived = buffer.dispatch(x, torch.arange(4).repeat(8, 1))
-            per_rank = buffer.combine(arrived.x, arrived.handle).x
-            return float(per_rank.mean()) / current().communicator.num_ranks
-
-    def dispatch_until_fault(self) -> CommFaultError:
-        with Buffer(current().communicator, num_experts=4, hidden=256, num_topk=1, max_tokens=32) as buffer:
-            try:
-                while True:
-                    buffer.dispatch(torch.ones(8, 256), torch.zeros(8, 1, dtype=torch.int64))
-            except CommFaultError as error:
-                return error
+    ray.cloudpickle.unregister_pickle_by_value(cluster_cases)
 
 
 @pytest.fixture(scope="module")
@@ -85,10 +50,6 @@ def actors(cluster):
     made = [new_actor() for _ in range(4)]
     ray.get([actor.pid.remote() for actor in made], timeout=120)
     return made
-
-
-def new_actor():
-    return ray.remote(num_cpus=0.5)(Worker).remote()
 
 
 # Raw actors
@@ -121,13 +82,14 @@ def test_reference_transport_over_a_process_group_of_ours(actors):
 
 
 def test_a_busy_actor_is_named_within_the_deadline(actors):
-    busy = actors[2].sleep.remote(5.0)
+    busy = actors[2].sleep.remote(8.0)
+    config = CommConfig(bootstrap_deadline_s=6.0, num_threads=1, heap_gib=1.0)  # the rendezvous starts within it too
     begin = time.monotonic()
     with pytest.raises(
-        BootstrapError, match=r"rank 2 did not reach 'join' within 3 s \(rank 2, Worker, pid \d+"
+        BootstrapError, match=r"rank 2 did not reach 'join' within 6 s \(rank 2, Worker, pid \d+"
     ) as info:
-        bootstrap(actors, config=SHORT)
-    assert time.monotonic() - begin < SHORT.bootstrap_deadline_s + 4.0
+        bootstrap(actors, config=config)
+    assert time.monotonic() - begin < config.bootstrap_deadline_s + 2.0
     assert info.value.missing == [2]
     ray.get(busy)
     bootstrap(actors, config=CONFIG)  # the others are free again, and the busy one too
@@ -201,32 +163,6 @@ def test_config_refuses_bad_fields(fields, error):
         ExpertParallelConfig(**fields)
 
 
-class FakeWorkerGroup:
-    """As much of Ray Train's worker group as the backend calls, over raw actors."""
-
-    def __init__(self, actors, pids=(7, 7)) -> None:
-        self.actors = actors
-        self.pids = pids
-        self.was_shut_down = False
-
-    def __len__(self) -> int:
-        return len(self.actors)
-
-    def execute_single_async(self, rank, function, *args):
-        return self.actors[rank].__ray_call__.remote(lambda actor, *a: function(*a), *args)
-
-    def get_workers(self):
-        node_id = ray.get_runtime_context().get_node_id()
-        metadata = [SimpleNamespace(node_id=node_id, hostname="h", pid=pid) for pid in self.pids]
-        return [SimpleNamespace(metadata=m) for m in metadata]
-
-    def get_resources_per_worker(self):
-        return {"CPU": 1}
-
-    def shutdown(self) -> None:
-        self.was_shut_down = True
-
-
 def test_a_worker_that_does_not_answer_is_named_at_start(actors):
     busy = actors[1].sleep.remote(5.0)
     group = FakeWorkerGroup(actors[:2])
@@ -250,6 +186,8 @@ def test_a_stopped_worker_is_found_where_no_deadline_would_find_it(actors):
     supervisor.after_worker_group_start(group)
     group._world_rank_to_ongoing_poll = {1: None}
     os.kill(pid, signal.SIGSTOP)
+    while process_state(ProcessId(node_id="", host="", pid=pid)) != "stopped":
+        time.sleep(0.01)
     status = WorkerGroupPollStatus({rank: WorkerStatus(running=True) for rank in range(2)})
     supervisor.after_worker_group_poll_status(status)
     assert status.errors == {}, "a moment is no fault"
@@ -261,50 +199,6 @@ def test_a_stopped_worker_is_found_where_no_deadline_would_find_it(actors):
 
 
 # Ray Train runs, as a user starts them
-
-
-class Run:
-    """One `python -m train.ray_main` on the cluster of this file."""
-
-    def __init__(self, cluster, out: Path, *arguments: str, **env: str) -> None:
-        self.out = out
-        command = [sys.executable, "-m", "train.ray_main", *TINY, "--out", str(out), *arguments]
-        environment = os.environ | {"RAY_ADDRESS": cluster["gcs"]} | env
-        begin = time.monotonic()
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-        self.seconds = time.monotonic() - begin
-        self.status = done.returncode
-        self.text = done.stdout + done.stderr
-        self.faults = [json.loads(line.partition("RAY_DEEPEP_FAULT ")[2]) for line in self.lines("RAY_DEEPEP_FAULT")]
-
-    def lines(self, word: str) -> list[str]:
-        return [line for line in self.text.splitlines() if word in line]
-
-    @property
-    def losses(self) -> list[tuple]:
-        records = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        return [(r["step"], r["loss"], r["aux_loss"], r.get("val_loss")) for r in records]
-
-
-class SharedMemoryWatch:
-    """Notes what appears in /dev/shm while a run goes."""
-
-    def __init__(self) -> None:
-        self.names: set[str] = set()
-        self._end = threading.Event()
-        self._thread = threading.Thread(target=self._look)
-
-    def _look(self) -> None:
-        while not self._end.wait(0.05):
-            self.names |= set(os.listdir("/dev/shm"))
-
-    def __enter__(self) -> "SharedMemoryWatch":
-        self._thread.start()
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._end.set()
-        self._thread.join()
 
 
 @pytest.fixture(scope="module")
@@ -337,14 +231,6 @@ def test_faults_are_named_and_do_not_change_the_losses(cluster, undisturbed, tmp
     details = attempt_details(cluster, "tiny-ray_deepep")
     for text in ("rank 1 (pid", "is stopped (SIGSTOP)", "InjectedError", "was late"):
         assert any(text in detail for detail in details), (text, details)
-
-
-def attempt_details(cluster, name: str) -> list[str]:
-    """Status texts of all attempts of Train runs whose name begins with `name`, as the dashboard has them."""
-    with urllib.request.urlopen(f"{cluster['dashboard']}/api/train/v2/runs/v1", timeout=30) as answer:
-        runs = json.load(answer)["train_runs"]
-    attempts = [attempt for run in runs if run["name"].startswith(name) for attempt in run["attempts"]]
-    return [attempt["status_detail"] or "" for attempt in attempts]
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ pytest.importorskip("ray", reason="the demo needs Ray")
 from train.demo import DemoOptions, main, options_from_args, progress
 from train.errors import ConfigError, DataError
 from train.inject import Injection
+from train.local_ray import LocalRay, LocalRayError
 from train.presets import get_preset
 from train.ray_jobs import JobFailedError, reason_of
 from train.ray_main import RayOptions, check_resources, with_absolute_paths
@@ -45,8 +46,10 @@ def test_progress_lines(line, number, text):
 
 def test_command_of_a_job_quotes_what_the_user_gave(tmp_path):
     options = options_from_args(["--data", str(ROOT / "README.md"), "--out", str(tmp_path / "a b"), "--steps", "7"])
-    command = options.entrypoint("stock", "python")
+    command = options.entrypoint("stock", here=False)
+    assert command.startswith("python -m train.ray_main ")
     assert "--backend stock --workers 2" in command
+    assert options.entrypoint("stock", here=True).startswith(sys.executable)
     assert f"--out '{tmp_path}/a b/stock'" in command
     assert "--steps 7" in command
     assert "--resume" not in command
@@ -149,11 +152,56 @@ def test_paths_are_absolute_for_workers(monkeypatch, tmp_path):
     assert moved.data.tokenizer_file == ""
 
 
+def test_a_ray_that_does_not_start_says_why(monkeypatch):
+    monkeypatch.setattr(LocalRay, "_head_command", lambda *_: [sys.executable, "-c", "print('no room'); exit(3)"])
+    local = LocalRay(num_workers=1)
+    with pytest.raises(LocalRayError, match="Ray did not start:\nno room"):
+        local.__enter__()
+    assert not local._folder.exists()
+
+
+def test_a_head_that_will_not_listen_is_killed_with_its_children(monkeypatch, tmp_path):
+    """The watchdog ends what came from the head, even a grandchild in a session of its own that ignores SIGTERM."""
+    stubborn = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); time.sleep(600)"
+    start_child = f"s.Popen([sys.executable, '-c', {stubborn!r}], start_new_session=True)"
+    head = f"import subprocess as s, sys; {start_child}; {stubborn}"
+    folder = tmp_path / "ray"
+    folder.mkdir()
+    command = [sys.executable, "-m", "train.local_ray", str(folder), json.dumps([sys.executable, "-c", head])]
+    watchdog = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE)
+    end = time.monotonic() + 20
+    while len(pids := processes_below(watchdog.pid)) < 2:
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    watchdog.stdin.close()
+    assert watchdog.wait(20) == 0
+    assert wait_until_gone(pids, 5) == []
+    assert not folder.exists()
+
+
 # The whole, on a Ray of its own
 
 
+def processes_below(root: int) -> list[int]:
+    """Living processes that came from `root`."""
+    children: dict[int, list[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            fields = stat.read_text(errors="replace").rpartition(")")[2].split()
+        except OSError:
+            continue
+        if fields[0] != "Z":
+            children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+    found, stack = [], [root]
+    while stack:
+        below = children.get(stack.pop(), [])
+        found += below
+        stack += below
+    return found
+
+
 class Demo:
-    """A demo process, and everything that came from it: found by the folder of its Ray, which their commands name."""
+    """A demo process."""
 
     def __init__(self, out: Path, *arguments: str) -> None:
         environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
@@ -162,23 +210,6 @@ class Demo:
         self.process = subprocess.Popen(
             command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
-
-    def ray_processes(self) -> list[int]:
-        """Living processes that have this demo's watchdog above them, the watchdog included."""
-        children: dict[int, list[int]] = {}
-        for stat in Path("/proc").glob("[0-9]*/stat"):
-            try:
-                fields = stat.read_text(errors="replace").rpartition(")")[2].split()
-            except OSError:
-                continue
-            if fields[0] != "Z":
-                children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
-        found, stack = [], [self.process.pid]
-        while stack:
-            below = children.get(stack.pop(), [])
-            found += below
-            stack += below
-        return found
 
     def wait_for(self, condition, deadline_s: float) -> None:
         end = time.monotonic() + deadline_s
@@ -233,7 +264,7 @@ def test_a_demo_that_is_ended_leaves_no_process(tmp_path, how):
         demo = Demo(tmp_path / "demo", "--steps", "100000", "--backend", "ray_deepep")
         log = demo.out / "job-ray_deepep.log"
         demo.wait_for(lambda: log.is_file() and log.stat().st_size > 0, 120)
-        pids = demo.ray_processes()
+        pids = processes_below(demo.process.pid)
         assert len(pids) > 5
         demo.process.send_signal(how)
         assert wait_until_gone(pids, 20) == []

@@ -45,10 +45,20 @@ class DemoOptions:
     out: Path
     resume: bool
     backends: tuple[str, ...]
+    python: str = ""
+    """Python of the cluster's nodes; empty: ours where the head is this machine, else `python`."""
 
-    def entrypoint(self, backend: str, python: str) -> str:
-        """The command of one backend's job."""
-        command = [python, "-m", "train.ray_main", "--preset", self.preset, "--backend", backend]
+    def entrypoint(self, backend: str, *, here: bool) -> str:
+        """The command of one backend's job. here: whether the head node is this machine."""
+        command = [
+            self.python or (sys.executable if here else "python"),
+            "-m",
+            "train.ray_main",
+            "--preset",
+            self.preset,
+            "--backend",
+            backend,
+        ]
         command += ["--workers", str(self.workers), "--out", str(self.out / backend)]
         command += ["--submitted", f"{time.time():.3f}"]
         command += ["--data", *self.data] if self.data else []
@@ -100,6 +110,7 @@ def options_from_args(argv: list[str] | None) -> DemoOptions:
     parser.add_argument(
         "--resume", nargs="?", const="runs/demo", metavar="DIR", help="continue the demo in this folder"
     )
+    parser.add_argument("--python", default="", metavar="PATH", help="with RAY_ADDRESS: Python of the cluster's nodes")
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=["ray_deepep", "stock"], help="which to run")
     args = parser.parse_args(argv)
     if args.workers < 1:
@@ -121,6 +132,7 @@ def options_from_args(argv: list[str] | None) -> DemoOptions:
         out=out.absolute(),
         resume=bool(args.resume),
         backends=tuple(args.backend),
+        python=args.python,
     )
 
 
@@ -135,8 +147,8 @@ def _new_folder(wanted: Path) -> Path:
 
 def run_demo(options: DemoOptions) -> int:
     """Run every backend's job and print the comparison. Returns the exit status."""
-    options.out.mkdir(parents=True, exist_ok=True)
     with _ray(options) as (runner, url):
+        options.out.mkdir(parents=True, exist_ok=True)
         results = {backend: run_backend(options, backend, runner) for backend in options.backends}
     print_summary(options, results, url)
     return 0
@@ -150,19 +162,18 @@ def _ray(options: DemoOptions) -> Iterator[tuple[JobRunner, str]]:
         print(f"submitting to the cluster at {runner.url}")
         yield runner, runner.url
         return
+    print("starting Ray on this machine", flush=True)
+    begin = time.monotonic()
     with LocalRay(num_workers=options.workers) as local:
-        print(f"starting Ray on this machine; dashboard: {local.url}")
+        print(f"Ray is up after {time.monotonic() - begin:.1f} s; dashboard: {local.url}")
         for note in local.notes:
             print(f"  {note}")
-        begin = time.monotonic()
-        local.wait_until_ready()
-        print(f"Ray is up after {time.monotonic() - begin:.1f} s")
         yield JobRunner(local.url, local=True), local.url
 
 
 def run_backend(options: DemoOptions, backend: str, runner: JobRunner) -> dict:
     """Submit one backend's job, show its progress, return its result."""
-    command = options.entrypoint(backend, sys.executable if runner.local else "python")
+    command = options.entrypoint(backend, here=runner.head_is_here)
     log_path = options.out / f"job-{backend}.log"
     print(f"\n{backend}: submitted as a Ray job; its log: {log_path}")
     with tqdm(total=options.num_steps, desc=backend, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:

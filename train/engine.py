@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
-import torch
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups, logger
 
@@ -92,7 +91,6 @@ def build_engine(config: TrainConfig, *, vocab_size: int, world: World) -> deeps
     model = MoELanguageModel(config.model, vocab_size=padded_vocab_size(vocab_size), ep_size=ep_size)
     init_weights(model, seed=config.run.seed, ep_rank=ep_rank)
     param_groups = split_for_weight_decay(model, config.optim.weight_decay)
-    _keep_compiler_unloaded()
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=split_params_into_different_moe_groups_for_optimizer(param_groups),
@@ -108,17 +106,6 @@ def build_engine(config: TrainConfig, *, vocab_size: int, world: World) -> deeps
 def _ep_rank(world: World, ep_size: int, data_before_expert: bool) -> int:
     """Place in the EP group: DeepSpeed takes consecutive ranks, or strided ones with data before expert parallelism."""
     return world.rank // (world.world_size // ep_size) if data_before_expert else world.rank % ep_size
-
-
-def _keep_compiler_unloaded() -> None:
-    """Keep torch.optim from importing torch's compiler, which takes two seconds of every start.
-
-    It does so at its first call, only to tell the compiler to leave the optimizer alone. Nothing is compiled here.
-    """
-    for function in vars(torch.optim.Optimizer).values():
-        original = getattr(function, "__wrapped__", None)
-        if original is not None and not hasattr(original, "__dynamo_disable"):
-            original.__dynamo_disable = original
 
 
 def quiet_deepspeed() -> None:

@@ -26,7 +26,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _DASHBOARD_PORT = 8265
-_START_DEADLINE_S = 90.0
+_START_DEADLINE_S = 120.0
 _STOP_DEADLINE_S = 5.0
 _OBJECT_STORE_BYTES = 200 * 2**20
 _PR_SET_CHILD_SUBREAPER = 36
@@ -38,57 +38,78 @@ class LocalRayError(RuntimeError):
 
 
 class LocalRay:
-    """A Ray head with a dashboard on this machine. A context manager.
+    """A Ray head with a dashboard on this machine. A context manager: entering it blocks until jobs can be submitted.
 
     Attributes:
         url: of the dashboard and of job submission.
         notes: what the user should know about this start, such as a port that was busy.
+
+    Raises LocalRayError when Ray does not start, with the end of its log.
     """
 
     def __init__(self, *, num_workers: int) -> None:
-        self._folder = Path(tempfile.mkdtemp(prefix="ray_demo_", dir=_SHORT_FOLDER))
-        port, self.notes = _dashboard_port()
-        self.url = f"http://127.0.0.1:{port}"
+        self.notes: list[str] = []
+        self._num_workers = num_workers
+        self._watchdog: subprocess.Popen | None = None
         self._set_environment()
-        self._log = self._folder / "head.log"
-        self._watchdog = subprocess.Popen(
-            [
-                sys.executable,
-                "-m",
-                "train.local_ray",
-                str(self._folder),
-                json.dumps(self._head_command(num_workers, port)),
-            ],
-            stdin=subprocess.PIPE,
-            cwd=Path(__file__).parent.parent,
-            start_new_session=True,  # Ctrl-C in the terminal is for us; the watchdog hears of it through the pipe
-        )
-
-    def wait_until_ready(self) -> None:
-        """Block until jobs can be submitted. Raises LocalRayError."""
-        deadline = time.monotonic() + _START_DEADLINE_S
-        while time.monotonic() < deadline:
-            if self._watchdog.poll() is not None:
-                raise LocalRayError(f"Ray did not start:\n{self._log_tail()}")
-            # An answer that refuses (401) is an answer: it asks for the token, which job submission has.
-            with contextlib.suppress(OSError):
-                with contextlib.suppress(urllib.error.HTTPError):
-                    urllib.request.urlopen(f"{self.url}/api/version", timeout=5).close()
-                return
-            time.sleep(0.1)
-        raise LocalRayError(f"Ray did not start within {_START_DEADLINE_S:g} s:\n{self._log_tail()}")
-
-    def close(self) -> None:
-        """End Ray and every process that came from it."""
-        if self._watchdog.stdin and not self._watchdog.stdin.closed:
-            self._watchdog.stdin.close()
-        self._watchdog.wait()
 
     def __enter__(self) -> LocalRay:
+        try:
+            self._start(_dashboard_port(self.notes))
+            if not self._wait_until_ready():
+                # Most likely another Ray took a port between our look and its start.
+                self.close()
+                self._start(_free_ports(1)[0])
+                if not self._wait_until_ready():
+                    raise LocalRayError(f"Ray did not start:\n{self._last_words()}")
+        except BaseException:
+            self.close()
+            raise
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def close(self) -> None:
+        """End Ray and every process that came from it."""
+        if self._watchdog is not None:
+            if not self._watchdog.stdin.closed:
+                self._watchdog.stdin.close()
+            self._watchdog.wait()
+
+    def _start(self, dashboard_port: int) -> None:
+        self._folder = Path(tempfile.mkdtemp(prefix="ray_demo_", dir=_SHORT_FOLDER))
+        self.url = f"http://127.0.0.1:{dashboard_port}"
+        command = [sys.executable, "-m", "train.local_ray", str(self._folder)]
+        self._watchdog = subprocess.Popen(
+            [*command, json.dumps(self._head_command(dashboard_port))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=Path(__file__).parent.parent,
+            text=True,
+            start_new_session=True,  # Ctrl-C in the terminal is for us; the watchdog hears of it through the pipe
+        )
+
+    def _wait_until_ready(self) -> bool:
+        """False if the head ended instead, or the deadline passed."""
+        deadline = time.monotonic() + _START_DEADLINE_S
+        while time.monotonic() < deadline and self._watchdog.poll() is None:
+            if self._session_at_url() == (self._folder / "session_latest").resolve().name:
+                return True
+            time.sleep(0.1)
+        return False
+
+    def _session_at_url(self) -> str | None:
+        """Name of the Ray that answers at our address: it could be another one."""
+        token = os.environ.get("RAY_AUTH_TOKEN", "")
+        request = urllib.request.Request(f"{self.url}/api/version", headers={"Authorization": f"Bearer {token}"})
+        with contextlib.suppress(OSError, ValueError), urllib.request.urlopen(request, timeout=5) as answer:
+            return json.load(answer).get("session_name")
+        return None
+
+    def _last_words(self) -> str:
+        self.close()
+        return self._watchdog.stdout.read() or "(no log)"
 
     def _set_environment(self) -> None:
         """For this process and all that come from it: this Ray's token, no reports to Ray's makers, no idle workers."""
@@ -99,27 +120,22 @@ class LocalRay:
         # Workers of a job have an environment of their own, so spare ones without it would start in vain.
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
-    def _head_command(self, num_workers: int, dashboard_port: int) -> list[str]:
+    def _head_command(self, dashboard_port: int) -> list[str]:
         free = _free_ports(3)
         options = {
             "port": free[0],
             "ray-client-server-port": free[1],
             "dashboard-agent-listen-port": free[2],
             "dashboard-port": dashboard_port,
-            "num-cpus": max(4, num_workers + 2, os.cpu_count() or 1),
+            "num-cpus": max(4, self._num_workers + 2, os.cpu_count() or 1),
             "object-store-memory": _OBJECT_STORE_BYTES,
             "temp-dir": self._folder,
         }
         start = [sys.executable, "-m", "ray.scripts.scripts", "start", "--head", "--block", "--disable-usage-stats"]
         return start + [f"--{name}={value}" for name, value in options.items()]
 
-    def _log_tail(self) -> str:
-        with contextlib.suppress(OSError):
-            return "\n".join(self._log.read_text(encoding="utf-8", errors="replace").splitlines()[-15:])
-        return "(no log)"
 
-
-def _dashboard_port() -> tuple[int, list[str]]:
+def _dashboard_port(notes: list[str]) -> int:
     """Ray's usual port, or a free one and a note that says so."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -127,8 +143,9 @@ def _dashboard_port() -> tuple[int, list[str]]:
             probe.bind(("127.0.0.1", _DASHBOARD_PORT))
         except OSError:
             port = _free_ports(1)[0]
-            return port, [f"port {_DASHBOARD_PORT} is busy (another Ray?); this Ray's dashboard is on port {port}"]
-    return _DASHBOARD_PORT, []
+            notes.append(f"port {_DASHBOARD_PORT} is busy (another Ray?); this Ray's dashboard is on port {port}")
+            return port
+    return _DASHBOARD_PORT
 
 
 def _free_ports(count: int) -> list[int]:
@@ -143,21 +160,26 @@ def _free_ports(count: int) -> list[int]:
 
 
 def watch(command: list[str], folder: Path) -> int:
-    """Run `command` until it ends or stdin does; then end all that came from it and remove `folder`."""
+    """Run `command` until it ends or stdin does; then end all that came from it and remove `folder`.
+
+    Prints the end of the command's log if it ended by itself.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: os.close(0))
     _adopt_orphans()
     with open(folder / "head.log", "wb") as log:
         head = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, start_new_session=True)
-        _wait_for_end(head)
+        ended_by_itself = _wait_for_end(head)
         head.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             head.wait(_STOP_DEADLINE_S)
     _kill_descendants()
-    failed = head.returncode not in (0, -signal.SIGTERM, 128 + signal.SIGTERM, None)
-    time.sleep(1.0 if failed else 0.0)  # the starter reads the log of a head that failed
+    if ended_by_itself:
+        with contextlib.suppress(OSError):
+            lines = (folder / "head.log").read_text(encoding="utf-8", errors="replace").splitlines()
+            print("\n".join(lines[-15:]), flush=True)
     shutil.rmtree(folder, ignore_errors=True)
-    return 1 if failed else 0
+    return 1 if ended_by_itself else 0
 
 
 def _adopt_orphans() -> None:
@@ -165,15 +187,16 @@ def _adopt_orphans() -> None:
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
 
 
-def _wait_for_end(head: subprocess.Popen) -> None:
-    """Return when the head ends, or the starter does (stdin is then readable, and empty)."""
+def _wait_for_end(head: subprocess.Popen) -> bool:
+    """Wait until the head ends (True), or the starter does (False; stdin is then readable, and empty)."""
     while head.poll() is None:
         try:
             readable, _, _ = select.select([0], [], [], 0.5)
             if readable and not os.read(0, 1):
-                return
+                return False
         except OSError:
-            return
+            return False
+    return True
 
 
 def _kill_descendants() -> None:

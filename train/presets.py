@@ -23,7 +23,7 @@ DEMO = TrainConfig(
     model=ModelConfig(hidden=192, num_layers=2, num_heads=6, num_experts=8, num_topk=2, expert_hidden=256),
     data=DataConfig(seq_len=128, max_bytes=4 * 2**20),
     optim=OptimConfig(micro_batch=8, lr=4e-3, warmup_steps=20),
-    run=RunConfig(out_dir="runs/demo", steps=160, eval_every=40, checkpoint_every=80, sample_tokens=120),
+    run=RunConfig(out_dir="runs/demo", steps=120, eval_every=40, checkpoint_every=60, sample_tokens=120),
 )
 """The README's demo: about a minute with 2 workers on 2 cores."""
 

@@ -5,8 +5,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import logging
 import re
+import socket
 import time
+import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -27,7 +30,11 @@ class JobRunner:
 
     Args:
         url: of its dashboard; None: the cluster of RAY_ADDRESS.
-        local: whether its nodes are this machine: jobs then use the code here, else a copy of `train` is sent along.
+        local: whether this machine is all of it: jobs then use the code here, else a copy of `train` is sent along.
+
+    Attributes:
+        url: of the cluster's dashboard.
+        head_is_here: whether the head node is this machine, so that its Python is ours.
 
     Raises ConnectionError when there is no cluster at that address.
     """
@@ -35,9 +42,11 @@ class JobRunner:
     def __init__(self, url: str | None, *, local: bool) -> None:
         from ray.job_submission import JobSubmissionClient
 
+        logging.getLogger("ray").setLevel(logging.WARNING)  # its notes on uploads would cut through progress bars
         self._client = JobSubmissionClient(url)
         self.url = self._client.get_address()
         self.local = local
+        self.head_is_here = local or _is_here(self.url)
 
     def run(self, command: str, log_path: Path, show: Callable[[str], None]) -> dict[str, Any]:
         """Submit `command`, hand every line of its log to `show`, return its result.
@@ -83,6 +92,15 @@ class JobRunner:
             if status.is_terminal() or time.monotonic() > deadline:
                 return status.value
             time.sleep(0.1)
+
+
+def _is_here(url: str) -> bool:
+    """Whether the host of `url` is this machine."""
+    host = urllib.parse.urlsplit(url).hostname or ""
+    with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        probe.bind((host, 0))  # only an address of ours can be bound
+        return True
+    return False
 
 
 def reason_of(lines: list[str]) -> str:

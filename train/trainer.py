@@ -254,7 +254,7 @@ class Trainer:
         config = self.config
         sample = self._sample() if config.run.sample_tokens else ""
         title = f"{config.name} on {self.world.world_size} ranks"
-        on_main(self.world, lambda: plot_losses({config.run.backend: self._steps}, self._folder.plot, title=title))
+        on_main(self.world, lambda: _plot({config.run.backend: self._steps}, self._folder.plot, title=title))
         summary = TrainSummary(
             preset=config.name,
             backend=config.run.backend,
@@ -302,3 +302,9 @@ class Trainer:
         text = f"{tokenizer.decode(prompt)}⟶{tokenizer.decode(ids)}"
         on_main(self.world, lambda: write_text_atomic(self._folder.sample, text + "\n"))
         return text
+
+
+def _plot(runs: dict[str, list[StepMetrics]], path: Path, *, title: str) -> None:
+    from train.plots import plot_losses  # matplotlib takes most of a second: not of every rank's start
+
+    plot_losses(runs, path, title=title)
