@@ -10,7 +10,9 @@ from .handle import DispatchHandle, ExpertMajor, Layout, Padded, TokenMajor
 from .transport import REDUCE_MODES, BufferGeometry, CombineRequest, DispatchRequest
 
 MAX_TOPK = 32
+TOKEN_MAJOR = TokenMajor()
 COMBINE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOPK_DTYPES = (torch.int64, torch.int32)
 DISPATCH_DTYPES = (*COMBINE_DTYPES, FLOAT8)
 
 
@@ -34,8 +36,11 @@ def geometry(geometry: BufferGeometry, num_ranks: int) -> None:
 
 def devices(wanted: torch.device | None, **tensors: object) -> None:
     """All given tensors are on this device (None: any, but all on one)."""
+    index = -1 if wanted is None or wanted.index is None else wanted.index
     for name, value in tensors.items():
-        if not isinstance(value, torch.Tensor):
+        if value is None or not isinstance(value, torch.Tensor):
+            continue
+        if value.is_cuda and value.get_device() == index:
             continue
         device = value.device
         if wanted is None:
@@ -75,25 +80,28 @@ def _names(dtypes: tuple[torch.dtype, ...]) -> str:
 
 
 def _tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    # One line for what is right; the rest finds out what is not.
+    if isinstance(value, torch.Tensor) and value.dtype in dtypes and value.shape == shape and value.is_contiguous():
+        return value
     if not isinstance(value, torch.Tensor):
         raise InvalidTypeError(name, type(value).__name__, "must be a torch.Tensor")
     if value.dtype not in dtypes:
         rule = f"dtype must be one of {_names(dtypes)}"
         raise InvalidTypeError(name, str(value.dtype).removeprefix("torch."), rule)
-    # A torch.Size is a tuple, and compares as one.
     if value.shape != shape:
-        raise InvalidArgumentError(name, tuple(value.shape), f"shape must be {shape}")
-    if not value.is_contiguous():
-        raise InvalidArgumentError(name, value.stride(), "must be contiguous (call .contiguous())")
-    return value
+        raise InvalidArgumentError(name, tuple(value.shape), f"shape must be {tuple(shape)}")
+    raise InvalidArgumentError(name, value.stride(), "must be contiguous (call .contiguous())")
 
 
 def _rows(name: str, value: object, dtypes: tuple[torch.dtype, ...], hidden: int) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise InvalidTypeError(name, type(value).__name__, "must be a torch.Tensor")
-    if value.dim() != 2 or value.shape[1] != hidden:
-        raise InvalidArgumentError(name, tuple(value.shape), f"shape must be [rows, hidden={hidden}]")
-    return _tensor(name, value, dtypes, value.shape)
+    shape = value.shape
+    if len(shape) == 2 and shape[1] == hidden and value.dtype in dtypes and value.is_contiguous():
+        return value
+    if len(shape) != 2 or shape[1] != hidden:
+        raise InvalidArgumentError(name, tuple(shape), f"shape must be [rows, hidden={hidden}]")
+    return _tensor(name, value, dtypes, shape)
 
 
 def _absent(rule: str, **arguments: object) -> None:
@@ -106,17 +114,19 @@ def _absent(rule: str, **arguments: object) -> None:
 def _topk_idx(value: object, num_tokens: int, geometry: BufferGeometry) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise InvalidTypeError("topk_idx", type(value).__name__, "must be a torch.Tensor (or give handle=)")
-    if value.dim() != 2 or value.shape[0] != num_tokens or not 1 <= value.shape[1] <= geometry.num_topk:
+    shape = value.shape
+    if len(shape) != 2 or shape[0] != num_tokens or not 1 <= shape[1] <= geometry.num_topk:
         rule = f"shape must be [T={num_tokens}, K] with 1 <= K <= num_topk={geometry.num_topk}"
         raise InvalidArgumentError("topk_idx", tuple(value.shape), rule)
-    _tensor("topk_idx", value, (torch.int64, torch.int32), value.shape)
+    if value.dtype not in TOPK_DTYPES or not value.is_contiguous():
+        _tensor("topk_idx", value, TOPK_DTYPES, shape)
     _in_range("topk_idx", value, -1, geometry.num_experts)
     return value
 
 
 def _in_range(name: str, value: torch.Tensor, low: int, high: int) -> None:
     """``low <= value < high`` everywhere. On a GPU it would stall the host; there the kernel looks."""
-    if value.device.type != "cpu" or value.numel() == 0:
+    if not value.is_cpu or value.numel() == 0:
         return
     smallest, largest = (int(v) for v in torch.aminmax(value))
     if smallest < low or largest >= high:
@@ -146,12 +156,14 @@ def row_weights(value: object, handle: DispatchHandle) -> torch.Tensor:
 
 
 def _layout(layout: Layout | None, locations: object, topk_idx: torch.Tensor, geometry: BufferGeometry) -> Layout:
-    layout = TokenMajor() if layout is None else layout
-    if not isinstance(layout, (TokenMajor, ExpertMajor, Padded)):
-        raise InvalidTypeError("layout", type(layout).__name__, "must be TokenMajor, ExpertMajor or Padded")
-    if not isinstance(layout, Padded):
-        _absent("goes with layout=Padded(capacity) only", locations=locations)
+    if layout is None:
+        layout = TOKEN_MAJOR
+    if isinstance(layout, (TokenMajor, ExpertMajor)):
+        if locations is not None:
+            _absent("goes with layout=Padded(capacity) only", locations=locations)
         return layout
+    if not isinstance(layout, Padded):
+        raise InvalidTypeError("layout", type(layout).__name__, "must be TokenMajor, ExpertMajor or Padded")
     if layout.capacity > geometry.max_capacity:
         raise InvalidArgumentError(
             "layout.capacity", layout.capacity, f"must be <= max_capacity={geometry.max_capacity}"
@@ -159,7 +171,7 @@ def _layout(layout: Layout | None, locations: object, topk_idx: torch.Tensor, ge
     if locations is None:
         raise InvalidArgumentError("locations", None, "must be given with layout=Padded(capacity)")
     locations = _tensor("locations", locations, (torch.int32,), topk_idx.shape)
-    if locations.device.type == "cpu":
+    if locations.is_cpu:
         _in_range("locations", torch.where(topk_idx >= 0, locations, 0), 0, max(layout.capacity, 1))
     return layout
 

@@ -2,6 +2,9 @@
 
 ``Buffer`` checks arguments and builds handles; a transport gets requests that are already valid on this rank, moves
 rows, and checks only what needs other ranks (that all of them asked for the same thing).
+
+Requests and outputs are made in every call, before or beside a kernel of some microseconds. So they are not frozen,
+which would double what they cost; nobody writes to them.
 """
 
 from __future__ import annotations
@@ -40,7 +43,7 @@ class BufferGeometry:
     """Bytes of each rank's heap for the user's own tensors (``Buffer.symm_empty``); GPU transports only."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class DispatchRequest:
     """A dispatch. With ``handle`` (a cached dispatch), ``topk_idx``, ``topk_weights`` and ``locations`` are None."""
 
@@ -66,7 +69,7 @@ class DispatchRequest:
     """Multiprocessors of this call; None: those of the configuration."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class DispatchOutput:
     """What a transport returns from a dispatch; fields as in :class:`~ray_deepep.handle.DispatchResult`."""
 
@@ -82,7 +85,7 @@ class DispatchOutput:
     plan: Any
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class CombineRequest:
     """A combine of rows laid out as ``handle`` says."""
 
@@ -105,7 +108,7 @@ class CombineRequest:
     num_sms: int | None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class CombineOutput:
     """What a transport returns from a combine."""
 
