@@ -1,105 +1,57 @@
 // Combine: each token's rows are pulled from where its experts are and added up in float32, in a fixed order.
+#include <algorithm>
+
 #include "common/fault.h"
 #include "cuda/check.h"
 #include "cuda/params.h"
-#include "cuda/sources.cuh"
-#include "cuda/vec.cuh"
+#include "cuda/sum_rows.cuh"
 
 namespace ray_deepep {
 namespace {
 
 constexpr int kThreads = 512;
+constexpr int kStagingWarps = 4;  // of token-major rows, whose readers can start early
 
-// The rows of one token in the order in which they are added; one per lane, `count` of them.
-struct Order {
-    const std::byte* row;
-    float weight;
-    int k;
-    int count;
+// One route of a token, in lane k.
+struct Route {
+    int expert = -1;
+    int at = 0;  // row at the destination
+    float weight = 0.0f;
 };
 
-// Per-rank sums take the first route of each rank, by rank; the others each route, by k or by expert. Lane i ends up
-// with the i-th row: each lane holds one k, and its position is the number of kept ones that come before it.
-__device__ Order order_rows(const CombineParams& p, const Sources& sources, int64_t token) {
-    const int lane = threadIdx.x % 32, num_topk = p.plan.num_topk, num_local = p.peers.num_local_experts;
-    const unsigned all = 0xffffffffu;
-    const bool inside = lane < num_topk;
-    const int64_t route = token * num_topk + (inside ? lane : 0);
-    const int expert = inside ? p.plan.send_expert[route] : -1;
-    const int dest = expert >= 0 ? expert / num_local : -1;
-    bool keep = expert >= 0;
-    int position = 0;
-    for (int other = 0; other < num_topk; ++other) {
-        const int other_expert = __shfl_sync(all, expert, other);
-        if (other_expert < 0 || expert < 0) continue;
-        const int other_dest = other_expert / num_local;
-        if (p.by_rank && other < lane && other_dest == dest) keep = false;
-    }
-    for (int other = 0; other < num_topk; ++other) {
-        const int other_expert = __shfl_sync(all, expert, other);
-        const bool other_kept = __shfl_sync(all, keep ? 1 : 0, other) != 0;
-        if (!other_kept || !keep) continue;
-        bool before = other < lane;
-        if (p.by_rank) before = other_expert / num_local < dest;
-        if (p.by_expert) before = other_expert < expert || (other_expert == expert && other < lane);
-        position += before ? 1 : 0;
-    }
-    const std::byte* row = nullptr;
-    float weight = 0.0f;
-    if (keep) {
-        const int64_t at = p.by_rank ? p.plan.send_row[route] : p.plan.send_slot[route];
-        row = sources.rows[dest] + at * p.hidden * element_size(p.dtype);
-        weight = p.plan.send_weight[route];
-    }
-    Order order{nullptr, 0.0f, 0, __popc(__ballot_sync(all, keep))};
-    // Lane i looks for the lane whose position is i.
-    for (int other = 0; other < num_topk; ++other) {
-        const bool kept = __shfl_sync(all, keep ? 1 : 0, other) != 0;
-        const int its_position = __shfl_sync(all, position, other);
-        const auto its_row = __shfl_sync(all, reinterpret_cast<uint64_t>(row), other);
-        const float its_weight = __shfl_sync(all, weight, other);
-        if (!kept || its_position != lane) continue;
-        order = Order{reinterpret_cast<const std::byte*>(its_row), its_weight, other, order.count};
-    }
-    return order;
+__device__ Route load_route(const CombineParams& p, int token) {
+    const int lane = threadIdx.x % 32;
+    if (token >= p.plan.num_tokens || lane >= p.plan.num_topk) return Route{};
+    const int64_t route = int64_t{token} * p.plan.num_topk + lane;
+    return Route{p.plan.send_expert[route], p.by_rank ? p.plan.send_row[route] : p.plan.send_slot[route],
+                 p.plan.send_weight[route]};
 }
 
-template <typename T>
-__device__ void combine_token(const CombineParams& p, const Order& order, int64_t token, int64_t row_bytes) {
+// The order in which a token's rows are added. Per-rank sums take the first route of each rank, by rank; the others
+// each route, by k or by expert. A lane's position is the number of kept ones that come before it.
+__device__ RowList order_rows(const CombineParams& p, const Sources& sources, const Route& route, bool* keep_lane) {
     const unsigned all = 0xffffffffu;
-    const int lane = threadIdx.x % 32;
-    const int64_t vectors = row_bytes / 16;
-    for (int64_t base = 0; base < vectors; base += 64) {
-        // Two vectors a lane: loads of both are in flight together, for each of the rows.
-        const int64_t i = base + lane, j = i + 32;
-        Accumulator<T> first, second;
-        for (int n = 0; n < order.count; ++n) {
-            const auto row =
-                reinterpret_cast<const std::byte*>(__shfl_sync(all, reinterpret_cast<uint64_t>(order.row), n));
-            const float weight = __shfl_sync(all, order.weight, n);
-            const int k = __shfl_sync(all, order.k, n);
-            Vec<T> a, b;
-            if (i < vectors) a = load_vec<T>(row, i);
-            if (j < vectors) b = load_vec<T>(row, j);
-            if (p.weighted && !p.by_rank) {
-                first.add_scaled(a, weight);
-                second.add_scaled(b, weight);
-            } else {
-                first.add(a);
-                second.add(b);
-            }
-            if (p.routes == nullptr) continue;
-            std::byte* kept = p.routes + (int64_t{k} * p.plan.num_tokens + token) * row_bytes;
-            if (i < vectors) store_vec(kept, i, a);
-            if (j < vectors) store_vec(kept, j, b);
+    const int lane = threadIdx.x % 32, num_topk = p.plan.num_topk, num_local = p.peers.num_local_experts;
+    const int dest = route.expert >= 0 ? route.expert / num_local : -1 - lane;
+    // Of lanes with the same rank the lowest is kept.
+    const unsigned same = p.by_rank ? __match_any_sync(all, dest) : 0u;
+    const bool keep = route.expert >= 0 && (same & ((1u << lane) - 1)) == 0;
+    const unsigned kept = __ballot_sync(all, keep);
+    int position = __popc(kept & ((1u << lane) - 1));
+    if (p.by_rank || p.by_expert) {
+        position = 0;
+        for (int other = 0; other < num_topk; ++other) {
+            const int its_expert = __shfl_sync(all, route.expert, other);
+            if ((kept >> other & 1) == 0 || !keep) continue;
+            position += its_expert < route.expert || (its_expert == route.expert && other < lane) ? 1 : 0;
         }
-        if (p.bias != nullptr) {
-            if (i < vectors) first.add(load_vec<T>(p.bias + token * row_bytes, i));
-            if (j < vectors) second.add(load_vec<T>(p.bias + token * row_bytes, j));
-        }
-        if (i < vectors) store_vec(p.out + token * row_bytes, i, first.value());
-        if (j < vectors) store_vec(p.out + token * row_bytes, j, second.value());
     }
+    *keep_lane = keep;
+    const std::byte* row = keep ? sources.rows[dest] + route.at * p.hidden * element_size(p.dtype) : nullptr;
+    const int from = lane_at_position(keep, position, num_topk);
+    const auto its_row = __shfl_sync(all, reinterpret_cast<uint64_t>(row), from);
+    const float its_weight = __shfl_sync(all, route.weight, from);
+    return RowList{reinterpret_cast<const std::byte*>(its_row), its_weight, from, __popc(kept)};
 }
 
 __device__ void clear_missing_routes(const CombineParams& p, int64_t token, int64_t row_bytes) {
@@ -112,7 +64,8 @@ __device__ void clear_missing_routes(const CombineParams& p, int64_t token, int6
 
 // The numbers that travelled beside the rows, home to their (token, k).
 __device__ void pull_row_weights(const CombineParams& p, uint32_t sequence) {
-    const int64_t routes = int64_t{p.plan.num_tokens} * p.plan.num_topk;
+    const int num_topk = p.plan.num_topk;
+    const int64_t routes = int64_t{p.plan.num_tokens} * num_topk;
     for (int64_t route = int64_t{blockIdx.x} * blockDim.x + threadIdx.x; route < routes;
          route += int64_t{gridDim.x} * blockDim.x) {
         const int expert = p.plan.send_expert[route];
@@ -120,7 +73,6 @@ __device__ void pull_row_weights(const CombineParams& p, uint32_t sequence) {
         if (expert >= 0) {
             const auto* weights = p.peers.in_area<const float>(expert / p.peers.num_local_experts, sequence,
                                                                p.peers.layout.area.row_weights_at);
-            const int num_topk = p.plan.num_topk;
             value = p.plan.layout == LayoutKind::kTokenMajor
                         ? weights[int64_t{p.plan.send_row[route]} * num_topk + route % num_topk]
                         : weights[p.plan.send_slot[route]];
@@ -129,65 +81,92 @@ __device__ void pull_row_weights(const CombineParams& p, uint32_t sequence) {
     }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) combine_kernel(const __grid_constant__ CombineParams p) {
-    __shared__ Sources sources;
-    const uint32_t sequence = load_volatile(&p.peers.control->sequence);
-    const auto operation = p.has_rows ? Operation::kCombine : Operation::kCombineWeights;
-    if (!wait_for_peers(p.peers, sequence, p.signature, static_cast<uint32_t>(operation))) return;
-    find_sources(p.peers, sequence, p.own_rows, nullptr, &sources);
-    if (p.topk_weights != nullptr) pull_row_weights(p, sequence);
-    if (!p.has_rows) return;
+// Rows that peers will read: token-major, the segments of all other sources by turns; else every filled slot.
+__device__ void stage_combine(const CombineParams& p, uint32_t sequence) {
+    const DevicePlan& plan = p.plan;
+    const int rank = p.peers.rank, others = p.peers.num_ranks - 1;
+    if (plan.layout != LayoutKind::kTokenMajor) {
+        const int64_t pieces = (p.staging.num_rows + kReadyRows - 1) / kReadyRows;
+        return stage_rows(
+            p.peers, p.staging, sequence, pieces, [](int64_t i) { return i; },
+            [&](int64_t row) { return plan.slot_row[row] >= 0 && plan.recv_source[plan.slot_row[row]] != rank; });
+    }
+    int most = 0;
+    for (int source = 0; source <= others; ++source) {
+        most = max(most, plan.source_start[source + 1] - plan.source_start[source]);
+    }
+    const int own_start = plan.source_start[rank], own_end = plan.source_start[rank + 1];
+    const auto piece_at = [&](int64_t i) {
+        const int source = static_cast<int>((rank + 1 + i % others) % (others + 1));
+        const int start = plan.source_start[source], end = plan.source_start[source + 1];
+        const int64_t piece = start / kReadyRows + i / others;
+        return start < end && piece <= (end - 1) / kReadyRows ? piece : -1;
+    };
+    stage_rows(p.peers, p.staging, sequence, (most / kReadyRows + 2) * int64_t{others}, piece_at,
+               [&](int64_t row) { return row < own_start || row >= own_end; });
+}
+
+// A warp takes one token after the other; what it needs to know about the next is loaded while it adds.
+template <typename T, int kMostRows>
+__device__ void combine_tokens(const CombineParams& p, const Sources& sources, uint32_t sequence) {
+    const int lane = threadIdx.x % 32, num_local = p.peers.num_local_experts;
     const int64_t row_bytes = p.hidden * sizeof(T);
-    const int warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32, num_warps = gridDim.x * blockDim.x / 32;
-    for (int64_t token = warp; token < p.plan.num_tokens; token += num_warps) {
-        const Order order = order_rows(p, sources, token);
-        combine_token<T>(p, order, token, row_bytes);
+    const int num_warps = gridDim.x * blockDim.x / 32;
+    int token = (blockIdx.x * blockDim.x + threadIdx.x) / 32;
+    uint32_t* counter = &p.peers.control->next_token;
+    int next = lane == 0 ? num_warps + static_cast<int>(atomicAdd(counter, 1u)) : 0;
+    Route route = load_route(p, token);
+    next = __shfl_sync(0xffffffffu, next, 0);
+    while (token < p.plan.num_tokens) {
+        const int after = lane == 0 ? num_warps + static_cast<int>(atomicAdd(counter, 1u)) : 0;
+        const Route next_route = load_route(p, next);
+        bool keep = false, ok = true;
+        const RowList list = order_rows(p, sources, route, &keep);
+        if (keep && sources.staged[route.expert / num_local]) {
+            ok = wait_rows_ready(p.peers, p.publication, route.expert / num_local, route.at, sequence);
+        }
+        if (__any_sync(0xffffffffu, !ok)) return;
+        const int64_t at = token * row_bytes;
+        std::byte* routes = p.routes == nullptr ? nullptr : p.routes + at;
+        const RowSum to{p.out + at,
+                        p.bias == nullptr ? nullptr : p.bias + at,
+                        routes,
+                        p.plan.num_tokens * row_bytes,
+                        static_cast<int>(row_bytes / 16),
+                        p.weighted && !p.by_rank};
+        sum_rows<T, kMostRows>(to, list);
         if (p.routes != nullptr) clear_missing_routes(p, token, row_bytes);
+        token = next;
+        route = next_route;
+        next = __shfl_sync(0xffffffffu, after, 0);
     }
 }
 
-template <typename T>
-__global__ void __launch_bounds__(kThreads) reduce_local_kernel(const __grid_constant__ ReduceLocalParams p) {
-    const Peers& peers = p.peers;
-    if (load_volatile(&peers.control->failed) != 0) return;
-    const uint32_t sequence = load_volatile(&peers.control->sequence) + 1;
-    auto* staged = peers.in_area<std::byte>(peers.rank, sequence, peers.layout.area.rows_at);
-    const int64_t row_bytes = p.hidden * sizeof(T);
-    const int num_rows = static_cast<int>(min(int64_t{p.plan.counts[0]}, p.plan.max_recv_tokens));
-    const int lane = threadIdx.x % 32, num_topk = p.plan.num_topk;
-    const int warp = (blockIdx.x * blockDim.x + threadIdx.x) / 32, num_warps = gridDim.x * blockDim.x / 32;
-    for (int row = warp; row < num_rows; row += num_warps) {
-        const int64_t first_route = int64_t{row} * num_topk;
-        for (int64_t i = lane; i < row_bytes / 16; i += 32) {
-            Accumulator<T> sum;
-            for (int k = 0; k < num_topk; ++k) {
-                const int slot = p.plan.recv_slot[first_route + k];
-                if (slot < 0) continue;
-                const Vec<T> v = load_vec<T>(p.rows + slot * row_bytes, i);
-                if (p.weighted) {
-                    sum.add_scaled(v, p.plan.recv_weight[first_route + k]);
-                } else {
-                    sum.add(v);
-                }
-            }
-            store_vec(staged + row * row_bytes, i, sum.value());
-        }
+template <typename T, int kMostRows>
+__global__ void __launch_bounds__(kThreads, 1) combine_kernel(const __grid_constant__ CombineParams p) {
+    __shared__ Sources sources;
+    const uint32_t sequence = begin_operation(p.peers, p.publication, &sources);
+    if (p.staging.num_warps > 0 && threadIdx.x / 32 >= kThreads / 32 - p.staging.num_warps) stage_combine(p, sequence);
+    if (threadIdx.x < 32) find_sources(p.peers, p.publication, sequence, p.own_rows, nullptr, &sources);
+    if (await_sources(&sources)) {
+        if (p.topk_weights != nullptr) pull_row_weights(p, sequence);
+        if (p.has_rows) combine_tokens<T, kMostRows>(p, sources, sequence);
     }
+    end_operation(p.peers, p.publication, sequence);
 }
 
 }  // namespace
 
-void launch_reduce_local(const ReduceLocalParams& params, cudaStream_t stream) {
+void launch_combine(const CombineParams& given, cudaStream_t stream) {
+    CombineParams params = given;
+    if (params.staging.num_rows > 0) {
+        params.staging.num_warps = params.plan.layout == LayoutKind::kTokenMajor ? kStagingWarps : kThreads / 32;
+    }
+    const int num_topk = params.plan.num_topk, num_ranks = params.peers.num_ranks;
     with_float_type(params.dtype, [&](auto type) {
-        reduce_local_kernel<decltype(type)><<<params.num_sms, kThreads, 0, stream>>>(params);
-    });
-    check_launch("reduce_local_kernel");
-}
-
-void launch_combine(const CombineParams& params, cudaStream_t stream) {
-    with_float_type(params.dtype, [&](auto type) {
-        combine_kernel<decltype(type)><<<params.num_sms, kThreads, 0, stream>>>(params);
+        with_most_rows(params.by_rank ? std::min(num_topk, num_ranks) : num_topk, [&](auto most) {
+            combine_kernel<decltype(type), most.value><<<params.num_sms, kThreads, 0, stream>>>(params);
+        });
     });
     check_launch("combine_kernel");
 }

@@ -1,0 +1,232 @@
+// Plan, second half: chunk by chunk of tokens, the place of every row, received and sent. A block per chunk.
+#include <algorithm>
+
+#include "cuda/check.h"
+#include "cuda/plan.cuh"
+
+namespace ray_deepep {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kFillBlocks = 16;
+
+// Shared memory of a block: one chunk's routing, and the places found for it.
+struct Chunk {
+    int* experts;   // [kChunkTokens, K]
+    int* slots;     // [kChunkTokens, K]
+    int* rows;      // [kChunkTokens, K] sent: token row at the destination; received: [kChunkTokens]
+    int* counters;  // [E + N]
+    int first_token;
+    int tokens;
+    int routes;
+};
+
+// Position of this lane's route among earlier ones with the same key, in order; `counter[key]` carries on from step to
+// step. All lanes of a warp call it; those not `active` get -1.
+__device__ int take_ticket(int* counter, int key, bool active) {
+    const int lane = threadIdx.x % 32;
+    const unsigned same = __match_any_sync(kAll, active ? key : -1 - lane);
+    const int leader = __ffs(same) - 1;
+    int base = 0;
+    if (active && lane == leader) {
+        base = counter[key];
+        counter[key] = base + __popc(same);
+    }
+    base = __shfl_sync(kAll, base, leader);
+    __syncwarp();
+    return active ? base + __popc(same & ((1u << lane) - 1)) : -1;
+}
+
+__device__ int padded_slot(const PlanParams& p, int source, int local_expert, int location) {
+    return static_cast<int>((int64_t{source} * p.peers.num_local_experts + local_expert) * p.plan.capacity + location);
+}
+
+__device__ void load_experts(const PlanParams& p, uint32_t sequence, int source, const Chunk& c) {
+    const auto* topk_idx = p.peers.in_area<const int32_t>(source, sequence, p.peers.layout.area.topk_idx_at) +
+                           int64_t{c.first_token} * p.plan.num_topk;
+    for (int i = threadIdx.x; i < c.routes; i += kThreads) c.experts[i] = topk_idx[i];
+}
+
+// Token rows of a received chunk, in c.rows: two warps, a lane per token.
+__device__ void number_received(const PlanParams& p, int source, int first_row, const Chunk& c) {
+    __shared__ int of_first_warp;
+    const int num_local = p.peers.num_local_experts, first_expert = p.peers.rank * num_local;
+    const int token = threadIdx.x, num_topk = p.plan.num_topk;
+    bool needed = false;
+    for (int k = 0; token < c.tokens && k < num_topk; ++k) {
+        const int local = c.experts[token * num_topk + k] - first_expert;
+        needed = needed || (local >= 0 && local < num_local);
+    }
+    const unsigned ballot = __ballot_sync(kAll, needed);
+    if (threadIdx.x == 0) of_first_warp = __popc(ballot);
+    __syncthreads();
+    if (token >= kChunkTokens) return;
+    int row = first_row + __popc(ballot & ((1u << (token % 32)) - 1)) + (token >= 32 ? of_first_warp : 0);
+    if (!needed || row >= p.plan.max_recv_tokens) row = -1;
+    c.rows[token] = row;
+    if (row < 0) return;
+    p.plan.recv_source[row] = source;
+    p.plan.recv_token[row] = c.first_token + token;
+}
+
+// Rows that arrive from one chunk of one source.
+__device__ void list_received(const PlanParams& p, uint32_t sequence, int source, int chunk, const Chunk& c) {
+    const Peers& peers = p.peers;
+    const AreaLayout& area = peers.layout.area;
+    const int num_topk = p.plan.num_topk, num_local = peers.num_local_experts, first_expert = peers.rank * num_local;
+    const int64_t pitch = peers.layout.num_chunks, item = source * pitch + chunk;
+    const bool expert_major = p.plan.layout == LayoutKind::kExpertMajor;
+    const bool token_major = p.plan.layout == LayoutKind::kTokenMajor;
+    for (int e = threadIdx.x; expert_major && e < num_local; e += kThreads) {
+        c.counters[e] = p.scratch.recv_slot_base[e * peers.num_ranks * pitch + item];
+    }
+    number_received(p, source, p.scratch.recv_row_base[item], c);
+    __syncthreads();
+    for (int step = 0; expert_major && threadIdx.x < 32 && step < c.routes; step += 32) {
+        const int i = step + threadIdx.x, local = i < c.routes ? c.experts[i] - first_expert : -1;
+        const int slot = take_ticket(c.counters, local, local >= 0 && local < num_local);
+        if (i < c.routes) c.slots[i] = slot;
+    }
+    __syncthreads();
+    const int64_t first_route = int64_t{c.first_token} * num_topk;
+    const auto* weights = peers.in_area<const float>(source, sequence, area.topk_weights_at) + first_route;
+    const auto* locations = peers.in_area<const int32_t>(source, sequence, area.locations_at) + first_route;
+    for (int i = threadIdx.x; i < c.routes; i += kThreads) {
+        const int row = c.rows[i / num_topk], local = c.experts[i] - first_expert;
+        if (row < 0) continue;
+        const bool active = local >= 0 && local < num_local;
+        const int64_t route = int64_t{row} * num_topk + i % num_topk;
+        int slot = active ? row : -1;
+        if (active && expert_major) slot = c.slots[i];
+        if (active && p.plan.layout == LayoutKind::kPadded) slot = padded_slot(p, source, local, locations[i]);
+        if (slot >= p.plan.max_rows) slot = -1;
+        const float weight = active ? weights[i] : 0.0f;
+        p.plan.recv_slot[route] = slot;
+        p.plan.recv_weight[route] = weight;
+        if (slot >= 0) p.plan.slot_row[slot] = row;
+        if (token_major && p.topk_idx != nullptr) p.topk_idx[route] = active ? local : -1;
+        if (token_major && p.topk_weights != nullptr) p.topk_weights[route] = weight;
+        if (!token_major && p.topk_weights != nullptr && slot >= 0) p.topk_weights[slot] = weight;
+    }
+}
+
+// First k of the token whose expert is on the same rank as that of route i.
+__device__ int first_of_rank(const PlanParams& p, const Chunk& c, int i) {
+    const int num_local = p.peers.num_local_experts, k = i % p.plan.num_topk, dest = c.experts[i] / num_local;
+    for (int earlier = 0; earlier < k; ++earlier) {
+        const int other = c.experts[i - k + earlier];
+        if (other >= 0 && other / num_local == dest) return earlier;
+    }
+    return k;
+}
+
+// Where one chunk of this rank's tokens goes.
+__device__ void list_sent(const PlanParams& p, uint32_t sequence, int chunk, const Chunk& c) {
+    const Peers& peers = p.peers;
+    const AreaLayout& area = peers.layout.area;
+    const int num_topk = p.plan.num_topk, num_local = peers.num_local_experts, warp = threadIdx.x / 32;
+    const int64_t pitch = peers.layout.num_chunks, first_route = int64_t{c.first_token} * num_topk;
+    const bool expert_major = p.plan.layout == LayoutKind::kExpertMajor;
+    int* rank_counters = c.counters + peers.num_experts;
+    for (int e = threadIdx.x; expert_major && e < peers.num_experts; e += kThreads) {
+        c.counters[e] = p.scratch.send_slot_base[e * pitch + chunk];
+    }
+    for (int r = threadIdx.x; r < peers.num_ranks; r += kThreads) {
+        rank_counters[r] = p.scratch.send_row_base[r * pitch + chunk];
+    }
+    __syncthreads();
+    for (int step = 0; warp < 2 && step < c.routes; step += 32) {
+        const int i = step + threadIdx.x % 32, expert = i < c.routes ? c.experts[i] : -1;
+        if (warp == 0) {
+            const bool first = expert >= 0 && first_of_rank(p, c, i) == i % num_topk;
+            const int row = take_ticket(rank_counters, first ? expert / num_local : 0, first);
+            if (i < c.routes) c.rows[i] = row;
+        } else if (expert_major) {
+            const int slot = take_ticket(c.counters, expert, expert >= 0);
+            if (i < c.routes) c.slots[i] = slot;
+        }
+    }
+    __syncthreads();
+    const auto* weights = peers.in_area<const float>(peers.rank, sequence, area.topk_weights_at) + first_route;
+    const auto* locations = peers.in_area<const int32_t>(peers.rank, sequence, area.locations_at) + first_route;
+    for (int i = threadIdx.x; i < c.routes; i += kThreads) {
+        int expert = c.experts[i], row = -1, slot = -1;
+        if (expert >= 0) {
+            row = slot = c.rows[i - i % num_topk + first_of_rank(p, c, i)];
+            if (expert_major) slot = c.slots[i];
+            if (p.plan.layout == LayoutKind::kPadded)
+                slot = padded_slot(p, peers.rank, expert % num_local, locations[i]);
+        }
+        // What does not fit is dropped on both sides alike; the handle reports it.
+        if (p.plan.fixed && (row >= p.plan.max_recv_tokens || slot >= p.plan.max_rows)) expert = row = slot = -1;
+        p.plan.send_expert[first_route + i] = expert;
+        p.plan.send_row[first_route + i] = row;
+        p.plan.send_slot[first_route + i] = slot;
+        p.plan.send_weight[first_route + i] = expert >= 0 ? weights[i] : 0.0f;
+    }
+}
+
+// Output rows that no route fills: padding between experts, and with fixed shapes what is left at the end.
+__device__ void fill_rest(const PlanParams& p, int block) {
+    const DevicePlan& plan = p.plan;
+    const int num_local = p.peers.num_local_experts, num_topk = plan.num_topk;
+    const bool token_major = plan.layout == LayoutKind::kTokenMajor;
+    const int32_t *counts = plan.counts + kNumPlanCounts, *offsets = counts + num_local;
+    const auto clear = [&](int64_t row) {
+        plan.slot_row[row] = -1;
+        if (!token_major && p.topk_weights != nullptr) p.topk_weights[row] = 0.0f;
+        for (int k = 0; token_major && p.topk_idx != nullptr && k < num_topk; ++k) {
+            p.topk_idx[row * num_topk + k] = -1;
+            p.topk_weights[row * num_topk + k] = 0.0f;
+        }
+    };
+    for (int e = block; plan.layout == LayoutKind::kExpertMajor && e < num_local; e += kFillBlocks) {
+        const int64_t end = min(int64_t{offsets[e + 1]}, plan.max_rows);
+        for (int64_t row = offsets[e] + counts[e] + threadIdx.x; row < end; row += kThreads) clear(row);
+    }
+    if (!plan.fixed) return;
+    for (int64_t row = plan.counts[kNumRows] + block * kThreads + threadIdx.x; row < plan.max_rows;
+         row += kFillBlocks * kThreads) {
+        clear(row);
+    }
+}
+
+__global__ void __launch_bounds__(kThreads) plan_lists_kernel(const __grid_constant__ PlanParams p) {
+    extern __shared__ int shared[];
+    const Peers& peers = p.peers;
+    if (load_volatile(&peers.control->failed) != 0) return;
+    const int num_chunks = static_cast<int>(peers.layout.num_chunks), source = blockIdx.x / max(num_chunks, 1);
+    if (source > peers.num_ranks || num_chunks == 0) {
+        return fill_rest(p, blockIdx.x - (peers.num_ranks + 1) * num_chunks);
+    }
+    const uint32_t sequence = load_volatile(&peers.control->sequence);
+    const int room = kChunkTokens * p.plan.num_topk, chunk = blockIdx.x % num_chunks;
+    const bool sent = source == peers.num_ranks;
+    const int num_tokens = peers.header(sent ? peers.rank : source, sequence)->num_tokens;
+    Chunk c{shared, shared + room, shared + 2 * room, shared + 3 * room, chunk * kChunkTokens, 0, 0};
+    c.tokens = min(kChunkTokens, num_tokens - c.first_token);
+    if (c.tokens <= 0) return;
+    c.routes = c.tokens * p.plan.num_topk;
+    load_experts(p, sequence, sent ? peers.rank : source, c);
+    __syncthreads();
+    if (sent) return list_sent(p, sequence, chunk, c);
+    list_received(p, sequence, source, chunk, c);
+}
+
+}  // namespace
+
+void launch_plan_lists(const PlanParams& params, cudaStream_t stream) {
+    const Peers& peers = params.peers;
+    const int blocks = static_cast<int>((peers.num_ranks + 1) * peers.layout.num_chunks) + kFillBlocks;
+    const int room = std::max(3 * kChunkTokens * params.plan.num_topk, kChunkTokens);
+    const size_t shared = (room + peers.num_experts + peers.num_ranks) * sizeof(int);
+    if (shared > 48 << 10) {
+        check_cuda(cudaFuncSetAttribute(plan_lists_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                        static_cast<int>(shared)),
+                   "shared memory of plan_lists_kernel");
+    }
+    plan_lists_kernel<<<blocks, kThreads, shared, stream>>>(params);
+    check_launch("plan_lists_kernel");
+}
+
+}  // namespace ray_deepep
