@@ -173,7 +173,7 @@ class BlockingTransport:
 
     def wait_for(self, after: torch.cuda.Event) -> None:
         """Refused: nothing here runs on a stream."""
-        raise InvalidArgumentError("after", after, "goes with transport cuda only")
+        raise InvalidArgumentError("after", "an event", "goes with transport cuda only")
 
     def symm_empty(self, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
         """See :meth:`Transport.symm_empty`."""
