@@ -9,8 +9,8 @@
 namespace ray_deepep {
 namespace {
 
-constexpr int kThreads = 512;
-constexpr int kStagingWarps = 4;  // of token-major rows, whose readers can start early
+constexpr int kThreads = 640;
+constexpr int kStagingWarps = 8;  // of token-major rows, whose readers can start early
 
 // One route of a token, in lane k.
 struct Route {
@@ -81,8 +81,9 @@ __device__ void pull_row_weights(const CombineParams& p, uint32_t sequence) {
     }
 }
 
-// Rows that peers will read: token-major, the segments of all other sources by turns; else every filled slot.
-__device__ void stage_combine(const CombineParams& p, uint32_t sequence) {
+// Not inlined, for its registers. Rows that peers will read: token-major, the segments of all other sources by turns;
+// else every filled slot.
+__device__ __noinline__ void stage_combine(const CombineParams& p, uint32_t sequence) {
     const DevicePlan& plan = p.plan;
     const int rank = p.peers.rank, others = p.peers.num_ranks - 1;
     if (plan.layout != LayoutKind::kTokenMajor) {
@@ -134,7 +135,7 @@ __device__ void combine_tokens(const CombineParams& p, const Sources& sources, u
                         p.plan.num_tokens * row_bytes,
                         static_cast<int>(row_bytes / 16),
                         p.weighted && !p.by_rank};
-        sum_rows<T, kMostRows>(to, list);
+        sum_rows<T, kMostRows, 4>(to, list);
         if (p.routes != nullptr) clear_missing_routes(p, token, row_bytes);
         token = next;
         route = next_route;

@@ -15,6 +15,7 @@ struct Chunk {
     int* experts;   // [kChunkTokens, K]
     int* slots;     // [kChunkTokens, K]
     int* rows;      // [kChunkTokens, K] sent: token row at the destination; received: [kChunkTokens]
+    int* firsts;    // [kChunkTokens, K] sent: first k of the token that goes to the same rank
     int* counters;  // [E + N]
     int first_token;
     int tokens;
@@ -110,14 +111,23 @@ __device__ void list_received(const PlanParams& p, uint32_t sequence, int source
     }
 }
 
-// First k of the token whose expert is on the same rank as that of route i.
-__device__ int first_of_rank(const PlanParams& p, const Chunk& c, int i) {
-    const int num_local = p.peers.num_local_experts, k = i % p.plan.num_topk, dest = c.experts[i] / num_local;
-    for (int earlier = 0; earlier < k; ++earlier) {
-        const int other = c.experts[i - k + earlier];
-        if (other >= 0 && other / num_local == dest) return earlier;
+// c.firsts of all routes. Destinations are worked out once, in c.slots: a division costs as much as many comparisons.
+__device__ void find_firsts(const PlanParams& p, const Chunk& c) {
+    const int num_topk = p.plan.num_topk;
+    for (int i = threadIdx.x; i < c.routes; i += kThreads) {
+        c.slots[i] = c.experts[i] >= 0 ? c.experts[i] / p.peers.num_local_experts : -1;
     }
-    return k;
+    __syncthreads();
+    for (int i = threadIdx.x; i < c.routes; i += kThreads) {
+        const int k = i % num_topk, dest = c.slots[i];
+        int first = k;
+        for (int earlier = k - 1; earlier >= 0; --earlier) {
+            if (c.slots[i - k + earlier] == dest) first = earlier;
+        }
+        c.firsts[i] = first;
+        c.rows[i] = dest;
+    }
+    __syncthreads();
 }
 
 // Where one chunk of this rank's tokens goes.
@@ -134,12 +144,12 @@ __device__ void list_sent(const PlanParams& p, uint32_t sequence, int chunk, con
     for (int r = threadIdx.x; r < peers.num_ranks; r += kThreads) {
         rank_counters[r] = p.scratch.send_row_base[r * pitch + chunk];
     }
-    __syncthreads();
+    find_firsts(p, c);
     for (int step = 0; warp < 2 && step < c.routes; step += 32) {
         const int i = step + threadIdx.x % 32, expert = i < c.routes ? c.experts[i] : -1;
         if (warp == 0) {
-            const bool first = expert >= 0 && first_of_rank(p, c, i) == i % num_topk;
-            const int row = take_ticket(rank_counters, first ? expert / num_local : 0, first);
+            const bool first = expert >= 0 && c.firsts[i] == i % num_topk;
+            const int row = take_ticket(rank_counters, first ? c.rows[i] : 0, first);
             if (i < c.routes) c.rows[i] = row;
         } else if (expert_major) {
             const int slot = take_ticket(c.counters, expert, expert >= 0);
@@ -152,7 +162,7 @@ __device__ void list_sent(const PlanParams& p, uint32_t sequence, int chunk, con
     for (int i = threadIdx.x; i < c.routes; i += kThreads) {
         int expert = c.experts[i], row = -1, slot = -1;
         if (expert >= 0) {
-            row = slot = c.rows[i - i % num_topk + first_of_rank(p, c, i)];
+            row = slot = c.rows[i - i % num_topk + c.firsts[i]];
             if (expert_major) slot = c.slots[i];
             if (p.plan.layout == LayoutKind::kPadded)
                 slot = padded_slot(p, peers.rank, expert % num_local, locations[i]);
@@ -180,7 +190,8 @@ __device__ void fill_rest(const PlanParams& p, int block) {
             p.topk_weights[row * num_topk + k] = 0.0f;
         }
     };
-    for (int e = block; plan.layout == LayoutKind::kExpertMajor && e < num_local; e += kFillBlocks) {
+    const bool padding = plan.layout == LayoutKind::kExpertMajor && plan.alignment > 1;
+    for (int e = block; padding && e < num_local; e += kFillBlocks) {
         const int64_t end = min(int64_t{offsets[e + 1]}, plan.max_rows);
         for (int64_t row = offsets[e] + counts[e] + threadIdx.x; row < end; row += kThreads) clear(row);
     }
@@ -203,7 +214,7 @@ __global__ void __launch_bounds__(kThreads) plan_lists_kernel(const __grid_const
     const int room = kChunkTokens * p.plan.num_topk, chunk = blockIdx.x % num_chunks;
     const bool sent = source == peers.num_ranks;
     const int num_tokens = peers.header(sent ? peers.rank : source, sequence)->num_tokens;
-    Chunk c{shared, shared + room, shared + 2 * room, shared + 3 * room, chunk * kChunkTokens, 0, 0};
+    Chunk c{shared, shared + room, shared + 2 * room, shared + 3 * room, shared + 4 * room, chunk * kChunkTokens, 0, 0};
     c.tokens = min(kChunkTokens, num_tokens - c.first_token);
     if (c.tokens <= 0) return;
     c.routes = c.tokens * p.plan.num_topk;
@@ -218,7 +229,7 @@ __global__ void __launch_bounds__(kThreads) plan_lists_kernel(const __grid_const
 void launch_plan_lists(const PlanParams& params, cudaStream_t stream) {
     const Peers& peers = params.peers;
     const int blocks = static_cast<int>((peers.num_ranks + 1) * peers.layout.num_chunks) + kFillBlocks;
-    const int room = std::max(3 * kChunkTokens * params.plan.num_topk, kChunkTokens);
+    const int room = std::max(4 * kChunkTokens * params.plan.num_topk, kChunkTokens);
     const size_t shared = (room + peers.num_experts + peers.num_ranks) * sizeof(int);
     if (shared > 48 << 10) {
         check_cuda(cudaFuncSetAttribute(plan_lists_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,

@@ -60,6 +60,7 @@ struct Walk {
     int token = 0;
     unsigned left = 0, ready = 0;  // items of the batch still to load; those known to be there
     int next_slot = -1;
+    bool any_staged = false;
     bool failed = false;
 
     __device__ Walk(const PullParams& p, const Sources& sources, uint32_t sequence, std::byte* stages,
@@ -71,6 +72,8 @@ struct Walk {
         next = warp;
         step = gridDim.x * p.num_warps;
         end = order.size() * pieces;
+        for (int rank = threadIdx.x % 32; rank < p.peers.num_ranks; rank += 32) any_staged |= sources.staged[rank];
+        any_staged = __any_sync(0xffffffffu, any_staged);
     }
 
     __device__ bool look_ready() const {
@@ -93,6 +96,7 @@ struct Walk {
             token = row >= 0 ? p.plan.recv_token[row] : 0;
             left = __ballot_sync(0xffffffffu, row >= 0);
             ready = __ballot_sync(0xffffffffu, look_ready());
+            if (any_staged) fence_bulk_copies();
             next += 32 * step;
             if (left != 0) prefetch_slots();
         }
@@ -111,8 +115,8 @@ struct Walk {
             }
             failed = __any_sync(0xffffffffu, !ok);
             if (failed) return false;
+            fence_bulk_copies();
         }
-        fence_bulk_copies();
         Held& held = shared->held[stage];
         if (lane < p.plan.num_topk) held.slots[lane] = next_slot;
         __syncwarp();

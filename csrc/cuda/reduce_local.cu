@@ -6,7 +6,7 @@
 namespace ray_deepep {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 1024;
 
 // Routes of a received row that ended up in a slot, in k order.
 __device__ RowList list_routes(const ReduceLocalParams& p, int slot, float weight, int64_t row_bytes) {
@@ -19,7 +19,7 @@ __device__ RowList list_routes(const ReduceLocalParams& p, int slot, float weigh
 }
 
 template <typename T, int kMostRows>
-__global__ void __launch_bounds__(kThreads) reduce_local_kernel(const __grid_constant__ ReduceLocalParams p) {
+__global__ void __launch_bounds__(kThreads, 1) reduce_local_kernel(const __grid_constant__ ReduceLocalParams p) {
     const Peers& peers = p.peers;
     if (load_volatile(&peers.control->failed) != 0) return;
     const uint32_t sequence = load_volatile(&peers.control->sequence) + 1;
@@ -41,7 +41,7 @@ __global__ void __launch_bounds__(kThreads) reduce_local_kernel(const __grid_con
         // Looked up while this row is added.
         slot = slot_of(row + num_warps);
         weight = weight_of(row + num_warps);
-        sum_rows<T, kMostRows>(
+        sum_rows<T, kMostRows, 2>(
             RowSum{area + row * row_bytes, nullptr, nullptr, 0, static_cast<int>(row_bytes / 16), p.weighted}, list);
     }
 }

@@ -13,7 +13,7 @@
 namespace ray_deepep {
 
 struct Staging {
-    const std::byte* rows = nullptr;
+    const std::byte* rows = nullptr;  // null: they lie in the heap, only their scales do not
     const float* scales = nullptr;
     int64_t row_bytes = 0;  // of a staged row
     int64_t scale_bytes = 0;
@@ -101,7 +101,7 @@ __device__ inline void stage_row(const Peers& peers, const Staging& staging, uin
             default: return cast_row<__half>(from, to, scales, staging.hidden, staging.power_of_two);
         }
     }
-    copy_row(staging.rows + row * staging.row_bytes, to, staging.row_bytes);
+    if (staging.rows != nullptr) copy_row(staging.rows + row * staging.row_bytes, to, staging.row_bytes);
     if (staging.scales == nullptr) return;
     const float* from = staging.scales + row * (staging.scale_bytes / 4);
     for (int64_t i = threadIdx.x % 32; i < staging.scale_bytes / 4; i += 32) scales[i] = from[i];

@@ -52,39 +52,35 @@ __device__ void add_vector(const RowSum& to, int i, const Vec<T>& v, float weigh
     if (to.routes != nullptr && i < to.vectors) store_vec(to.routes + k * to.route_stride, i, v);
 }
 
-// At most kRows rows.
+// At most kRows rows. What the lanes hold is passed round at use: registers are for loads in flight.
 template <typename T, int kRows, int kWidth>
 __device__ void sum_few_rows(const RowSum& to, const RowList& list) {
     const unsigned all = 0xffffffffu;
-    const std::byte* rows[kRows];
-    float weights[kRows];
-    int ks[kRows];
-#pragma unroll
-    for (int n = 0; n < kRows; ++n) {
-        rows[n] = reinterpret_cast<const std::byte*>(__shfl_sync(all, reinterpret_cast<uint64_t>(list.row), n));
-        weights[n] = __shfl_sync(all, list.weight, n);
-        ks[n] = __shfl_sync(all, list.k, n);
-    }
 #pragma unroll 1
     for (int base = threadIdx.x % 32; base < (to.vectors + 31) / 32 * 32; base += 32 * kWidth) {
         Vec<T> v[kRows][kWidth];
 #pragma unroll
         for (int n = 0; n < kRows; ++n) {
+            const auto row =
+                reinterpret_cast<const std::byte*>(__shfl_sync(all, reinterpret_cast<uint64_t>(list.row), n));
 #pragma unroll
             for (int j = 0; j < kWidth; ++j) {
                 const int i = base + j * 32;
-                if (n < list.count && i < to.vectors) v[n][j] = load_vec<T>(rows[n], i);
+                if (n < list.count && i < to.vectors) v[n][j] = load_vec<T>(row, i);
+            }
+        }
+        Accumulator<T> sums[kWidth];
+#pragma unroll
+        for (int n = 0; n < kRows; ++n) {
+            const float weight = __shfl_sync(all, list.weight, n);
+            const int k = __shfl_sync(all, list.k, n);
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) {
+                if (n < list.count) add_vector(to, base + j * 32, v[n][j], weight, k, sums[j]);
             }
         }
 #pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-            Accumulator<T> sum;
-#pragma unroll
-            for (int n = 0; n < kRows; ++n) {
-                if (n < list.count) add_vector(to, base + j * 32, v[n][j], weights[n], ks[n], sum);
-            }
-            finish_vector(to, base + j * 32, sum);
-        }
+        for (int j = 0; j < kWidth; ++j) finish_vector(to, base + j * 32, sums[j]);
     }
 }
 
@@ -118,12 +114,14 @@ __device__ void sum_many_rows(const RowSum& to, const RowList& list) {
 
 // One warp. kMostRows is the most that any list of the launch holds, 0: more than eight. A kernel is made for each, as
 // side by side the variants would take each other's registers.
-template <typename T, int kMostRows>
+// kMaxWidth bounds the vectors of a row in flight, as registers allow.
+template <typename T, int kMostRows, int kMaxWidth>
 __device__ void sum_rows(const RowSum& to, const RowList& list) {
     if constexpr (kMostRows == 0) {
         sum_many_rows<T>(to, list);
     } else {
-        sum_few_rows<T, kMostRows, kMostRows <= 2 ? 4 : 8 / kMostRows>(to, list);
+        constexpr int kWidth = 8 / kMostRows;
+        sum_few_rows < T, kMostRows, kWidth<kMaxWidth ? kWidth : kMaxWidth>(to, list);
     }
 }
 
