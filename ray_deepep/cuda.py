@@ -151,7 +151,7 @@ class CudaTransport:
         else:
             recv_weights = torch.empty(plan.num_rows, device=self.device)
         args = self._args(request, topk_idx, recv_topk_idx, recv_weights)
-        self._buffer.begin_dispatch(args, plan.core, not fixed, num_sms, stream)
+        self._buffer.begin_dispatch(args, plan.core, not fixed, stream)
         if fixed:
             x, x_scales = self._pull(request, args, plan, plan.num_rows, num_sms, stream)
             return DispatchOutput(
@@ -318,8 +318,6 @@ class CudaTransport:
             x_dtype=self._dtypes[x.dtype],
             power_of_two=cast is not None and cast.scale_format == "power_of_two",
             scale_by_weights=request.scale_by_weights,
-            out_x=0,
-            out_scales=0,
             out_topk_idx=address(recv_topk_idx),
             out_topk_weights=address(recv_weights),
         )

@@ -43,7 +43,6 @@ DeviceBuffer::DeviceBuffer(std::shared_ptr<Domain> domain, const DeviceSizes& si
     check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
     bulk_copy_ = sizes.bulk_copy && major >= 9;
     if (bulk_copy_) allow_pull_bulk();
-    check_cuda(cudaEventCreateWithFlags(&order_, cudaEventDisableTiming), "cudaEventCreate");
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     open_ = true;
 }
@@ -75,8 +74,6 @@ void DeviceBuffer::close() {
 }
 
 void DeviceBuffer::free_memory() {
-    if (order_ != nullptr) cudaEventDestroy(order_);
-    order_ = nullptr;
     cudaFree(control_);
     cudaFree(scratch_memory_);
     cudaFreeHost(status_);

@@ -83,8 +83,6 @@ class DeviceBuffer {
         int32_t fields[8] = {};
         uint32_t hash() const;
     };
-    // Operations of one buffer run one after the other, on whatever streams they are called.
-    void enter(cudaStream_t stream);
     int64_t offset_in_heap(uintptr_t address) const;
     Publication publication(Operation operation, const Signature& signature, const DevicePlan& plan) const;
     Publication dispatch_publication(const DeviceDispatchArgs& args, const DevicePlan& plan, bool cached,
@@ -109,8 +107,7 @@ class DeviceBuffer {
     int32_t* scratch_memory_ = nullptr;
     uint32_t ticket_ = 0;
     bool bulk_copy_ = false;
-    cudaStream_t stream_ = nullptr;  // of the last operation
-    cudaEvent_t order_ = nullptr;
+    cudaStream_t stream_ = nullptr;  // of the dispatch whose counts are awaited
     bool open_ = false;
 };
 

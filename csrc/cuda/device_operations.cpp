@@ -21,18 +21,6 @@ uint32_t DeviceBuffer::Signature::hash() const {
     return hash;
 }
 
-void DeviceBuffer::enter(cudaStream_t stream) {
-    check();
-    if (stream == stream_) return;
-    cudaStreamCaptureStatus capture = cudaStreamCaptureStatusNone;
-    check_cuda(cudaStreamIsCapturing(stream, &capture), "cudaStreamIsCapturing");
-    // A graph runs where and when its owner says; it cannot wait for work outside it.
-    if (capture != cudaStreamCaptureStatusNone) return;
-    check_cuda(cudaEventRecord(order_, stream_), "cudaEventRecord");
-    check_cuda(cudaStreamWaitEvent(stream, order_, 0), "cudaStreamWaitEvent");
-    stream_ = stream;
-}
-
 int64_t DeviceBuffer::offset_in_heap(uintptr_t address) const {
     const uintptr_t first = symm_address();
     if (address < first || address >= first + static_cast<uintptr_t>(layout_.symm_bytes)) return -1;
@@ -119,7 +107,8 @@ Publication DeviceBuffer::dispatch_publication(const DeviceDispatchArgs& args, c
 
 void DeviceBuffer::begin_dispatch(const DeviceDispatchArgs& args, const DevicePlan& plan, bool report,
                                   cudaStream_t stream) {
-    enter(stream);
+    check();
+    stream_ = stream;
     Staging staging;
     PublishParams publish;
     publish.peers = peers_;
@@ -149,7 +138,7 @@ void DeviceBuffer::begin_dispatch(const DeviceDispatchArgs& args, const DevicePl
 
 void DeviceBuffer::pull_dispatch(const DeviceDispatchArgs& args, const DevicePlan& plan, bool cached, int num_sms,
                                  cudaStream_t stream) {
-    if (cached) enter(stream);
+    if (cached) check();
     PullParams pull;
     pull.peers = peers_;
     pull.publication = dispatch_publication(args, plan, cached, &pull.staging);
@@ -188,7 +177,7 @@ Publication DeviceBuffer::combine_publication(const DeviceCombineArgs& args, con
 }
 
 void DeviceBuffer::combine(const DeviceCombineArgs& args, const DevicePlan& plan, int num_sms, cudaStream_t stream) {
-    enter(stream);
+    check();
     const bool token_major = plan.layout == LayoutKind::kTokenMajor;
     const bool reduce_local = args.has_rows && args.reduce == Reduce::kFast && !token_major;
     CombineParams params;

@@ -11,7 +11,6 @@ constexpr int kStages = 3;
 constexpr int kMaxPiece = 14336;  // bytes of one stage: a row of 7,168 two-byte elements
 constexpr int kMaxWarps = 10;     // that pull; rows of kMaxPiece leave room for five
 constexpr int kStagingWarps = 10;
-constexpr int kMaxTopk = 32;
 constexpr int kSharedBytes = 220 << 10;
 
 int64_t piece_bytes(const PullParams& p) { return p.row_bytes < kMaxPiece ? p.row_bytes : kMaxPiece; }
@@ -30,6 +29,8 @@ __host__ __device__ int64_t stage_bytes(const PullParams& p, int64_t piece) {
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 
 namespace {
+
+constexpr int kMaxTopk = 32;
 
 // What one stage of a warp holds.
 struct Held {
