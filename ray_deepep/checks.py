@@ -201,6 +201,19 @@ def _scales(x: torch.Tensor, x_scales: object, hidden: int) -> None:
     _tensor("x_scales", x_scales, (torch.float32,), (x.shape[0], hidden // SCALE_BLOCK))
 
 
+def _sent_rows(x: object, x_scales: object, cast: object, geometry: BufferGeometry) -> torch.Tensor:
+    x = _rows("x", x, DISPATCH_DTYPES, geometry.hidden)
+    if x.shape[0] > geometry.max_tokens:
+        raise InvalidArgumentError("x", tuple(x.shape), f"must have at most max_tokens={geometry.max_tokens} rows")
+    if cast is not None:
+        _cast(cast, x, x_scales, geometry.hidden)
+    elif x.dtype == FLOAT8:
+        _scales(x, x_scales, geometry.hidden)
+    elif x_scales is not None:
+        _absent("goes with float8_e4m3fn rows only", x_scales=x_scales)
+    return x
+
+
 def dispatch_request(
     geometry: BufferGeometry,
     *,
@@ -218,16 +231,8 @@ def dispatch_request(
     num_sms: int | None,
 ) -> DispatchRequest:
     """Check the arguments of ``Buffer.dispatch`` and put them in the form that transports take."""
-    x = _rows("x", x, DISPATCH_DTYPES, geometry.hidden)
+    x = _sent_rows(x, x_scales, cast, geometry)
     num_tokens = x.shape[0]
-    if num_tokens > geometry.max_tokens:
-        raise InvalidArgumentError("x", tuple(x.shape), f"must have at most max_tokens={geometry.max_tokens} rows")
-    if cast is not None:
-        _cast(cast, x, x_scales, geometry.hidden)
-    elif x.dtype == FLOAT8:
-        _scales(x, x_scales, geometry.hidden)
-    elif x_scales is not None:
-        _absent("goes with float8_e4m3fn rows only", x_scales=x_scales)
     if handle is not None:
         rule = "must be left out with handle="
         _absent(rule, topk_idx=topk_idx, topk_weights=topk_weights, layout=layout, locations=locations)

@@ -56,9 +56,10 @@ def gpu_uuid() -> str:
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class CudaPlan:
-    """A plan in GPU memory, with the tensor that holds its arrays; ``memory`` begins with the counts."""
+    """A plan in GPU memory, with the tensor that holds its arrays; ``memory`` begins with the counts. Not frozen, as
+    requests are not; nobody writes to it."""
 
     core: object
     memory: torch.Tensor

@@ -10,7 +10,7 @@ import torch
 R = TypeVar("R")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Work(Generic[R]):
     """What ``async_op=True`` returns. On CPUs the operation has ended by then, and :meth:`wait` only hands it over."""
 
