@@ -1,116 +1,175 @@
 """Dispatch and combine of transport ``cuda``: whole API calls between CUDA events, L2 flushed before each, median.
 
-    python -m benchmarks.cuda_dispatch_combine [--ranks 2] [--num-sms 8 24 64]
+    python -m benchmarks.cuda_dispatch_combine                          # 2 ranks, 4096 x 7168, top-8 of 256
+    python -m benchmarks.cuda_dispatch_combine --ranks 1 --num-sms 24 --only cached
+    python -m benchmarks.cuda_dispatch_combine --routing one_rank --tokens 256 1024 --profile
 
-One rank per GPU; with fewer GPUs than ranks, run it under MPS, and read the figures as those of shared GPUs. Beside
-each stands the wire floor of the bytes that cross to other ranks.
+One rank per GPU; with fewer GPUs than ranks, run it under MPS, and read the figures as those of a shared GPU. Times
+are those of the slowest rank (largest median). *us*: the GPU is idle when the call is made, so that host work before
+the launches counts; *queued*: it is busy until all is launched. *floor* is the time that the bytes which must cross to
+other ranks, each row once, take at the measured speed of the wire.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import statistics
-from collections.abc import Callable
+import dataclasses
+import itertools
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from tqdm import tqdm
 
-from ray_deepep import Buffer, CommConfig, Communicator, ExpertMajor, TokenMajor
+from ray_deepep import CommConfig, Communicator
 
-WIRE_GB_S = 374.0
-"""NVLink 4, one direction, measured on H100."""
-TOKENS, HIDDEN, TOPK, EXPERTS = 4096, 7168, 8, 256
+from .cuda_timing import Stopwatch, kernel_times
+from .cuda_traffic import ROUTINGS, Case, Inputs, Traffic
+from .cuda_variants import Variant, Variants, make_buffer
+from .nccl_baselines import Baseline, NcclBaselines, nccl_problem
+from .ranks import run_ranks
+from .records import RESULTS, Record, append, markdown_table, run_facts
 
-
-def measure_us(call: Callable[[], object], flush: torch.Tensor, rounds: int = 30) -> dict[str, float]:
-    """Median, p10 and p90 over rounds, this rank's events."""
-    times = []
-    for i in range(rounds + 5):
-        flush.zero_()
-        torch.cuda.synchronize()
-        dist.barrier()
-        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-        start.record()
-        call()
-        end.record()
-        torch.cuda.synchronize()
-        if i >= 5:
-            times.append(start.elapsed_time(end) * 1e3)
-    deciles = statistics.quantiles(times, n=10)
-    return {"median_us": statistics.median(times), "p10_us": deciles[0], "p90_us": deciles[-1]}
+NAME = "cuda_dispatch_combine"
+RESULTS_PATH = RESULTS / f"{NAME}.jsonl"
 
 
-def variants(buffer: Buffer, x: torch.Tensor, topk_idx: torch.Tensor, weights: torch.Tensor) -> dict[str, Callable]:
-    """Calls to time, each complete."""
-    tokens, experts = (
-        buffer.dispatch(x, topk_idx, weights, layout=layout) for layout in (TokenMajor(), ExpertMajor(128))
-    )
-    return {
-        "dispatch token-major": lambda: buffer.dispatch(x, topk_idx, weights),
-        "dispatch token-major, cached": lambda: buffer.dispatch(x, handle=tokens.handle),
-        "dispatch expert-major": lambda: buffer.dispatch(x, topk_idx, weights, layout=ExpertMajor(128)),
-        "dispatch expert-major, cached": lambda: buffer.dispatch(x, handle=experts.handle),
-        "combine token-major": lambda: buffer.combine(tokens.x, tokens.handle),
-        "combine expert-major, fast, weighted": lambda: buffer.combine(
-            experts.x, experts.handle, weighted=True, reduce="fast"
-        ),
-        "combine expert-major, exact, weighted": lambda: buffer.combine(experts.x, experts.handle, weighted=True),
-    }
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What is timed, and how."""
+
+    num_sms: tuple[int, ...]
+    num_rounds: int
+    only: str
+    """Variants whose name holds this; empty: all."""
+    profile: bool
+    heap_provider: str
 
 
-def run_rank(rank: int, args: argparse.Namespace) -> None:
-    """One rank of the benchmark."""
-    gpus = torch.cuda.device_count()
-    torch.cuda.set_device(rank % gpus)
-    dist.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{args.port}", rank=rank, world_size=args.ranks)
-    generator = torch.Generator(device="cuda").manual_seed(rank)
-    x = torch.randn(TOKENS, HIDDEN, device="cuda", dtype=torch.bfloat16, generator=generator)
-    scores = torch.rand(TOKENS, EXPERTS, device="cuda", generator=generator)
-    weights, topk_idx = scores.topk(TOPK)
-    flush = torch.empty(64 << 20, dtype=torch.int32, device="cuda")
-    elsewhere = (topk_idx // (EXPERTS // args.ranks)).unsqueeze(2) == torch.arange(args.ranks, device="cuda")
-    remote_rows = int(elsewhere.any(1).sum()) - int(elsewhere.any(1)[:, rank].sum())
-    records = []
-    for num_sms in args.num_sms:
-        config = CommConfig(transport="cuda", num_sms=num_sms)
+class CaseRun:
+    """One case on one rank."""
+
+    def __init__(self, case: Case, options: Options) -> None:
+        self.case, self.options = case, options
+        self.rank = dist.get_rank()
+        torch.cuda.set_device(self.rank % torch.cuda.device_count())
+        self.inputs = Inputs.make(case, self.rank)
+        self.traffic = Traffic.of(case, self.inputs.topk_idx)
+        self.stopwatch = Stopwatch(options.num_rounds)
+
+    def run(self) -> list[Record]:
+        """Records of all variants; those of rank 0 count."""
+        config = CommConfig(transport="cuda", heap_provider=self.options.heap_provider)
         with Communicator.from_process_group(config=config) as comm:
-            buffer = Buffer(comm, num_experts=EXPERTS, hidden=HIDDEN, num_topk=TOPK, max_tokens=TOKENS)
-            for name, call in variants(buffer, x, topk_idx, weights).items():
-                times = measure_us(call, flush)
-                floor = remote_rows * HIDDEN * 2 / WIRE_GB_S / 1e3
-                records.append({"variant": name, "num_sms": num_sms, "floor_us": floor, **times})
-    if rank == 0:
-        report(records, args, gpus)
-    dist.barrier()
+            buffer = make_buffer(comm, self.case, self.traffic)
+            variants = Variants(self.case, self.inputs, self.traffic, buffer)
+            chosen = [variant for variant in variants if self.options.only in variant.name]
+            turns = list(itertools.product(self.options.num_sms, chosen))
+            records = []
+            for num_sms, variant in tqdm(turns, desc=self.case.title, unit="variant", disable=self.rank != 0):
+                variants.num_sms = num_sms
+                records.append({"num_sms": num_sms, **variant.facts, **self._time(variant)})
+            buffer.check()
+        return records + self._nccl()
+
+    def _time(self, what: Variant | Baseline) -> Record:
+        timing = self.stopwatch.measure(what.call)
+        record = {"config": dataclasses.asdict(self.case), "variant": what.name, **timing.record()}
+        record |= what.moved.record(timing.idle.median)
+        if self.options.profile:
+            record["kernels_us"] = kernel_times(what.call)
+        return record
+
+    def _nccl(self) -> list[Record]:
+        if nccl_problem(self.case.num_ranks) or self.options.only not in "NCCL":
+            return []
+        baselines = NcclBaselines(self.case, self.inputs, self.traffic)
+        records = [{"num_sms": None, "operation": "nccl", **self._time(baseline)} for baseline in baselines.all()]
+        baselines.close()
+        return records
 
 
-def report(records: list[dict], args: argparse.Namespace, gpus: int) -> None:
-    """Print a table and append JSON lines."""
-    from benchmarks.records import run_facts
-
-    facts = {**run_facts(), "gpu": torch.cuda.get_device_name(), "gpus": gpus, "ranks": args.ranks}
-    print(f"{TOKENS} tokens x {HIDDEN} bf16, top-{TOPK} of {EXPERTS}, {args.ranks} ranks on {gpus} {facts['gpu']}")
-    print(f"{'variant':40} {'SMs':>4} {'us':>8} {'p10':>8} {'p90':>8} {'floor':>7}")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with args.out.open("a") as file:
-        for r in records:
-            times = "".join(f" {r[key]:8.1f}" for key in ("median_us", "p10_us", "p90_us"))
-            print(f"{r['variant']:40} {r['num_sms']:4}{times} {r['floor_us']:7.1f}")
-            file.write(json.dumps({"benchmark": "cuda_dispatch_combine", **facts, **r}) + "\n")
+def run_case(case: Record, options: Record) -> list[Record]:
+    """One case; called on every rank."""
+    return CaseRun(Case(**case), Options(**options)).run()
 
 
-def main() -> None:
+def gpu_facts() -> Record:
+    """What lines of one run share."""
+    return {**run_facts(), "benchmark": NAME, "gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
+
+
+def table(records: list[Record]) -> str:
+    """All variants of one case."""
+    rows = [
+        [
+            r["variant"],
+            "" if r["num_sms"] is None else str(r["num_sms"]),
+            f"{r['median_us']:.1f}",
+            f"{r['p10_us']:.1f}–{r['p90_us']:.1f}",
+            f"{r['queued_median_us']:.1f}",
+            f"{r['host_median_us']:.1f}",
+            f"{r['remote_bytes'] / 1e6:.1f}",
+            f"{r['floor_us']:.1f}",
+            f"{r['floor_us'] / r['queued_median_us']:.0%}",
+            f"{r['deepep_gb_s']:.0f}",
+        ]
+        for r in records
+    ]
+    header = ["variant", "SMs", "us", "p10–p90", "queued", "host", "MB remote", "floor us", "floor / queued"]
+    return markdown_table([*header, "DeepEP's GB/s"], rows)
+
+
+def kernels_table(records: list[Record]) -> str:
+    """Kernel times of all variants, rank 0."""
+    rows = [
+        [r["variant"], "" if r["num_sms"] is None else str(r["num_sms"]), f"{us:.1f}", name[:90]]
+        for r in records
+        for name, us in r["kernels_us"].items()
+    ]
+    return markdown_table(["variant", "SMs", "us a call", "kernel"], rows)
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
     """Command line."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--ranks", type=int, default=2)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--ranks", type=int, nargs="+", default=[2])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[4096], help="T, per rank")
+    parser.add_argument("--hidden", type=int, nargs="+", default=[7168])
+    parser.add_argument("--topk", type=int, default=8)
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    parser.add_argument("--routing", choices=ROUTINGS, nargs="+", default=["uniform"])
     parser.add_argument("--num-sms", type=int, nargs="+", default=[8, 24, 64])
-    parser.add_argument("--port", type=int, default=29577)
-    parser.add_argument("--out", type=Path, default=Path("benchmarks/results/cuda_dispatch_combine.jsonl"))
-    args = parser.parse_args()
-    mp.spawn(run_rank, (args,), args.ranks)
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--only", default="", help="variants whose name holds this, such as 'fp8' or 'cached, in heap'")
+    parser.add_argument("--profile", action="store_true", help="kernel times of each variant too")
+    parser.add_argument("--heap-provider", choices=("auto", "vmm", "ipc"), default="auto")
+    parser.add_argument("--out", type=Path, default=RESULTS_PATH, help="results file to append to")
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    options = Options(
+        num_sms=tuple(args.num_sms),
+        num_rounds=args.rounds,
+        only=args.only,
+        profile=args.profile,
+        heap_provider=args.heap_provider,
+    )
+    for sizes in itertools.product(args.ranks, args.tokens, args.hidden, args.routing):
+        names = ("num_ranks", "num_tokens", "hidden", "routing")
+        case = Case(**dict(zip(names, sizes)), num_topk=args.topk, num_experts=args.experts, dtype=args.dtype)
+        facts = gpu_facts() | {"shared_gpu": torch.cuda.device_count() < case.num_ranks}
+        found = run_ranks(run_case, case.num_ranks, dataclasses.asdict(case), dataclasses.asdict(options))
+        records = [facts | record for record in found]
+        append(args.out, records)
+        print(f"\n{case.title}, {facts['gpus']} {facts['gpu']}\n\n{table(records)}\n", flush=True)
+        if problem := nccl_problem(case.num_ranks):
+            print(f"no NCCL baselines: {problem}\n")
+        if args.profile:
+            print(f"{kernels_table(records)}\n")
 
 
 if __name__ == "__main__":
