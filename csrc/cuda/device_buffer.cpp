@@ -22,7 +22,6 @@ DeviceBuffer::DeviceBuffer(std::shared_ptr<Domain> domain, const DeviceSizes& si
                               static_cast<uint64_t>(sizes.max_rows)}};
     heap_ = allocate_device_heap(*domain_, provider, device, layout_.bytes, agreed, bootstrap_deadline_s);
 
-    allocate_scratch();
     const int num_local = sizes.num_local_experts();
     check_cuda(cudaMalloc(reinterpret_cast<void**>(&control_), sizeof(DeviceControl)), "cudaMalloc");
     check_cuda(cudaMemset(control_, 0, sizeof(DeviceControl)), "cudaMemset");
@@ -47,22 +46,6 @@ DeviceBuffer::DeviceBuffer(std::shared_ptr<Domain> domain, const DeviceSizes& si
     open_ = true;
 }
 
-void DeviceBuffer::allocate_scratch() {
-    const int64_t num_chunks = sizes_.num_chunks(), num_ranks = sizes_.num_ranks;
-    const int64_t counts[] = {num_ranks * num_chunks, sizes_.num_local_experts() * num_ranks * num_chunks,
-                              num_ranks * num_chunks, sizes_.num_experts * num_chunks};
-    int64_t total = 0;
-    for (const int64_t count : counts) total += count;
-    check_cuda(cudaMalloc(reinterpret_cast<void**>(&scratch_memory_), std::max<int64_t>(total, 1) * 4), "cudaMalloc");
-    int32_t* next = scratch_memory_;
-    int32_t** const fields[] = {&scratch_.recv_row_base, &scratch_.recv_slot_base, &scratch_.send_row_base,
-                                &scratch_.send_slot_base};
-    for (int i = 0; i < 4; ++i) {
-        *fields[i] = next;
-        next += counts[i];
-    }
-}
-
 void DeviceBuffer::close() {
     if (!open_) return;
     open_ = false;
@@ -75,10 +58,8 @@ void DeviceBuffer::close() {
 
 void DeviceBuffer::free_memory() {
     cudaFree(control_);
-    cudaFree(scratch_memory_);
     cudaFreeHost(status_);
     control_ = nullptr;
-    scratch_memory_ = nullptr;
     status_ = nullptr;
 }
 

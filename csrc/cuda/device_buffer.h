@@ -87,9 +87,8 @@ class DeviceBuffer {
     Publication publication(Operation operation, const Signature& signature, const DevicePlan& plan) const;
     Publication dispatch_publication(const DeviceDispatchArgs& args, const DevicePlan& plan, bool cached,
                                      Staging* staging) const;
-    Publication combine_publication(const DeviceCombineArgs& args, const DevicePlan& plan, bool reduce_local,
+    Publication combine_publication(const DeviceCombineArgs& args, const DevicePlan& plan, bool fast,
                                     Staging* staging) const;
-    void allocate_scratch();
     void throw_fault();
     [[noreturn]] void throw_mismatch();
     void free_memory();
@@ -101,10 +100,8 @@ class DeviceBuffer {
     Interrupt interrupt_;
     DeviceHeap heap_;
     Peers peers_{};
-    PlanScratch scratch_{};
     DeviceControl* control_ = nullptr;
     HostStatus* status_ = nullptr;
-    int32_t* scratch_memory_ = nullptr;
     uint32_t ticket_ = 0;
     bool bulk_copy_ = false;
     cudaStream_t stream_ = nullptr;  // of the dispatch whose counts are awaited

@@ -129,7 +129,6 @@ void DeviceBuffer::begin_dispatch(const DeviceDispatchArgs& args, const DevicePl
     params.peers = peers_;
     params.publication = publish.publication;
     params.plan = plan;
-    params.scratch = scratch_;
     params.ticket = report ? ++ticket_ : 0;
     params.topk_idx = pointer<int64_t>(args.out_topk_idx);
     params.topk_weights = pointer<float>(args.out_topk_weights);
@@ -158,7 +157,7 @@ void DeviceBuffer::pull_dispatch(const DeviceDispatchArgs& args, const DevicePla
     launch_pull(pull, bulk_copy_, stream);
 }
 
-Publication DeviceBuffer::combine_publication(const DeviceCombineArgs& args, const DevicePlan& plan, bool reduce_local,
+Publication DeviceBuffer::combine_publication(const DeviceCombineArgs& args, const DevicePlan& plan, bool fast,
                                               Staging* staging) const {
     const auto operation = args.has_rows ? Operation::kCombine : Operation::kCombineWeights;
     const Signature signature{{static_cast<int32_t>(operation), static_cast<int32_t>(args.dtype), plan.num_topk,
@@ -166,35 +165,26 @@ Publication DeviceBuffer::combine_publication(const DeviceCombineArgs& args, con
                                args.weighted ? 1 : 0, args.has_row_weights ? 1 : 0, 0}};
     Publication result = publication(operation, signature, plan);
     result.by_main = args.has_rows && !args.has_row_weights;
-    if (!args.has_rows || reduce_local) return result;
-    result.rows_at = offset_in_heap(args.rows);
+    if (!args.has_rows) return result;
+    if (!fast) result.rows_at = offset_in_heap(args.rows);
     if (args.num_rows == 0 || result.rows_at >= 0 || sizes_.num_ranks == 1) return result;
     result.staged = true;
     staging->rows = pointer<const std::byte>(args.rows);
     staging->row_bytes = sizes_.hidden * element_size(args.dtype);
-    staging->num_rows = args.num_rows;
+    // Per-rank sums have token rows, which the host need not know.
+    const bool by_rank = fast || plan.layout == LayoutKind::kTokenMajor;
+    staging->num_rows = by_rank ? plan.max_recv_tokens : args.num_rows;
     return result;
 }
 
 void DeviceBuffer::combine(const DeviceCombineArgs& args, const DevicePlan& plan, int num_sms, cudaStream_t stream) {
     check();
     const bool token_major = plan.layout == LayoutKind::kTokenMajor;
-    const bool reduce_local = args.has_rows && args.reduce == Reduce::kFast && !token_major;
+    const bool fast = args.has_rows && args.reduce == Reduce::kFast && !token_major;
     CombineParams params;
     params.peers = peers_;
-    params.publication = combine_publication(args, plan, reduce_local, &params.staging);
+    params.publication = combine_publication(args, plan, fast, &params.staging);
     params.plan = plan;
-    if (reduce_local) {
-        ReduceLocalParams reduce;
-        reduce.peers = peers_;
-        reduce.plan = plan;
-        reduce.rows = pointer<const std::byte>(args.rows);
-        reduce.hidden = sizes_.hidden;
-        reduce.dtype = args.dtype;
-        reduce.weighted = args.weighted;
-        reduce.num_sms = num_sms;
-        launch_reduce_local(reduce, stream);
-    }
     if (!params.publication.by_main) {
         PublishParams publish;
         publish.peers = peers_;
@@ -204,7 +194,7 @@ void DeviceBuffer::combine(const DeviceCombineArgs& args, const DevicePlan& plan
         publish.num_topk = plan.num_topk;
         launch_publish(publish, stream);
     }
-    params.own_rows = reduce_local ? nullptr : pointer<const std::byte>(args.rows);
+    params.own_rows = pointer<const std::byte>(args.rows);
     params.bias = pointer<const std::byte>(args.bias);
     params.out = pointer<std::byte>(args.out_x);
     params.routes = pointer<std::byte>(args.out_routes);
@@ -213,7 +203,8 @@ void DeviceBuffer::combine(const DeviceCombineArgs& args, const DevicePlan& plan
     params.dtype = args.dtype;
     params.has_rows = args.has_rows;
     params.weighted = args.weighted;
-    params.by_rank = token_major || args.reduce == Reduce::kFast;
+    params.by_rank = token_major || fast;
+    params.fast = fast;
     params.by_expert = args.reduce == Reduce::kExpertOrder;
     params.num_sms = num_sms;
     launch_combine(params, stream);

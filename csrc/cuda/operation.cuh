@@ -40,7 +40,8 @@ struct Sources {
     const std::byte* rows[kMaxRanks];
     const std::byte* scales[kMaxRanks];
     bool staged[kMaxRanks];
-    volatile int state;  // 0: not known yet, 1: known, 2: the operation has failed
+    int starts[kMaxRanks + 1];  // first row from each source, of the plan
+    volatile int state;         // 0: not known yet, 1: known, 2: the operation has failed
 };
 
 // Whole block, first thing in a kernel. Returns the operation's sequence number.
@@ -55,9 +56,11 @@ __device__ inline uint32_t begin_operation(const Peers& peers, const Publication
     return sequence;
 }
 
-// One warp of each block. Rows of this rank are read where they are, if given.
+// One warp of each block. Rows of this rank are read where they are, if given. `source_start` is the plan's.
 __device__ inline void find_sources(const Peers& peers, const Publication& publication, uint32_t sequence,
-                                    const std::byte* own_rows, const float* own_scales, Sources* sources) {
+                                    const std::byte* own_rows, const float* own_scales, const int32_t* source_start,
+                                    Sources* sources) {
+    for (int rank = threadIdx.x % 32; rank <= peers.num_ranks; rank += 32) sources->starts[rank] = source_start[rank];
     const bool ok = wait_for_peers_warp(peers, publication.operation, sequence, publication.signature);
     for (int rank = threadIdx.x % 32; ok && rank < peers.num_ranks; rank += 32) {
         const AreaHeader* header = peers.header(rank, sequence);

@@ -51,19 +51,10 @@ struct DevicePlan {
 // Places in `counts`; expert_count[L] and expert_offset[L + 1] follow.
 enum PlanCount { kNumRecvTokens = 0, kNumRows = 1, kOverflow = 2, kOverflowRows = 3, kNumPlanCounts = 4 };
 
-// Scratch of the plan kernels, in this rank's device memory.
-struct PlanScratch {
-    int32_t* recv_row_base = nullptr;   // [N, C] first token row of each chunk
-    int32_t* recv_slot_base = nullptr;  // [L, N, C] first output row per local expert and chunk
-    int32_t* send_row_base = nullptr;   // [N, C]
-    int32_t* send_slot_base = nullptr;  // [E, C]
-};
-
 struct PlanParams {
     Peers peers{};
     Publication publication;
     DevicePlan plan;
-    PlanScratch scratch;
     uint32_t ticket = 0;  // given to the host with the counts; 0: the host does not wait for them
     // Outputs that a dispatch returns beside the rows; null where the layout has none.
     int64_t* topk_idx = nullptr;    // [R, K] local experts
@@ -87,23 +78,12 @@ struct PullParams {
     int num_sms = 1;
 };
 
-// Add up a token's local experts into this rank's area (fast mode).
-struct ReduceLocalParams {
-    Peers peers{};
-    DevicePlan plan;
-    const std::byte* rows = nullptr;
-    int64_t hidden = 0;
-    DType dtype = DType::kFloat32;
-    bool weighted = false;
-    int num_sms = 1;
-};
-
 struct CombineParams {
     Peers peers{};
     Publication publication;
     Staging staging;
     DevicePlan plan;
-    const std::byte* own_rows = nullptr;  // null: read the area
+    const std::byte* own_rows = nullptr;  // this rank's rows are read where they are
     const std::byte* bias = nullptr;
     std::byte* out = nullptr;
     std::byte* routes = nullptr;    // [K, T, H]
@@ -112,8 +92,9 @@ struct CombineParams {
     DType dtype = DType::kFloat32;
     bool has_rows = true;
     bool weighted = false;
-    bool by_rank = false;
-    bool by_expert = false;
+    bool by_rank = false;    // rows are sums per rank
+    bool fast = false;       // made here, from the local experts' rows
+    bool by_expert = false;  // routes are added by expert, else by k
     int num_sms = 1;
 };
 
@@ -124,7 +105,6 @@ void launch_plan(const PlanParams& params, cudaStream_t stream);
 // Once per device, before the first launch_pull with bulk copies.
 void allow_pull_bulk();
 void launch_pull(const PullParams& params, bool bulk_copy, cudaStream_t stream);
-void launch_reduce_local(const ReduceLocalParams& params, cudaStream_t stream);
 void launch_combine(const CombineParams& params, cudaStream_t stream);
 
 }  // namespace ray_deepep

@@ -1,4 +1,5 @@
-// Publishing ahead of the rows: routing and its counts per chunk of tokens, or row weights; then one signal per peer.
+// Publishing ahead of the rows: routing and where each chunk of tokens stands in it, or row weights; then one signal
+// per peer.
 #include "cuda/check.h"
 #include "cuda/params.h"
 
@@ -44,34 +45,31 @@ __device__ void publish_chunk(const PublishParams& p, uint32_t sequence, int chu
         if (first) atomicAdd(&rank_count[dest], 1);
     }
     __syncthreads();
-    const int64_t pitch = peers.layout.num_chunks;
-    auto* chunk_rank = peers.in_area<int32_t>(peers.rank, sequence, area.chunk_rank_at) + chunk;
-    auto* chunk_expert = peers.in_area<int32_t>(peers.rank, sequence, area.chunk_expert_at) + chunk;
-    for (int i = threadIdx.x; i < peers.num_ranks; i += blockDim.x) chunk_rank[i * pitch] = rank_count[i];
-    for (int i = threadIdx.x; i < peers.num_experts; i += blockDim.x) chunk_expert[i * pitch] = expert_count[i];
+    auto* chunk_rank = peers.in_area<int32_t>(peers.rank, sequence, area.chunk_rank_at) + chunk * peers.num_ranks;
+    auto* chunk_expert = peers.in_area<int32_t>(peers.rank, sequence, area.chunk_expert_at) + chunk * peers.num_experts;
+    for (int i = threadIdx.x; i < peers.num_ranks; i += blockDim.x) chunk_rank[i] = rank_count[i];
+    for (int i = threadIdx.x; i < peers.num_experts; i += blockDim.x) chunk_expert[i] = expert_count[i];
 }
 
-// Sums over the chunks, by the last block, a warp per sum: its view of what the others wrote is complete.
-__device__ void publish_totals(const PublishParams& p, uint32_t sequence, int num_chunks) {
-    const Peers& peers = p.peers;
-    const AreaLayout& area = peers.layout.area;
-    const int lane = threadIdx.x % 32;
-    const auto sum = [&](int64_t from, int64_t to, int rows) {
-        const auto* counts = peers.in_area<const int32_t>(peers.rank, sequence, from);
-        auto* totals = peers.in_area<int32_t>(peers.rank, sequence, to);
-#pragma unroll 4
-        for (int row = threadIdx.x / 32; row < rows; row += kThreads / 32) {
-            int total = 0;
-#pragma unroll 2
-            for (int chunk = lane; chunk < num_chunks; chunk += 32) {
-                total += __ldcg(&counts[row * peers.layout.num_chunks + chunk]);
+// Counts per chunk become sums over the chunks before; by the last block, whose view of the others' counts is complete.
+__device__ void sum_chunks(int32_t* counts, int32_t* totals, int num_chunks, int columns) {
+    constexpr int kTile = 32;  // loads in flight
+    for (int column = threadIdx.x; column < columns; column += kThreads) {
+        int base = 0;
+        for (int first = 0; first < num_chunks; first += kTile) {
+            int count[kTile];
+#pragma unroll
+            for (int i = 0; i < kTile; ++i) {
+                count[i] = first + i < num_chunks ? __ldcg(&counts[(first + i) * columns + column]) : 0;
             }
-            total = __reduce_add_sync(0xffffffffu, total);
-            if (lane == 0) totals[row] = total;
+#pragma unroll
+            for (int i = 0; i < kTile; ++i) {
+                if (first + i < num_chunks) counts[(first + i) * columns + column] = base;
+                base += count[i];
+            }
         }
-    };
-    sum(area.chunk_rank_at, area.rank_total_at, peers.num_ranks);
-    sum(area.chunk_expert_at, area.expert_total_at, peers.num_experts);
+        totals[column] = base;
+    }
 }
 
 __global__ void __launch_bounds__(kThreads) publish_kernel(const __grid_constant__ PublishParams p) {
@@ -97,7 +95,12 @@ __global__ void __launch_bounds__(kThreads) publish_kernel(const __grid_constant
     if (threadIdx.x == 0) peers.control->publish_blocks = 0;
     if (failed) return;
     __threadfence();
-    if (p.topk_idx != nullptr) publish_totals(p, sequence, gridDim.x);
+    if (p.topk_idx != nullptr) {
+        const AreaLayout& area = peers.layout.area;
+        const auto at = [&](int64_t offset) { return peers.in_area<int32_t>(peers.rank, sequence, offset); };
+        sum_chunks(at(area.chunk_expert_at), at(area.expert_total_at), gridDim.x, peers.num_experts);
+        sum_chunks(at(area.chunk_rank_at), at(area.rank_total_at), gridDim.x, peers.num_ranks);
+    }
     __syncthreads();
     if (threadIdx.x == 0) peers.control->sequence = sequence;
     announce(peers, p.publication, sequence);

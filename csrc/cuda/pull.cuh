@@ -10,23 +10,23 @@ namespace ray_deepep {
 // Rows of all sources by turns, starting behind this rank, so that links and local memory are busy all the time and no
 // source is read by everybody at once.
 struct PullOrder {
-    const DevicePlan& plan;
-    int rank, num_ranks, most;  // most: rows of the source that sends most
+    const int* starts;
+    int rank, num_ranks, room;
+    int most = 0;  // rows of the source that sends most
 
-    // One warp.
-    __device__ PullOrder(const PullParams& p)
-        : plan(p.plan), rank(p.peers.rank), num_ranks(p.peers.num_ranks), most(0) {
-        for (int source = threadIdx.x % 32; source < num_ranks; source += 32) {
-            most = max(most, plan.source_start[source + 1] - plan.source_start[source]);
-        }
-        most = __reduce_max_sync(0xffffffffu, most);
+    __device__ PullOrder(const PullParams& p, const Sources& sources)
+        : starts(sources.starts),
+          rank(p.peers.rank),
+          num_ranks(p.peers.num_ranks),
+          room(static_cast<int>(p.plan.max_recv_tokens)) {
+        for (int source = 0; source < num_ranks; ++source) most = max(most, starts[source + 1] - starts[source]);
     }
     __device__ int size() const { return most * num_ranks; }
     __device__ int source_of(int i) const { return (rank + 1 + i % num_ranks) % num_ranks; }
     // -1: this turn's source has no more rows, or there is no room.
     __device__ int row_of(int i) const {
-        const int source = source_of(i), row = plan.source_start[source] + i / num_ranks;
-        return row < plan.source_start[source + 1] && row < plan.max_recv_tokens ? row : -1;
+        const int source = source_of(i), row = starts[source] + i / num_ranks;
+        return row < starts[source + 1] && row < room ? row : -1;
     }
 };
 

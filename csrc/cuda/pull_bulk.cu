@@ -56,6 +56,7 @@ struct Walk {
     WarpShared* shared;
     int piece, pieces, stage_size;
     int next, step, end;                   // items of the batches to come
+    int next_row = -1, next_token = 0;     // of the batch to come, looked up early
     int row = -1, source = 0, offset = 0;  // this lane's item
     int token = 0;
     unsigned left = 0, ready = 0;  // items of the batch still to load; those known to be there
@@ -65,7 +66,7 @@ struct Walk {
 
     __device__ Walk(const PullParams& p, const Sources& sources, uint32_t sequence, std::byte* stages,
                     WarpShared* shared, int warp)
-        : p(p), sources(sources), order(p), sequence(sequence), stages(stages), shared(shared) {
+        : p(p), sources(sources), order(p, sources), sequence(sequence), stages(stages), shared(shared) {
         piece = static_cast<int>(min(p.row_bytes, int64_t{kMaxPiece}));
         pieces = static_cast<int>((p.row_bytes + piece - 1) / piece);
         stage_size = static_cast<int>(stage_bytes(p, piece));
@@ -74,6 +75,7 @@ struct Walk {
         end = order.size() * pieces;
         for (int rank = threadIdx.x % 32; rank < p.peers.num_ranks; rank += 32) any_staged |= sources.staged[rank];
         any_staged = __any_sync(0xffffffffu, any_staged);
+        look_up();
     }
 
     __device__ bool look_ready() const {
@@ -87,17 +89,24 @@ struct Walk {
         }
     }
 
+    __device__ void look_up() {
+        const int item = next + threadIdx.x % 32 * step;
+        next_row = item < end ? order.row_of(item / pieces) : -1;
+        next_token = next_row >= 0 ? p.plan.recv_token[next_row] : 0;
+    }
+
     __device__ bool next_batch() {
         while (left == 0 && next < end) {
             const int item = next + threadIdx.x % 32 * step;
-            row = item < end ? order.row_of(item / pieces) : -1;
-            source = item < end ? order.source_of(item / pieces) : 0;
+            row = next_row;
+            token = next_token;
+            source = order.source_of(item / pieces);
             offset = item % pieces * piece;
-            token = row >= 0 ? p.plan.recv_token[row] : 0;
+            next += 32 * step;
+            look_up();
             left = __ballot_sync(0xffffffffu, row >= 0);
             ready = __ballot_sync(0xffffffffu, look_ready());
             if (any_staged) fence_bulk_copies();
-            next += 32 * step;
             if (left != 0) prefetch_slots();
         }
         return left != 0;
@@ -228,7 +237,8 @@ __global__ void __launch_bounds__((kMaxWarps + kStagingWarps) * 32, 1)
     if (is_staging_warp(p.staging)) {
         stage_dispatch(p, sequence);
     } else {
-        if (local == 0) find_sources(p.peers, p.publication, sequence, p.own_rows, p.own_scales, &sources);
+        if (local == 0)
+            find_sources(p.peers, p.publication, sequence, p.own_rows, p.own_scales, p.plan.source_start, &sources);
         if (await_sources(&sources)) {
             const int64_t size = kStages * stage_bytes(p, min(p.row_bytes, int64_t{kMaxPiece}));
             Walk walk(p, sources, sequence, shared + local * size, &warps[local], warp);

@@ -72,7 +72,7 @@ __device__ void pull_rows(const PullParams& p, const Sources& sources, uint32_t 
     const unsigned all = 0xffffffffu;
     const int lane = threadIdx.x % 32, num_topk = p.plan.num_topk;
     const bool token_major = p.plan.layout == LayoutKind::kTokenMajor;
-    const PullOrder order(p);
+    const PullOrder order(p, sources);
     for (int i = warp; i < order.size(); i += num_warps) {
         const int row = order.row_of(i), source = order.source_of(i);
         if (row < 0) continue;
@@ -102,7 +102,8 @@ __global__ void __launch_bounds__((kWarps + kStagingWarps) * 32)
     if (is_staging_warp(p.staging)) {
         stage_dispatch(p, sequence);
     } else {
-        if (local == 0) find_sources(p.peers, p.publication, sequence, p.own_rows, p.own_scales, &sources);
+        if (local == 0)
+            find_sources(p.peers, p.publication, sequence, p.own_rows, p.own_scales, p.plan.source_start, &sources);
         if (await_sources(&sources)) {
             pull_rows<T>(p, sources, sequence, blockIdx.x * p.num_warps + local, gridDim.x * p.num_warps);
         }

@@ -7,8 +7,8 @@
 
 namespace ray_deepep {
 
-// Tokens are planned in chunks: a rank publishes counts per chunk, and any chunk's rows can then be placed without
-// looking at the others' routing.
+// Tokens are planned in chunks: a rank publishes what came before each chunk, and any chunk's rows can then be placed
+// without looking at the others' routing.
 inline constexpr int kChunkTokens = 64;
 // Rows that do not live in the heap are staged while peers read those that are there already, so many at a time.
 inline constexpr int kReadyRows = 32;
@@ -37,8 +37,8 @@ struct AreaLayout {
     int64_t header_at = 0;        // AreaHeader
     int64_t rank_total_at = 0;    // int32 [N]: token rows for each rank
     int64_t expert_total_at = 0;  // int32 [E]: routes for each expert
-    int64_t chunk_rank_at = 0;    // int32 [N, C]
-    int64_t chunk_expert_at = 0;  // int32 [E, C]
+    int64_t chunk_rank_at = 0;    // int32 [C, N]: token rows for each rank in the chunks before
+    int64_t chunk_expert_at = 0;  // int32 [C, E]: routes for each expert in the chunks before
     int64_t topk_idx_at = 0;      // int32 [T, K]
     int64_t topk_weights_at = 0;  // float [T, K]
     int64_t locations_at = 0;     // int32 [T, K]
@@ -55,7 +55,7 @@ struct SegmentLayout {
     int64_t area_at[2] = {};  // used by turns
     int64_t symm_at = 0;      // tensors of the user's
     int64_t symm_bytes = 0;
-    int64_t num_chunks = 0;       // C: pitch of the counts per chunk
+    int64_t num_chunks = 0;       // C
     int64_t num_ready_flags = 0;  // F
     AreaLayout area;
     int64_t bytes = 0;

@@ -108,18 +108,16 @@ __device__ inline void stage_row(const Peers& peers, const Staging& staging, uin
 }
 
 // The last `staging.num_warps` warps of each block. piece_at(i) is the i-th piece to stage (-1: none), for i below
-// num_pieces; wanted(row) whether any peer reads the row.
-template <typename PieceAt, typename Wanted>
+// num_pieces; stage(row), by a warp, puts a row into the area, or leaves out one that no peer reads.
+template <typename PieceAt, typename Stage>
 __device__ void stage_rows(const Peers& peers, const Staging& staging, uint32_t sequence, int64_t num_pieces,
-                           PieceAt piece_at, Wanted wanted) {
+                           PieceAt piece_at, Stage stage) {
     const int threads = staging.num_warps * 32, thread = threadIdx.x - (blockDim.x - threads);
     for (int64_t i = blockIdx.x; i < num_pieces; i += gridDim.x) {
         const int64_t piece = piece_at(i);
         if (piece < 0) continue;
         const int64_t first = piece * kReadyRows, last = min(first + kReadyRows, staging.num_rows);
-        for (int64_t row = first + thread / 32; row < last; row += staging.num_warps) {
-            if (wanted(row)) stage_row(peers, staging, sequence, row);
-        }
+        for (int64_t row = first + thread / 32; row < last; row += staging.num_warps) stage(row);
         asm volatile("bar.sync 2, %0;" ::"r"(threads) : "memory");
         if (thread >= peers.num_ranks) continue;
         __threadfence_system();

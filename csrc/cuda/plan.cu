@@ -1,14 +1,12 @@
-// Plan, second half: chunk by chunk of tokens, the place of every row, received and sent. A block per chunk.
+// Plan: chunk by chunk of tokens, the place of every row, received and sent. A block per chunk, one for the counts,
+// some for rows that nothing fills. The answer is the host planner's (common/plan.cpp).
 #include <algorithm>
 
 #include "cuda/check.h"
-#include "cuda/plan.cuh"
+#include "cuda/plan_counts.cuh"
 
 namespace ray_deepep {
 namespace {
-
-constexpr int kThreads = 128;
-constexpr int kFillBlocks = 16;
 
 // Shared memory of a block: one chunk's routing, and the places found for it.
 struct Chunk {
@@ -45,7 +43,17 @@ __device__ int padded_slot(const PlanParams& p, int source, int local_expert, in
 __device__ void load_experts(const PlanParams& p, uint32_t sequence, int source, const Chunk& c) {
     const auto* topk_idx = p.peers.in_area<const int32_t>(source, sequence, p.peers.layout.area.topk_idx_at) +
                            int64_t{c.first_token} * p.plan.num_topk;
-    for (int i = threadIdx.x; i < c.routes; i += kThreads) c.experts[i] = topk_idx[i];
+    for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) c.experts[i] = topk_idx[i];
+}
+
+// First output row of this chunk's routes to each expert of `sums`, into c.counters.
+__device__ void start_experts(const PlanParams& p, uint32_t sequence, int source, int chunk, const ExpertSums& sums,
+                              const Chunk& c) {
+    const auto* earlier = p.peers.in_area<const int32_t>(source, sequence, p.peers.layout.area.chunk_expert_at) +
+                          int64_t{chunk} * p.peers.num_experts + sums.first;
+    for (int e = threadIdx.x; e < sums.count; e += kPlanThreads) {
+        c.counters[e] = sums.starts[e] + sums.before[e] + earlier[e];
+    }
 }
 
 // Token rows of a received chunk, in c.rows: two warps, a lane per token.
@@ -71,17 +79,20 @@ __device__ void number_received(const PlanParams& p, int source, int first_row, 
 }
 
 // Rows that arrive from one chunk of one source.
-__device__ void list_received(const PlanParams& p, uint32_t sequence, int source, int chunk, const Chunk& c) {
+__device__ void list_received(const PlanParams& p, uint32_t sequence, int source, int chunk, const ExpertSums& sums,
+                              const Chunk& c) {
     const Peers& peers = p.peers;
     const AreaLayout& area = peers.layout.area;
     const int num_topk = p.plan.num_topk, num_local = peers.num_local_experts, first_expert = peers.rank * num_local;
-    const int64_t pitch = peers.layout.num_chunks, item = source * pitch + chunk;
     const bool expert_major = p.plan.layout == LayoutKind::kExpertMajor;
     const bool token_major = p.plan.layout == LayoutKind::kTokenMajor;
-    for (int e = threadIdx.x; expert_major && e < num_local; e += kThreads) {
-        c.counters[e] = p.scratch.recv_slot_base[e * peers.num_ranks * pitch + item];
+    if (expert_major) {
+        sum_experts(p, sequence, source, sums);
+        start_experts(p, sequence, source, chunk, sums, c);
     }
-    number_received(p, source, p.scratch.recv_row_base[item], c);
+    const int earlier =
+        peers.in_area<const int32_t>(source, sequence, area.chunk_rank_at)[chunk * peers.num_ranks + peers.rank];
+    number_received(p, source, rows_before(p, sequence, source, peers.rank) + earlier, c);
     __syncthreads();
     for (int step = 0; expert_major && threadIdx.x < 32 && step < c.routes; step += 32) {
         const int i = step + threadIdx.x, local = i < c.routes ? c.experts[i] - first_expert : -1;
@@ -92,7 +103,7 @@ __device__ void list_received(const PlanParams& p, uint32_t sequence, int source
     const int64_t first_route = int64_t{c.first_token} * num_topk;
     const auto* weights = peers.in_area<const float>(source, sequence, area.topk_weights_at) + first_route;
     const auto* locations = peers.in_area<const int32_t>(source, sequence, area.locations_at) + first_route;
-    for (int i = threadIdx.x; i < c.routes; i += kThreads) {
+    for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) {
         const int row = c.rows[i / num_topk], local = c.experts[i] - first_expert;
         if (row < 0) continue;
         const bool active = local >= 0 && local < num_local;
@@ -111,40 +122,41 @@ __device__ void list_received(const PlanParams& p, uint32_t sequence, int source
     }
 }
 
-// c.firsts of all routes. Destinations are worked out once, in c.slots: a division costs as much as many comparisons.
+// c.firsts of all routes, and c.rows, their destinations: worked out once, a division costs as much as many
+// comparisons.
 __device__ void find_firsts(const PlanParams& p, const Chunk& c) {
     const int num_topk = p.plan.num_topk;
-    for (int i = threadIdx.x; i < c.routes; i += kThreads) {
-        c.slots[i] = c.experts[i] >= 0 ? c.experts[i] / p.peers.num_local_experts : -1;
+    for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) {
+        c.rows[i] = c.experts[i] >= 0 ? c.experts[i] / p.peers.num_local_experts : -1;
     }
     __syncthreads();
-    for (int i = threadIdx.x; i < c.routes; i += kThreads) {
-        const int k = i % num_topk, dest = c.slots[i];
+    for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) {
+        const int k = i % num_topk, dest = c.rows[i];
         int first = k;
         for (int earlier = k - 1; earlier >= 0; --earlier) {
-            if (c.slots[i - k + earlier] == dest) first = earlier;
+            if (c.rows[i - k + earlier] == dest) first = earlier;
         }
         c.firsts[i] = first;
-        c.rows[i] = dest;
     }
-    __syncthreads();
 }
 
 // Where one chunk of this rank's tokens goes.
-__device__ void list_sent(const PlanParams& p, uint32_t sequence, int chunk, const Chunk& c) {
+__device__ void list_sent(const PlanParams& p, uint32_t sequence, int chunk, const ExpertSums& sums, const Chunk& c) {
     const Peers& peers = p.peers;
     const AreaLayout& area = peers.layout.area;
     const int num_topk = p.plan.num_topk, num_local = peers.num_local_experts, warp = threadIdx.x / 32;
-    const int64_t pitch = peers.layout.num_chunks, first_route = int64_t{c.first_token} * num_topk;
     const bool expert_major = p.plan.layout == LayoutKind::kExpertMajor;
     int* rank_counters = c.counters + peers.num_experts;
-    for (int e = threadIdx.x; expert_major && e < peers.num_experts; e += kThreads) {
-        c.counters[e] = p.scratch.send_slot_base[e * pitch + chunk];
+    if (expert_major) {
+        sum_experts(p, sequence, peers.rank, sums);
+        start_experts(p, sequence, peers.rank, chunk, sums, c);
     }
-    for (int r = threadIdx.x; r < peers.num_ranks; r += kThreads) {
-        rank_counters[r] = p.scratch.send_row_base[r * pitch + chunk];
+    for (int r = threadIdx.x; r < peers.num_ranks; r += kPlanThreads) {
+        const auto* earlier = peers.in_area<const int32_t>(peers.rank, sequence, area.chunk_rank_at);
+        rank_counters[r] = rows_before(p, sequence, peers.rank, r) + earlier[chunk * peers.num_ranks + r];
     }
     find_firsts(p, c);
+    __syncthreads();
     for (int step = 0; warp < 2 && step < c.routes; step += 32) {
         const int i = step + threadIdx.x % 32, expert = i < c.routes ? c.experts[i] : -1;
         if (warp == 0) {
@@ -157,9 +169,10 @@ __device__ void list_sent(const PlanParams& p, uint32_t sequence, int chunk, con
         }
     }
     __syncthreads();
+    const int64_t first_route = int64_t{c.first_token} * num_topk;
     const auto* weights = peers.in_area<const float>(peers.rank, sequence, area.topk_weights_at) + first_route;
     const auto* locations = peers.in_area<const int32_t>(peers.rank, sequence, area.locations_at) + first_route;
-    for (int i = threadIdx.x; i < c.routes; i += kThreads) {
+    for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) {
         int expert = c.experts[i], row = -1, slot = -1;
         if (expert >= 0) {
             row = slot = c.rows[i - i % num_topk + c.firsts[i]];
@@ -176,68 +189,67 @@ __device__ void list_sent(const PlanParams& p, uint32_t sequence, int chunk, con
     }
 }
 
-// Output rows that no route fills: padding between experts, and with fixed shapes what is left at the end.
-__device__ void fill_rest(const PlanParams& p, int block) {
-    const DevicePlan& plan = p.plan;
-    const int num_local = p.peers.num_local_experts, num_topk = plan.num_topk;
-    const bool token_major = plan.layout == LayoutKind::kTokenMajor;
-    const int32_t *counts = plan.counts + kNumPlanCounts, *offsets = counts + num_local;
-    const auto clear = [&](int64_t row) {
-        plan.slot_row[row] = -1;
-        if (!token_major && p.topk_weights != nullptr) p.topk_weights[row] = 0.0f;
-        for (int k = 0; token_major && p.topk_idx != nullptr && k < num_topk; ++k) {
-            p.topk_idx[row * num_topk + k] = -1;
-            p.topk_weights[row * num_topk + k] = 0.0f;
-        }
-    };
-    const bool padding = plan.layout == LayoutKind::kExpertMajor && plan.alignment > 1;
-    for (int e = block; padding && e < num_local; e += kFillBlocks) {
-        const int64_t end = min(int64_t{offsets[e + 1]}, plan.max_rows);
-        for (int64_t row = offsets[e] + counts[e] + threadIdx.x; row < end; row += kThreads) clear(row);
-    }
-    if (!plan.fixed) return;
-    for (int64_t row = plan.counts[kNumRows] + block * kThreads + threadIdx.x; row < plan.max_rows;
-         row += kFillBlocks * kThreads) {
-        clear(row);
-    }
+__host__ __device__ int num_fill_blocks(const DevicePlan& plan) {
+    return plan.fixed || has_padding(plan) ? kFillBlocks : 0;
 }
 
-__global__ void __launch_bounds__(kThreads) plan_lists_kernel(const __grid_constant__ PlanParams p) {
+// Blocks: the counts; rows to fill; chunks received, source by source; chunks sent.
+__global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ PlanParams p) {
     extern __shared__ int shared[];
     const Peers& peers = p.peers;
-    if (load_volatile(&peers.control->failed) != 0) return;
-    const int num_chunks = static_cast<int>(peers.layout.num_chunks), source = blockIdx.x / max(num_chunks, 1);
-    if (source > peers.num_ranks || num_chunks == 0) {
-        return fill_rest(p, blockIdx.x - (peers.num_ranks + 1) * num_chunks);
-    }
+    const int num_experts = peers.num_experts, num_local = peers.num_local_experts;
     const uint32_t sequence = load_volatile(&peers.control->sequence);
-    const int room = kChunkTokens * p.plan.num_topk, chunk = blockIdx.x % num_chunks;
-    const bool sent = source == peers.num_ranks;
-    const int num_tokens = peers.header(sent ? peers.rank : source, sequence)->num_tokens;
-    Chunk c{shared, shared + room, shared + 2 * room, shared + 3 * room, shared + 4 * room, chunk * kChunkTokens, 0, 0};
-    c.tokens = min(kChunkTokens, num_tokens - c.first_token);
+    if (!wait_for_peers(peers, p.publication.operation, sequence, p.publication.signature)) return;
+    int* chunk_room = shared + 3 * num_experts + peers.num_ranks;
+    const ExpertSums all{
+        0, num_experts, shared, shared + num_experts, shared + 2 * num_experts, shared + 3 * num_experts};
+    ExpertSums local = all;
+    local.first = peers.rank * num_local;
+    local.count = num_local;
+    if (blockIdx.x == 0) {
+        sum_experts(p, sequence, 0, all);
+        return write_counts(p, sequence, all);
+    }
+    const int fill_blocks = num_fill_blocks(p.plan);
+    if (blockIdx.x <= fill_blocks) {
+        sum_experts(p, sequence, 0, local);
+        return fill_rest(p, sequence, blockIdx.x - 1, local);
+    }
+    const int num_chunks = static_cast<int>(peers.layout.num_chunks), item = blockIdx.x - 1 - fill_blocks;
+    const int room = kChunkTokens * p.plan.num_topk, chunk = item % num_chunks;
+    const bool sent = item / num_chunks == peers.num_ranks;
+    const int source = sent ? peers.rank : item / num_chunks;
+    Chunk c{chunk_room,
+            chunk_room + room,
+            chunk_room + 2 * room,
+            chunk_room + 3 * room,
+            chunk_room + 4 * room,
+            chunk * kChunkTokens,
+            0,
+            0};
+    c.tokens = min(kChunkTokens, peers.header(source, sequence)->num_tokens - c.first_token);
     if (c.tokens <= 0) return;
     c.routes = c.tokens * p.plan.num_topk;
-    load_experts(p, sequence, sent ? peers.rank : source, c);
+    load_experts(p, sequence, source, c);
     __syncthreads();
-    if (sent) return list_sent(p, sequence, chunk, c);
-    list_received(p, sequence, source, chunk, c);
+    if (sent) return list_sent(p, sequence, chunk, all, c);
+    list_received(p, sequence, source, chunk, local, c);
 }
 
 }  // namespace
 
-void launch_plan_lists(const PlanParams& params, cudaStream_t stream) {
+void launch_plan(const PlanParams& params, cudaStream_t stream) {
     const Peers& peers = params.peers;
-    const int blocks = static_cast<int>((peers.num_ranks + 1) * peers.layout.num_chunks) + kFillBlocks;
-    const int room = std::max(4 * kChunkTokens * params.plan.num_topk, kChunkTokens);
-    const size_t shared = (room + peers.num_experts + peers.num_ranks) * sizeof(int);
+    const int chunks = static_cast<int>((peers.num_ranks + 1) * peers.layout.num_chunks);
+    const int ints = 4 * kChunkTokens * params.plan.num_topk + 4 * peers.num_experts + 2 * peers.num_ranks;
+    const size_t shared = ints * sizeof(int);
     if (shared > 48 << 10) {
-        check_cuda(cudaFuncSetAttribute(plan_lists_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                        static_cast<int>(shared)),
-                   "shared memory of plan_lists_kernel");
+        check_cuda(
+            cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
+            "shared memory of plan_kernel");
     }
-    plan_lists_kernel<<<blocks, kThreads, shared, stream>>>(params);
-    check_launch("plan_lists_kernel");
+    plan_kernel<<<1 + num_fill_blocks(params.plan) + chunks, kPlanThreads, shared, stream>>>(params);
+    check_launch("plan_kernel");
 }
 
 }  // namespace ray_deepep
