@@ -1,10 +1,14 @@
 // Combine: sums of what comes as it is, per-rank rows or rows of single routes.
 #include <algorithm>
 
-#include "cuda/check.h"
 #include "cuda/combine.cuh"
 
 namespace ray_deepep {
+
+void allow_combine() {
+    allow_combine_kernels<false>();
+    allow_combine_fast();
+}
 
 void launch_combine(const CombineParams& given, cudaStream_t stream) {
     CombineParams params = given;
@@ -13,13 +17,9 @@ void launch_combine(const CombineParams& given, cudaStream_t stream) {
         params.staging.num_warps = params.by_rank && !params.fast ? kCopyingWarps : kCombineThreads / 32;
     }
     if (params.fast) return launch_combine_fast(params, stream);
-    const int num_topk = params.plan.num_topk, num_ranks = params.peers.num_ranks;
-    with_float_type(params.dtype, [&](auto type) {
-        with_most_rows(params.by_rank ? std::min(num_topk, num_ranks) : num_topk, [&](auto most) {
-            combine_kernel<decltype(type), most.value, false><<<params.num_sms, kCombineThreads, 0, stream>>>(params);
-        });
-    });
-    check_launch("combine_kernel");
+    const int num_topk = params.plan.num_topk;
+    launch_combine_kernel<false>(params, params.by_rank ? std::min(num_topk, params.peers.num_ranks) : num_topk,
+                                 stream);
 }
 
 }  // namespace ray_deepep

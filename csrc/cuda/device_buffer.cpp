@@ -42,6 +42,7 @@ DeviceBuffer::DeviceBuffer(std::shared_ptr<Domain> domain, const DeviceSizes& si
     check_cuda(cudaDeviceGetAttribute(&major, cudaDevAttrComputeCapabilityMajor, device), "cudaDeviceGetAttribute");
     bulk_copy_ = sizes.bulk_copy && major >= 9;
     if (bulk_copy_) allow_pull_bulk();
+    allow_combine();
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     open_ = true;
 }

@@ -102,8 +102,9 @@ void launch_publish(const PublishParams& params, cudaStream_t stream);
 // For a dispatch that ends with its plan: tell peers that nothing of theirs is read.
 void launch_release(const Peers& peers, cudaStream_t stream);
 void launch_plan(const PlanParams& params, cudaStream_t stream);
-// Once per device, before the first launch_pull with bulk copies.
+// Once per device, before the first launch that needs it: kernels may use much shared memory.
 void allow_pull_bulk();
+void allow_combine();
 void launch_pull(const PullParams& params, bool bulk_copy, cudaStream_t stream);
 void launch_combine(const CombineParams& params, cudaStream_t stream);
 

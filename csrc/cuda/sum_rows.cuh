@@ -1,5 +1,4 @@
-// Sums of rows by one warp, in float32 and in a fixed order. All loads of a window are in flight before the first is
-// added: few rows, many vectors of each; many rows, one vector.
+// Sums of rows by one warp, in float32 and in a fixed order.
 #pragma once
 
 #include <type_traits>
@@ -68,89 +67,116 @@ struct Sum {
     }
 };
 
-// At most kRows rows.
-template <typename T, int kRows, int kWidth, bool kGroup>
-__device__ void sum_few_rows(const RowSum& to, const RowList& list) {
-    const unsigned all = 0xffffffffu;
+// Each thread copies what it will add itself, some steps ahead, so that loads go on while sums are made. A step is
+// eight vectors a thread: kWidth of each of kRows rows.
+inline constexpr int kSumDepth = 3;
+inline constexpr int kSumVectors = 8;
+
+inline constexpr int sum_shared_bytes(int threads) { return kSumDepth * kSumVectors * 16 * threads; }
+
+__device__ inline void copy_async(uint4* shared, const std::byte* global) {
+    asm volatile(
+        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
+        "l"(global)
+        : "memory");
+}
+
+// One warp. kMany: lists may be longer than kRows, and are added kRows at a time.
+template <typename T, int kRows, bool kGroup, bool kMany>
+struct SumPipe {
+    static constexpr int kWidth = kSumVectors / kRows;
+    static constexpr unsigned kAllLanes = 0xffffffffu;
+    const RowSum& to;
+    const RowList& list;
+    uint4* room;  // of the block, [kSumDepth, kSumVectors, threads]
+    int groups, steps;
     const std::byte* rows[kRows];
     float weights[kRows];
-#pragma unroll
-    for (int n = 0; n < kRows; ++n) {
-        rows[n] = reinterpret_cast<const std::byte*>(__shfl_sync(all, reinterpret_cast<uint64_t>(list.row), n));
-        weights[n] = __shfl_sync(all, list.weight, n);
+
+    __device__ SumPipe(const RowSum& to, const RowList& list, uint4* room) : to(to), list(list), room(room) {
+        groups = kMany ? max(1, (list.count + kRows - 1) / kRows) : 1;
+        steps = (to.vectors + 32 * kWidth - 1) / (32 * kWidth) * groups;
+        if (!kMany) pass_round(0);
     }
-#pragma unroll 1
-    for (int base = threadIdx.x % 32; base < (to.vectors + 31) / 32 * 32; base += 32 * kWidth) {
-        Vec<T> v[kRows][kWidth];
+    // What the lanes hold about rows [first, first + kRows).
+    __device__ void pass_round(int first) {
 #pragma unroll
         for (int n = 0; n < kRows; ++n) {
-#pragma unroll
-            for (int j = 0; j < kWidth; ++j) {
-                const int i = base + j * 32;
-                if (n < list.count && i < to.vectors) v[n][j] = load_vec<T>(rows[n], i);
-            }
+            const int from = (first + n) & 31;
+            rows[n] =
+                reinterpret_cast<const std::byte*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(list.row), from));
+            weights[n] = __shfl_sync(kAllLanes, list.weight, from);
         }
-#pragma unroll
-        for (int j = 0; j < kWidth; ++j) {
-            Sum<T, kGroup> sum;
+    }
+    __device__ uint4* slot(int stage, int n, int j) const {
+        return room + (stage * kSumVectors + n * kWidth + j) * blockDim.x + threadIdx.x;
+    }
+    __device__ int vector_of(int step, int j) const {
+        return step / groups * 32 * kWidth + j * 32 + static_cast<int>(threadIdx.x % 32);
+    }
+    __device__ void fetch(int step, int stage) {
+        if (step < steps) {
+            const int first = kMany ? step % groups * kRows : 0;
+            if (kMany) pass_round(first);
 #pragma unroll
             for (int n = 0; n < kRows; ++n) {
-                if (n < list.count) sum.add(to, list, n, v[n][j], weights[n]);
-            }
-            sum.finish(to, base + j * 32);
-        }
-        if (to.routes == nullptr) continue;
 #pragma unroll
-        for (int n = 0; n < kRows; ++n) {
-            const int k = __shfl_sync(all, list.k, n);
-#pragma unroll
-            for (int j = 0; j < kWidth; ++j) {
-                const int i = base + j * 32;
-                if (n < list.count && i < to.vectors) store_vec(to.routes + k * to.route_stride, i, v[n][j]);
-            }
-        }
-    }
-}
-
-template <typename T, bool kGroup>
-__device__ void sum_many_rows(const RowSum& to, const RowList& list) {
-    constexpr int kInFlight = 8;
-    const unsigned all = 0xffffffffu;
-#pragma unroll 1
-    for (int i = threadIdx.x % 32; i < (to.vectors + 31) / 32 * 32; i += 32) {
-        Sum<T, kGroup> sum;
-#pragma unroll 1
-        for (int first = 0; first < list.count; first += kInFlight) {
-            Vec<T> v[kInFlight];
-#pragma unroll
-            for (int n = 0; n < kInFlight; ++n) {
-                const auto row = __shfl_sync(all, reinterpret_cast<uint64_t>(list.row), (first + n) & 31);
-                if (first + n < list.count && i < to.vectors) {
-                    v[n] = load_vec<T>(reinterpret_cast<const std::byte*>(row), i);
+                for (int j = 0; j < kWidth; ++j) {
+                    const int i = vector_of(step, j);
+                    if (first + n < list.count && i < to.vectors) {
+                        copy_async(slot(stage, n, j), rows[n] + int64_t{i} * 16);
+                    }
                 }
             }
+        }
+        asm volatile("cp.async.commit_group;" ::: "memory");
+    }
+    __device__ void add(int step, int stage, Sum<T, kGroup>* sums) {
+        const int first = kMany ? step % groups * kRows : 0;
+        if (kMany) pass_round(first);
 #pragma unroll
-            for (int n = 0; n < kInFlight; ++n) {
-                const float weight = __shfl_sync(all, list.weight, (first + n) & 31);
-                const int k = __shfl_sync(all, list.k, (first + n) & 31);
-                if (first + n >= list.count) continue;
-                sum.add(to, list, first + n, v[n], weight);
-                if (to.routes != nullptr && i < to.vectors) store_vec(to.routes + k * to.route_stride, i, v[n]);
+        for (int n = 0; n < kRows; ++n) {
+            const int k = to.routes != nullptr ? __shfl_sync(kAllLanes, list.k, (first + n) & 31) : 0;
+            if (first + n >= list.count) continue;
+#pragma unroll
+            for (int j = 0; j < kWidth; ++j) {
+                Vec<T> v;
+                v.bits = *slot(stage, n, j);
+                sums[j].add(to, list, first + n, v, weights[n]);
+                const int i = vector_of(step, j);
+                if (to.routes != nullptr && i < to.vectors) store_vec(to.routes + k * to.route_stride, i, v);
             }
         }
-        sum.finish(to, i);
     }
-}
+    __device__ void run() {
+        Sum<T, kGroup> sums[kWidth];
+        int stage = 0, ahead = kSumDepth - 1;
+#pragma unroll
+        for (int step = 0; step < kSumDepth - 1; ++step) fetch(step, step);
+#pragma unroll 1
+        for (int step = 0; step < steps; ++step) {
+            fetch(step + kSumDepth - 1, ahead);
+            asm volatile("cp.async.wait_group %0;" ::"n"(kSumDepth - 1) : "memory");
+            add(step, stage, sums);
+            if (!kMany || step % groups == groups - 1) {
+#pragma unroll
+                for (int j = 0; j < kWidth; ++j) {
+                    sums[j].finish(to, vector_of(step, j));
+                    sums[j] = Sum<T, kGroup>();
+                }
+            }
+            stage = stage + 1 == kSumDepth ? 0 : stage + 1;
+            ahead = ahead + 1 == kSumDepth ? 0 : ahead + 1;
+        }
+    }
+};
 
 // One warp. kMostRows is the most that any list of the launch holds, 0: more than eight. A kernel is made for each, as
-// side by side the variants would take each other's registers.
+// side by side the variants would take each other's registers. `room` is the block's, of sum_shared_bytes().
 template <typename T, int kMostRows, bool kGroup>
-__device__ void sum_rows(const RowSum& to, const RowList& list) {
-    if constexpr (kMostRows == 0) {
-        sum_many_rows<T, kGroup>(to, list);
-    } else {
-        sum_few_rows<T, kMostRows, kMostRows <= 2 ? 4 : 8 / kMostRows, kGroup>(to, list);
-    }
+__device__ void sum_rows(const RowSum& to, const RowList& list, uint4* room) {
+    constexpr int kRows = kMostRows == 0 ? kSumVectors : kMostRows;
+    SumPipe<T, kRows, kGroup, kMostRows == 0>(to, list, room).run();
 }
 
 // Call launch(std::integral_constant<int, kMostRows>) for lists of at most `rows` rows.
