@@ -9,15 +9,19 @@ from .errors import (
     ClosedError,
     CommFaultError,
     FaultRecord,
+    HeapFullError,
     InvalidArgumentError,
     InvalidTypeError,
     MismatchError,
     RayDeepEPError,
+    ReceiveOverflowError,
     TransportUnavailableError,
 )
-from .handle import CombineResult, DispatchHandle, DispatchResult, ExpertMajor, Padded, TokenMajor
+from .float8 import Float8Cast, Float8Rows
+from .handle import CombineResult, DeviceCounts, DispatchHandle, DispatchResult, ExpertMajor, Padded, TokenMajor
 from .telemetry import CommStats
 from .version import __version__
+from .work import Work
 
 __all__ = [
     "BootstrapError",
@@ -28,17 +32,23 @@ __all__ = [
     "CommFaultError",
     "CommStats",
     "Communicator",
+    "DeviceCounts",
     "DispatchHandle",
     "DispatchResult",
     "ExpertMajor",
     "FaultRecord",
+    "Float8Cast",
+    "Float8Rows",
+    "HeapFullError",
     "InvalidArgumentError",
     "InvalidTypeError",
     "MismatchError",
     "Padded",
     "RayDeepEPError",
+    "ReceiveOverflowError",
     "TokenMajor",
     "TransportUnavailableError",
+    "Work",
     "__version__",
     "combine",
     "dispatch",

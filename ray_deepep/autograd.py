@@ -18,10 +18,11 @@ from .handle import CombineResult, DispatchHandle, DispatchResult, Layout
 
 class _Dispatch(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, topk_weights, buffer, topk_idx, layout, locations, reduce, holder):
-        result = buffer.dispatch(x, topk_idx, topk_weights, layout=layout, locations=locations)
+    def forward(ctx, x, topk_weights, buffer, topk_idx, options, reduce, holder):
+        result = buffer.dispatch(x, topk_idx, topk_weights, **options)
         holder.append(result)
-        ctx.buffer, ctx.handle, ctx.reduce, ctx.dtype = buffer, result.handle, reduce, x.dtype
+        ctx.buffer, ctx.handle, ctx.reduce = buffer, result.handle, reduce
+        ctx.dtype, ctx.device, ctx.num_sms = x.dtype, x.device, options["num_sms"]
         ctx.needs_weights = topk_weights is not None and ctx.needs_input_grad[1]
         ctx.set_materialize_grads(False)
         # An alias: the handle keeps the tensor itself, and an output kept by its own node is freed late.
@@ -33,22 +34,24 @@ class _Dispatch(torch.autograd.Function):
         handle, geometry = ctx.handle, ctx.buffer.geometry
         if grad_rows is None:
             # Every rank must enter the collective, even where nothing depends on the rows.
-            grad_rows = torch.zeros(handle.num_rows, geometry.hidden, dtype=ctx.dtype)
+            grad_rows = torch.zeros(handle.num_rows, geometry.hidden, dtype=ctx.dtype, device=ctx.device)
         if not ctx.needs_weights:
             grad_weights = None
         elif grad_weights is None:
             grad_weights = torch.zeros_like(handle.recv_topk_weights)
         else:
             grad_weights = grad_weights.contiguous()
-        result = ctx.buffer.combine(grad_rows.contiguous(), handle, topk_weights=grad_weights, reduce=ctx.reduce)
-        return result.x, result.topk_weights, *(None,) * 6
+        result = ctx.buffer.combine(
+            grad_rows.contiguous(), handle, topk_weights=grad_weights, reduce=ctx.reduce, num_sms=ctx.num_sms
+        )
+        return result.x, result.topk_weights, *(None,) * 5
 
 
 class _Combine(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, topk_weights, buffer, handle, weighted, reduce):
-        result = buffer.combine(rows, handle, weighted=weighted, reduce=reduce)
-        ctx.buffer, ctx.handle, ctx.weighted, ctx.reduce = buffer, handle, weighted, reduce
+    def forward(ctx, rows, topk_weights, buffer, handle, weighted, reduce, num_sms):
+        result = buffer.combine(rows, handle, weighted=weighted, reduce=reduce, num_sms=num_sms)
+        ctx.buffer, ctx.handle, ctx.weighted, ctx.num_sms = buffer, handle, weighted, num_sms
         ctx.needs_weights = weighted and topk_weights is not None and ctx.needs_input_grad[1]
         ctx.save_for_backward(*([rows] if ctx.needs_weights else []))
         return result.x
@@ -56,16 +59,18 @@ class _Combine(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        grad_out = grad_out.contiguous()
+        grad_out, num_sms = grad_out.contiguous(), ctx.num_sms
         if not ctx.needs_weights:
-            grad_rows = ctx.buffer.dispatch(grad_out, handle=ctx.handle, scale_by_weights=ctx.weighted).x
-            return grad_rows, *(None,) * 5
+            grad_rows = ctx.buffer.dispatch(
+                grad_out, handle=ctx.handle, scale_by_weights=ctx.weighted, num_sms=num_sms
+            ).x
+            return grad_rows, *(None,) * 6
         (rows,) = ctx.saved_tensors
-        arrived = ctx.buffer.dispatch(grad_out, handle=ctx.handle).x.float()
+        arrived = ctx.buffer.dispatch(grad_out, handle=ctx.handle, num_sms=num_sms).x.float()
         grad_route_weights = (arrived * rows.float()).sum(-1)
         grad_rows = (arrived * ctx.handle.recv_topk_weights.unsqueeze(-1)).to(rows.dtype)
-        home = ctx.buffer.combine_weights(grad_route_weights, ctx.handle)
-        return grad_rows, home, *(None,) * 4
+        home = ctx.buffer.combine_weights(grad_route_weights, ctx.handle, num_sms=num_sms)
+        return grad_rows, home, *(None,) * 5
 
 
 def dispatch(
@@ -77,15 +82,20 @@ def dispatch(
     layout: Layout | None = None,
     locations: torch.Tensor | None = None,
     reduce: str = "exact",
+    max_recv_tokens: int | None = None,
+    num_sms: int | None = None,
 ) -> DispatchResult:
     """Differentiable :meth:`Buffer.dispatch` (float32, bfloat16, float16 rows).
 
     Gradients flow from ``x`` of the result to ``x``, and from its ``topk_weights`` to ``topk_weights``. ``reduce`` says
-    how the backward adds up a token's row gradients. Collective, forward and backward: ``x`` or ``topk_weights`` must
-    need a gradient on all ranks or on none, or some would wait for a backward that others never run.
+    how the backward adds up a token's row gradients; ``num_sms`` is for the backward too.
+
+    Collective, forward and backward: ``x`` or ``topk_weights`` must need a gradient on all ranks or on none, or some
+    would wait for a backward that others never run.
     """
     holder: list[DispatchResult] = []
-    rows, weights = _Dispatch.apply(x, topk_weights, buffer, topk_idx, layout, locations, reduce, holder)
+    options = {"layout": layout, "locations": locations, "max_recv_tokens": max_recv_tokens, "num_sms": num_sms}
+    rows, weights = _Dispatch.apply(x, topk_weights, buffer, topk_idx, options, reduce, holder)
     (result,) = holder
     return DispatchResult(x=rows, x_scales=None, topk_idx=result.topk_idx, topk_weights=weights, handle=result.handle)
 
@@ -98,11 +108,12 @@ def combine(
     topk_weights: torch.Tensor | None = None,
     weighted: bool = False,
     reduce: str = "exact",
+    num_sms: int | None = None,
 ) -> CombineResult:
-    """Differentiable :meth:`Buffer.combine`.
+    """Differentiable :meth:`Buffer.combine`; ``num_sms`` is for the backward too.
 
     With ``weighted=True`` pass the dispatch's ``topk_weights`` again to get their gradient. Collective, forward and
     backward.
     """
-    x = _Combine.apply(rows, topk_weights, buffer, handle, weighted, reduce)
+    x = _Combine.apply(rows, topk_weights, buffer, handle, weighted, reduce, num_sms)
     return CombineResult(x=x, topk_weights=None, routes=None)

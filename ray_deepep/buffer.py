@@ -6,6 +6,7 @@ communicator picked, and wraps what comes back in frozen results.
 
 from __future__ import annotations
 
+import dataclasses
 import secrets
 import time
 
@@ -14,9 +15,11 @@ import torch
 from . import checks
 from .communicator import Communicator
 from .errors import ClosedError
+from .float8 import Float8Cast, quantize
 from .handle import CombineResult, DispatchHandle, DispatchResult, Layout
 from .telemetry import CommRecorder, CommStats
-from .transport import BufferGeometry, DispatchOutput, DispatchRequest
+from .transport import BufferGeometry, CombineRequest, DispatchOutput, DispatchRequest
+from .work import Work
 
 
 class Buffer:
@@ -29,6 +32,8 @@ class Buffer:
         num_topk: largest K, 1 to 32.
         max_tokens: largest T that any rank will dispatch.
         max_capacity: largest capacity of a ``Padded`` layout; 0 if there is none.
+        symm_bytes: bytes of this rank's heap for tensors of :meth:`symm_empty`, the same on every rank; only used
+            on GPUs.
 
     Raises:
         InvalidArgumentError: a size breaks its rule.
@@ -44,6 +49,7 @@ class Buffer:
         num_topk: int,
         max_tokens: int,
         max_capacity: int = 0,
+        symm_bytes: int = 0,
     ) -> None:
         self.comm = comm
         self.geometry = BufferGeometry(
@@ -52,6 +58,7 @@ class Buffer:
             num_topk=num_topk,
             max_tokens=max_tokens,
             max_capacity=max_capacity,
+            symm_bytes=symm_bytes,
         )
         checks.geometry(self.geometry, comm.num_ranks)
         self.num_local_experts = num_experts // comm.num_ranks
@@ -73,7 +80,12 @@ class Buffer:
         locations: torch.Tensor | None = None,
         handle: DispatchHandle | None = None,
         scale_by_weights: bool = False,
-    ) -> DispatchResult:
+        max_recv_tokens: int | None = None,
+        cast: Float8Cast | None = None,
+        num_sms: int | None = None,
+        async_op: bool = False,
+        after: torch.cuda.Event | None = None,
+    ) -> DispatchResult | Work[DispatchResult]:
         """Send each token's row to the ranks of its experts; collective.
 
         Args:
@@ -85,6 +97,19 @@ class Buffer:
             locations: ``[T, K]`` int32 in ``[0, capacity)``, for :class:`Padded` and only then.
             handle: reuse the plan of an earlier dispatch; then none of the four arguments above but scales is given.
             scale_by_weights: multiply each route's row by its weight on arrival (not token-major, not float8).
+            max_recv_tokens: rows M of the output, whatever arrives; the same on every rank, not with padded rows.
+                Rows after the last that came are zero, with ``topk_idx`` -1 and weights 0. On GPUs the host does not
+                wait, so that the call can be captured in a CUDA graph. If more came, rows are missing and nothing is
+                raised here: ask ``handle.check()``.
+            cast: send float32, bfloat16 or float16 rows as float8; the result has float8 rows and ``x_scales``. H is
+                a multiple of 128. Also with ``handle``; not with ``x_scales`` or ``scale_by_weights``.
+            num_sms: multiprocessors for this call, at least 1; ``comm.config.num_sms`` if None. CPUs ignore it.
+            async_op: return at once with a :class:`~ray_deepep.Work` whose ``wait()`` gives the result. On GPUs the
+                operation then runs on a stream of the buffer's, behind all that the current stream has been given so
+                far; without ``max_recv_tokens`` the host still waits for the counts of a new plan. On CPUs the
+                operation has ended when the call returns.
+            after: an event to wait for; with ``async_op`` instead of the current stream's work, otherwise on the
+                current stream. GPUs only.
 
         Returns:
             The rows this rank received, and the handle.
@@ -96,9 +121,14 @@ class Buffer:
             ClosedError: after ``close()``.
         """
         self._check_open("dispatch")
-        device_type = self._transport.device_type
+        checks.call_options(num_sms, after)
         checks.devices(
-            device_type, x=x, topk_idx=topk_idx, topk_weights=topk_weights, x_scales=x_scales, locations=locations
+            self._transport.device,
+            x=x,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            x_scales=x_scales,
+            locations=locations,
         )
         request = checks.dispatch_request(
             self.geometry,
@@ -111,11 +141,16 @@ class Buffer:
             handle=handle,
             owner=self._identity,
             scale_by_weights=scale_by_weights,
+            max_recv_tokens=max_recv_tokens,
+            cast=cast,
+            num_sms=num_sms,
         )
-        start = time.perf_counter()
-        output = self._transport.dispatch(request)
-        self._recorder.add("dispatch", time.perf_counter() - start, output.x.numel() * output.x.element_size())
-        return self._dispatch_result(request, output)
+        if async_op:
+            inputs = (request.x, request.x_scales, request.topk_idx, request.topk_weights, request.locations)
+            return self._transport.start(lambda: self._dispatch(request), inputs, after)
+        if after is not None:
+            self._transport.wait_for(after)
+        return self._dispatch(request)
 
     def combine(
         self,
@@ -127,7 +162,10 @@ class Buffer:
         reduce: str = "exact",
         keep_routes: bool = False,
         bias: torch.Tensor | None = None,
-    ) -> CombineResult:
+        num_sms: int | None = None,
+        async_op: bool = False,
+        after: torch.cuda.Event | None = None,
+    ) -> CombineResult | Work[CombineResult]:
         """Bring expert outputs back to their tokens and add them up; collective.
 
         Args:
@@ -140,12 +178,14 @@ class Buffer:
             reduce: ``exact``, ``fast`` or ``expert_order``; see :class:`~ray_deepep.transport.CombineRequest`.
             keep_routes: also return the routes' rows, ``[K, T, H]``.
             bias: ``[T, H]``, added before the result is rounded.
+            num_sms, async_op, after: as for :meth:`dispatch`.
 
         Raises:
             As :meth:`dispatch`.
         """
         self._check_open("combine")
-        checks.devices(self._transport.device_type, rows=rows, topk_weights=topk_weights, bias=bias)
+        checks.call_options(num_sms, after)
+        checks.devices(self._transport.device, rows=rows, topk_weights=topk_weights, bias=bias)
         request = checks.combine_request(
             self.geometry,
             rows=rows,
@@ -156,28 +196,60 @@ class Buffer:
             reduce=reduce,
             keep_routes=keep_routes,
             bias=bias,
+            num_sms=num_sms,
         )
-        start = time.perf_counter()
-        output = self._transport.combine(request)
-        self._recorder.add("combine", time.perf_counter() - start, rows.numel() * rows.element_size())
-        return CombineResult(x=output.x, topk_weights=output.topk_weights, routes=output.routes)
+        if async_op:
+            inputs = (request.rows, request.topk_weights, request.bias)
+            return self._transport.start(lambda: self._combine(request), inputs, after)
+        if after is not None:
+            self._transport.wait_for(after)
+        return self._combine(request)
 
-    def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+    def combine_weights(
+        self, topk_weights: torch.Tensor, handle: DispatchHandle, *, num_sms: int | None = None
+    ) -> torch.Tensor:
         """Bring one number per route home without rows; collective.
 
         Args:
             topk_weights: ``[R, K]`` token-major, ``[S]`` otherwise, float32.
+            handle: from the dispatch.
+            num_sms: as for :meth:`dispatch`.
 
         Returns:
             ``[T, K]`` float32, 0 where there was no route.
         """
         self._check_open("combine_weights")
+        checks.call_options(num_sms, None)
+        checks.devices(self._transport.device, topk_weights=topk_weights)
         handle = checks.handle(handle, self._identity)
         topk_weights = checks.row_weights(topk_weights, handle)
         start = time.perf_counter()
-        home = self._transport.combine_weights(topk_weights, handle)
+        home = self._transport.combine_weights(topk_weights, handle, num_sms)
         self._recorder.add("combine", time.perf_counter() - start, 0)
         return home
+
+    def symm_empty(self, num_rows: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        """A tensor for rows that dispatch (``x``) or combine (``rows``) will send. Local.
+
+        On GPUs it lies in this rank's part of the heap, where peers read it: the call then needs no staging copy. It
+        is contiguous, not initialised, and takes room of the buffer's ``symm_bytes``, in blocks of 512 bytes, until
+        the last reference to it goes. As with torch's allocator the room may be given out again at once, which is
+        right on one stream: keep the tensor until every other stream that uses it is done. Operations with
+        ``async_op`` see to that themselves. On CPUs it is a plain tensor.
+
+        Args:
+            num_rows: at least 0.
+            dtype: float32, bfloat16, float16 or float8_e4m3fn.
+
+        Returns:
+            ``[num_rows, H]``; not to be used after ``close()``.
+
+        Raises:
+            HeapFullError: there is no room left.
+        """
+        self._check_open("symm_empty")
+        checks.symm_rows(num_rows, dtype)
+        return self._transport.symm_empty(num_rows, dtype)
 
     def stats(self, *, reset: bool = False) -> CommStats:
         """Calls, ms and bytes of this buffer since the last reset."""
@@ -214,6 +286,22 @@ class Buffer:
             raise ClosedError(f"{operation}: the buffer is closed")
         self.comm.check_usable(operation)
 
+    def _dispatch(self, request: DispatchRequest) -> DispatchResult:
+        start = time.perf_counter()
+        if request.cast is not None and not self._transport.casts_rows:
+            rows = quantize(request.x, request.cast)
+            request = dataclasses.replace(request, x=rows.data, x_scales=rows.scales, cast=None)
+        output = self._transport.dispatch(request)
+        self._recorder.add("dispatch", time.perf_counter() - start, output.x.numel() * output.x.element_size())
+        return self._dispatch_result(request, output)
+
+    def _combine(self, request: CombineRequest) -> CombineResult:
+        start = time.perf_counter()
+        output = self._transport.combine(request)
+        rows = request.rows
+        self._recorder.add("combine", time.perf_counter() - start, rows.numel() * rows.element_size())
+        return CombineResult(x=output.x, topk_weights=output.topk_weights, routes=output.routes)
+
     def _dispatch_result(self, request: DispatchRequest, output: DispatchOutput) -> DispatchResult:
         handle = request.handle
         if handle is None:
@@ -221,13 +309,17 @@ class Buffer:
                 layout=request.layout,
                 num_tokens=request.x.shape[0],
                 num_topk=request.topk_idx.shape[1],
+                num_local_experts=self.num_local_experts,
                 num_recv_tokens=output.num_recv_tokens,
                 num_rows=output.x.shape[0],
                 num_recv_tokens_per_expert=output.num_recv_tokens_per_expert,
                 expert_offsets=output.expert_offsets,
+                max_recv_tokens=request.max_recv_tokens,
                 topk_weights=request.topk_weights,
                 recv_topk_weights=output.topk_weights,
+                counts=output.counts,
                 plan=output.plan,
+                check_faults=self._transport.check,
                 owner=self._identity,
             )
         return DispatchResult(

@@ -5,13 +5,14 @@ from __future__ import annotations
 import torch
 
 from .errors import InvalidArgumentError, InvalidTypeError
+from .float8 import FLOAT8, SCALE_BLOCK, Float8Cast
 from .handle import DispatchHandle, ExpertMajor, Layout, Padded, TokenMajor
 from .transport import REDUCE_MODES, BufferGeometry, CombineRequest, DispatchRequest
 
 MAX_TOPK = 32
-SCALE_BLOCK = 128
-FLOAT8 = torch.float8_e4m3fn
+TOKEN_MAJOR = TokenMajor()
 COMBINE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+TOPK_DTYPES = (torch.int64, torch.int32)
 DISPATCH_DTYPES = (*COMBINE_DTYPES, FLOAT8)
 
 
@@ -29,36 +30,78 @@ def geometry(geometry: BufferGeometry, num_ranks: int) -> None:
         raise InvalidArgumentError("max_tokens", geometry.max_tokens, "must be >= 0")
     if geometry.max_capacity < 0:
         raise InvalidArgumentError("max_capacity", geometry.max_capacity, "must be >= 0")
+    if geometry.symm_bytes < 0:
+        raise InvalidArgumentError("symm_bytes", geometry.symm_bytes, "must be >= 0")
 
 
-def devices(device_type: str | None, **tensors: object) -> None:
-    """All given tensors are on a device of this type (None: any, but all on one)."""
-    given = {name: value for name, value in tensors.items() if isinstance(value, torch.Tensor)}
-    for name, value in given.items():
-        wanted = device_type or next(iter(given.values())).device.type
-        if value.device.type != wanted:
-            raise InvalidArgumentError(name, str(value.device), f"must be on a {wanted} device")
+def devices(wanted: torch.device | None, **tensors: object) -> None:
+    """All given tensors are on this device (None: any, but all on one)."""
+    index = -1 if wanted is None or wanted.index is None else wanted.index
+    for name, value in tensors.items():
+        if value is None or not isinstance(value, torch.Tensor):
+            continue
+        if value.is_cuda and value.get_device() == index:
+            continue
+        device = value.device
+        if wanted is None:
+            wanted = device
+        elif device != wanted:
+            where = "a cpu device" if wanted.type == "cpu" else str(wanted)
+            raise InvalidArgumentError(name, str(device), f"must be on {where}")
+
+
+def call_options(num_sms: object, after: object) -> None:
+    """What says how a call runs, not what it does."""
+    if num_sms is not None:
+        _at_least_one("num_sms", num_sms)
+    if after is not None and not isinstance(after, torch.cuda.Event):
+        raise InvalidTypeError("after", type(after).__name__, "must be a torch.cuda.Event")
+
+
+def symm_rows(num_rows: object, dtype: object) -> None:
+    """Arguments of ``Buffer.symm_empty``."""
+    if not isinstance(num_rows, int):
+        raise InvalidTypeError("num_rows", type(num_rows).__name__, "must be an int")
+    if num_rows < 0:
+        raise InvalidArgumentError("num_rows", num_rows, "must be >= 0")
+    if dtype not in DISPATCH_DTYPES:
+        raise InvalidTypeError("dtype", str(dtype), f"must be one of {_names(DISPATCH_DTYPES)}")
+
+
+def _at_least_one(name: str, value: object) -> None:
+    if type(value) is not int:
+        raise InvalidTypeError(name, type(value).__name__, "must be an int")
+    if value < 1:
+        raise InvalidArgumentError(name, value, "must be >= 1")
+
+
+def _names(dtypes: tuple[torch.dtype, ...]) -> str:
+    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def _tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> torch.Tensor:
+    # One line for what is right; the rest finds out what is not.
+    if isinstance(value, torch.Tensor) and value.dtype in dtypes and value.shape == shape and value.is_contiguous():
+        return value
     if not isinstance(value, torch.Tensor):
         raise InvalidTypeError(name, type(value).__name__, "must be a torch.Tensor")
     if value.dtype not in dtypes:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        raise InvalidTypeError(name, str(value.dtype).removeprefix("torch."), f"dtype must be one of {names}")
-    if tuple(value.shape) != shape:
-        raise InvalidArgumentError(name, tuple(value.shape), f"shape must be {shape}")
-    if not value.is_contiguous():
-        raise InvalidArgumentError(name, value.stride(), "must be contiguous (call .contiguous())")
-    return value
+        rule = f"dtype must be one of {_names(dtypes)}"
+        raise InvalidTypeError(name, str(value.dtype).removeprefix("torch."), rule)
+    if value.shape != shape:
+        raise InvalidArgumentError(name, tuple(value.shape), f"shape must be {tuple(shape)}")
+    raise InvalidArgumentError(name, value.stride(), "must be contiguous (call .contiguous())")
 
 
 def _rows(name: str, value: object, dtypes: tuple[torch.dtype, ...], hidden: int) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise InvalidTypeError(name, type(value).__name__, "must be a torch.Tensor")
-    if value.dim() != 2 or value.shape[1] != hidden:
-        raise InvalidArgumentError(name, tuple(value.shape), f"shape must be [rows, hidden={hidden}]")
-    return _tensor(name, value, dtypes, tuple(value.shape))
+    shape = value.shape
+    if len(shape) == 2 and shape[1] == hidden and value.dtype in dtypes and value.is_contiguous():
+        return value
+    if len(shape) != 2 or shape[1] != hidden:
+        raise InvalidArgumentError(name, tuple(shape), f"shape must be [rows, hidden={hidden}]")
+    return _tensor(name, value, dtypes, shape)
 
 
 def _absent(rule: str, **arguments: object) -> None:
@@ -71,17 +114,19 @@ def _absent(rule: str, **arguments: object) -> None:
 def _topk_idx(value: object, num_tokens: int, geometry: BufferGeometry) -> torch.Tensor:
     if not isinstance(value, torch.Tensor):
         raise InvalidTypeError("topk_idx", type(value).__name__, "must be a torch.Tensor (or give handle=)")
-    if value.dim() != 2 or value.shape[0] != num_tokens or not 1 <= value.shape[1] <= geometry.num_topk:
+    shape = value.shape
+    if len(shape) != 2 or shape[0] != num_tokens or not 1 <= shape[1] <= geometry.num_topk:
         rule = f"shape must be [T={num_tokens}, K] with 1 <= K <= num_topk={geometry.num_topk}"
         raise InvalidArgumentError("topk_idx", tuple(value.shape), rule)
-    value = _tensor("topk_idx", value, (torch.int64, torch.int32), tuple(value.shape)).to(torch.int64)
+    if value.dtype not in TOPK_DTYPES or not value.is_contiguous():
+        _tensor("topk_idx", value, TOPK_DTYPES, shape)
     _in_range("topk_idx", value, -1, geometry.num_experts)
     return value
 
 
 def _in_range(name: str, value: torch.Tensor, low: int, high: int) -> None:
     """``low <= value < high`` everywhere. On a GPU it would stall the host; there the kernel looks."""
-    if value.numel() == 0 or value.device.type != "cpu":
+    if not value.is_cpu or value.numel() == 0:
         return
     smallest, largest = (int(v) for v in torch.aminmax(value))
     if smallest < low or largest >= high:
@@ -111,21 +156,62 @@ def row_weights(value: object, handle: DispatchHandle) -> torch.Tensor:
 
 
 def _layout(layout: Layout | None, locations: object, topk_idx: torch.Tensor, geometry: BufferGeometry) -> Layout:
-    layout = TokenMajor() if layout is None else layout
-    if not isinstance(layout, (TokenMajor, ExpertMajor, Padded)):
-        raise InvalidTypeError("layout", type(layout).__name__, "must be TokenMajor, ExpertMajor or Padded")
-    if not isinstance(layout, Padded):
-        _absent("goes with layout=Padded(capacity) only", locations=locations)
+    if layout is None:
+        layout = TOKEN_MAJOR
+    if isinstance(layout, (TokenMajor, ExpertMajor)):
+        if locations is not None:
+            _absent("goes with layout=Padded(capacity) only", locations=locations)
         return layout
+    if not isinstance(layout, Padded):
+        raise InvalidTypeError("layout", type(layout).__name__, "must be TokenMajor, ExpertMajor or Padded")
     if layout.capacity > geometry.max_capacity:
         raise InvalidArgumentError(
             "layout.capacity", layout.capacity, f"must be <= max_capacity={geometry.max_capacity}"
         )
     if locations is None:
         raise InvalidArgumentError("locations", None, "must be given with layout=Padded(capacity)")
-    locations = _tensor("locations", locations, (torch.int32,), tuple(topk_idx.shape))
-    _in_range("locations", torch.where(topk_idx >= 0, locations, 0), 0, max(layout.capacity, 1))
+    locations = _tensor("locations", locations, (torch.int32,), topk_idx.shape)
+    if locations.is_cpu:
+        _in_range("locations", torch.where(topk_idx >= 0, locations, 0), 0, max(layout.capacity, 1))
     return layout
+
+
+def _room(max_recv_tokens: object, layout: Layout) -> None:
+    _at_least_one("max_recv_tokens", max_recv_tokens)
+    if isinstance(layout, Padded):
+        rule = "goes with token-major and expert-major rows; a padded layout has fixed shapes anyway"
+        raise InvalidArgumentError("max_recv_tokens", max_recv_tokens, rule)
+
+
+def _cast(cast: object, x: torch.Tensor, x_scales: object, hidden: int) -> None:
+    if not isinstance(cast, Float8Cast):
+        raise InvalidTypeError("cast", type(cast).__name__, "must be a Float8Cast")
+    if x.dtype == FLOAT8:
+        raise InvalidTypeError("x", "float8_e4m3fn", f"dtype must be one of {_names(COMBINE_DTYPES)} with cast=")
+    if hidden % SCALE_BLOCK:
+        raise InvalidArgumentError("hidden", hidden, f"must be a multiple of {SCALE_BLOCK} for fp8 rows")
+    _absent("must be left out with cast=", x_scales=x_scales)
+
+
+def _scales(x: torch.Tensor, x_scales: object, hidden: int) -> None:
+    if hidden % SCALE_BLOCK:
+        raise InvalidArgumentError("hidden", hidden, f"must be a multiple of {SCALE_BLOCK} for fp8 rows")
+    if x_scales is None:
+        raise InvalidArgumentError("x_scales", None, "must be given with float8 rows")
+    _tensor("x_scales", x_scales, (torch.float32,), (x.shape[0], hidden // SCALE_BLOCK))
+
+
+def _sent_rows(x: object, x_scales: object, cast: object, geometry: BufferGeometry) -> torch.Tensor:
+    x = _rows("x", x, DISPATCH_DTYPES, geometry.hidden)
+    if x.shape[0] > geometry.max_tokens:
+        raise InvalidArgumentError("x", tuple(x.shape), f"must have at most max_tokens={geometry.max_tokens} rows")
+    if cast is not None:
+        _cast(cast, x, x_scales, geometry.hidden)
+    elif x.dtype == FLOAT8:
+        _scales(x, x_scales, geometry.hidden)
+    elif x_scales is not None:
+        _absent("goes with float8_e4m3fn rows only", x_scales=x_scales)
+    return x
 
 
 def dispatch_request(
@@ -140,34 +226,29 @@ def dispatch_request(
     handle: object,
     owner: int,
     scale_by_weights: bool,
+    max_recv_tokens: object,
+    cast: object,
+    num_sms: int | None,
 ) -> DispatchRequest:
     """Check the arguments of ``Buffer.dispatch`` and put them in the form that transports take."""
-    x = _rows("x", x, DISPATCH_DTYPES, geometry.hidden)
+    x = _sent_rows(x, x_scales, cast, geometry)
     num_tokens = x.shape[0]
-    if num_tokens > geometry.max_tokens:
-        raise InvalidArgumentError("x", tuple(x.shape), f"must have at most max_tokens={geometry.max_tokens} rows")
-    if x.dtype == FLOAT8:
-        if geometry.hidden % SCALE_BLOCK:
-            raise InvalidArgumentError("hidden", geometry.hidden, f"must be a multiple of {SCALE_BLOCK} for fp8 rows")
-        if x_scales is None:
-            raise InvalidArgumentError("x_scales", None, "must be given with float8 rows")
-        x_scales = _tensor("x_scales", x_scales, (torch.float32,), (num_tokens, geometry.hidden // SCALE_BLOCK))
-    else:
-        _absent("goes with float8_e4m3fn rows only", x_scales=x_scales)
     if handle is not None:
         rule = "must be left out with handle="
         _absent(rule, topk_idx=topk_idx, topk_weights=topk_weights, layout=layout, locations=locations)
+        _absent(rule, max_recv_tokens=max_recv_tokens)
         handle = _check_handle(handle, owner)
-        layout = handle.layout
+        layout, max_recv_tokens = handle.layout, handle.max_recv_tokens
         if num_tokens != handle.num_tokens:
             raise InvalidArgumentError("x", tuple(x.shape), f"must have the handle's {handle.num_tokens} tokens")
     else:
         topk_idx = _topk_idx(topk_idx, num_tokens, geometry)
-        if topk_weights is None:
-            topk_weights = torch.ones(topk_idx.shape, dtype=torch.float32, device=topk_idx.device)
-        topk_weights = _tensor("topk_weights", topk_weights, (torch.float32,), tuple(topk_idx.shape))
+        if topk_weights is not None:
+            topk_weights = _tensor("topk_weights", topk_weights, (torch.float32,), topk_idx.shape)
         layout = _layout(layout, locations, topk_idx, geometry)
-    if scale_by_weights and (isinstance(layout, TokenMajor) or x.dtype == FLOAT8):
+        if max_recv_tokens is not None:
+            _room(max_recv_tokens, layout)
+    if scale_by_weights and (isinstance(layout, TokenMajor) or x.dtype == FLOAT8 or cast is not None):
         raise InvalidArgumentError("scale_by_weights", True, "needs one row per route and rows that are not float8")
     return DispatchRequest(
         x=x,
@@ -178,6 +259,9 @@ def dispatch_request(
         layout=layout,
         handle=handle,
         scale_by_weights=scale_by_weights,
+        max_recv_tokens=max_recv_tokens,
+        cast=cast,
+        num_sms=num_sms,
     )
 
 
@@ -192,6 +276,7 @@ def combine_request(
     reduce: str,
     keep_routes: bool,
     bias: object,
+    num_sms: int | None,
 ) -> CombineRequest:
     """Check the arguments of ``Buffer.combine``."""
     handle = _check_handle(handle, owner)
@@ -217,4 +302,5 @@ def combine_request(
         reduce=reduce,
         keep_routes=keep_routes,
         bias=bias,
+        num_sms=num_sms,
     )

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from .errors import BootstrapError, CommFaultError, FaultRecord, InvalidArgumentError, MismatchError
@@ -12,21 +11,29 @@ if TYPE_CHECKING:
     from .shm import ShmDomain
 
 
-@contextmanager
-def public_errors(domain: ShmDomain, on_fault: Callable[[FaultRecord], None]) -> Iterator[None]:
-    """Turn the core's exceptions inside a block into ray_deepep's; ``on_fault`` gets the record of a fault first."""
-    core = domain.core
-    try:
-        yield
-    except core.CoreFault as error:
-        fields = dict(error.args[0])
-        peer = domain.peers[fields["peer"]]
-        record = FaultRecord(**fields, peer_host=peer.host, peer_pid=peer.pid, peer_gpu=peer.gpu)
-        on_fault(record)
-        raise CommFaultError(record) from None
-    except core.CoreMismatch as error:
-        raise MismatchError(*error.args) from None
-    except core.CoreBootstrapError as error:
-        raise BootstrapError(*error.args) from None
-    except core.CoreArgumentError as error:
-        raise InvalidArgumentError(*error.args) from None
+class PublicErrors:
+    """Turns the core's exceptions inside a ``with`` block into ray_deepep's; ``on_fault`` gets the record of a fault
+    first. One object serves any number of blocks, also at the same time."""
+
+    def __init__(self, domain: ShmDomain, on_fault: Callable[[FaultRecord], None]) -> None:
+        self._core, self._peers, self._on_fault = domain.core, domain.peers, on_fault
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, error_type: type[BaseException] | None, error: BaseException | None, traceback: object) -> None:
+        if error is None:
+            return
+        core = self._core
+        if isinstance(error, core.CoreFault):
+            fields = dict(error.args[0])
+            peer = self._peers[fields["peer"]]
+            record = FaultRecord(**fields, peer_host=peer.host, peer_pid=peer.pid, peer_gpu=peer.gpu)
+            self._on_fault(record)
+            raise CommFaultError(record) from None
+        if isinstance(error, core.CoreMismatch):
+            raise MismatchError(*error.args) from None
+        if isinstance(error, core.CoreBootstrapError):
+            raise BootstrapError(*error.args) from None
+        if isinstance(error, core.CoreArgumentError):
+            raise InvalidArgumentError(*error.args) from None

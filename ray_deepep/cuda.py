@@ -1,7 +1,10 @@
 """Transport ``cuda``: the compiled CUDA core, for ranks whose GPUs reach each other's memory (one NVLink domain).
 
 As ``shm.py``, this file unpacks torch tensors for a compiled core (``ray_deepep._cuda``) and allocates outputs. Work
-runs on the current CUDA stream. The host waits once per new dispatch, for the counts that give the outputs their sizes.
+runs on the current CUDA stream. The host waits once per new dispatch, for the counts that give the outputs their sizes;
+with ``max_recv_tokens`` it does not wait at all.
+
+A kernel takes tens of microseconds, so the host must not take as long: launch first, and make results while it runs.
 """
 
 from __future__ import annotations
@@ -11,16 +14,22 @@ import importlib
 import threading
 from collections.abc import Callable
 from types import ModuleType
+from typing import TypeVar
 
 import torch
 
-from .checks import SCALE_BLOCK
-from .core_errors import public_errors
+from .core_errors import PublicErrors
 from .errors import FaultRecord, InvalidArgumentError
+from .float8 import FLOAT8, SCALE_BLOCK
 from .handle import DispatchHandle, ExpertMajor, Padded, TokenMajor
 from .shm import ShmDomain, address
+from .streams import Streams
+from .symm_pool import SymmPool
 from .transport import BufferGeometry, CombineOutput, CombineRequest, DispatchOutput, DispatchRequest
 from .version import __version__
+from .work import Work
+
+R = TypeVar("R")
 
 ALIGNMENT_ROOM = 256
 """Largest alignment of expert-major groups that buffers have room for."""
@@ -47,31 +56,23 @@ def gpu_uuid() -> str:
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True)
 class CudaPlan:
-    """A plan in GPU memory, with the tensor that holds its arrays."""
+    """A plan in GPU memory, with the tensor that holds its arrays; ``memory`` begins with the counts. Not frozen, as
+    requests are not; nobody writes to it."""
 
     core: object
     memory: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class _Coming:
-    """What a dispatch will bring, known before its rows are pulled; fields as in ``DispatchOutput``."""
-
+    stream: int
+    """Where the memory was allocated."""
     num_rows: int
-    num_recv_tokens: int
-    num_recv_tokens_per_expert: tuple[int, ...]
-    expert_offsets: tuple[int, ...]
-    topk_idx: torch.Tensor | None
-    topk_weights: torch.Tensor | None
-    plan: CudaPlan
+    """Rows that there is room for."""
 
 
 class CudaTransport:
     """One buffer over the GPUs of a domain; see :class:`~ray_deepep.transport.Transport`."""
 
-    device_type = "cuda"
+    casts_rows = True
 
     def __init__(
         self,
@@ -85,20 +86,21 @@ class CudaTransport:
         self._geometry, self._core, self._num_sms = geometry, _load(), num_sms
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._num_ranks, self._num_local = len(domain.peers), geometry.num_experts // len(domain.peers)
-        self._errors = lambda: public_errors(domain, on_fault)
+        self._errors = PublicErrors(domain, on_fault)
         self._lock = threading.Lock()
+        self._streams = Streams(self.device)
         types = domain.core.DType
         self._dtypes = {
             torch.float32: types.FLOAT32,
             torch.bfloat16: types.BFLOAT16,
             torch.float16: types.FLOAT16,
-            torch.float8_e4m3fn: types.FLOAT8_E4M3,
+            FLOAT8: types.FLOAT8_E4M3,
         }
         self._reduces = domain.core.Reduce
         self._kinds = domain.core.LayoutKind
         sizes = self._sizes(domain.rank)
         vmm = heap_provider == "vmm" or (heap_provider == "auto" and self._core.vmm_supported(self.device.index))
-        with self._errors():
+        with self._errors:
             self._buffer = self._core.DeviceBuffer(
                 domain.core_domain,
                 sizes,
@@ -106,6 +108,7 @@ class CudaTransport:
                 bootstrap_deadline_s=domain.config.bootstrap_deadline_s,
                 deadline_s=domain.config.deadline_s,
             )
+        self._pool = SymmPool(self._buffer.symm_address, self._buffer.symm_bytes)
 
     def _sizes(self, rank: int):
         """Room for the worst case: every rank sends all its tokens here.
@@ -122,71 +125,78 @@ class CudaTransport:
         sizes = self._core.DeviceSizes()
         sizes.rank, sizes.num_ranks, sizes.num_experts = rank, self._num_ranks, geometry.num_experts
         sizes.hidden, sizes.num_topk, sizes.max_tokens = geometry.hidden, geometry.num_topk, geometry.max_tokens
-        sizes.max_recv_tokens = received
-        sizes.max_rows = rows
+        sizes.max_recv_tokens, sizes.max_rows, sizes.symm_bytes = received, rows, geometry.symm_bytes
         self._max_recv_tokens, self._max_rows = received, rows
         return sizes
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """See :meth:`Transport.dispatch`."""
         self._check_row_bytes("x", request.x)
-        args = self._core.DispatchArgs()
-        args.x, args.x_scales, args.dtype = address(request.x), address(request.x_scales), self._dtypes[request.x.dtype]
-        args.scale_by_weights = request.scale_by_weights
-        stream = torch.cuda.current_stream().cuda_stream
-        with self._lock, self._errors():
-            begin = self._begin_new if request.handle is None else self._begin_cached
-            coming = begin(request, args, stream)
-            x = torch.empty(coming.num_rows, self._geometry.hidden, dtype=request.x.dtype, device=self.device)
-            x_scales = None
-            if request.x_scales is not None:
-                x_scales = torch.empty(coming.num_rows, self._geometry.hidden // SCALE_BLOCK, device=self.device)
-            args.out_x, args.out_scales = address(x), address(x_scales)
-            cached = request.handle is not None
-            self._buffer.pull_dispatch(args, coming.plan.core, cached, self._num_sms, stream)
+        dispatch = self._new_dispatch if request.handle is None else self._cached_dispatch
+        with self._lock, self._errors:
+            stream = self._streams.enter()
+            output = dispatch(request, request.num_sms or self._num_sms, stream)
+            self._streams.leave()
+        return output
+
+    def _new_dispatch(self, request: DispatchRequest, num_sms: int, stream: int) -> DispatchOutput:
+        topk_idx, fixed = request.topk_idx, request.max_recv_tokens is not None
+        if topk_idx.dtype is not torch.int64:
+            topk_idx = topk_idx.to(torch.int64)
+        num_tokens, num_topk = topk_idx.shape
+        plan = self._new_plan(request, num_tokens, num_topk, stream)
+        token_major, recv_topk_idx = isinstance(request.layout, TokenMajor), None
+        if token_major:
+            recv_topk_idx = torch.empty(plan.num_rows, num_topk, dtype=torch.int64, device=self.device)
+            recv_weights = torch.empty(plan.num_rows, num_topk, device=self.device)
+        else:
+            recv_weights = torch.empty(plan.num_rows, device=self.device)
+        args = self._args(request, topk_idx, recv_topk_idx, recv_weights)
+        self._buffer.begin_dispatch(args, plan.core, not fixed, stream)
+        if fixed:
+            x, x_scales = self._pull(request, args, plan, plan.num_rows, num_sms, stream)
+            return DispatchOutput(
+                x=x,
+                x_scales=x_scales,
+                topk_idx=recv_topk_idx,
+                topk_weights=recv_weights,
+                num_recv_tokens=plan.num_rows if token_major else None,
+                num_recv_tokens_per_expert=None,
+                expert_offsets=None,
+                counts=plan.memory,
+                plan=plan,
+            )
+        found = self._buffer.wait_counts()
+        if found.overflow:
+            rule = f"needs {found.num_rows} rows, more than the buffer's {plan.num_rows}"
+            raise InvalidArgumentError("layout", request.layout, rule)
+        x, x_scales = self._pull(request, args, plan, found.num_rows, num_sms, stream)
         return DispatchOutput(
             x=x,
             x_scales=x_scales,
-            topk_idx=coming.topk_idx,
-            topk_weights=coming.topk_weights,
-            num_recv_tokens=coming.num_recv_tokens,
-            num_recv_tokens_per_expert=coming.num_recv_tokens_per_expert,
-            expert_offsets=coming.expert_offsets,
-            plan=coming.plan,
-        )
-
-    def _begin_cached(self, request: DispatchRequest, args, stream: int) -> _Coming:
-        handle = request.handle
-        self._buffer.begin_cached_dispatch(args, handle.plan.core, self._num_sms, stream)
-        return _Coming(
-            num_rows=handle.num_rows,
-            num_recv_tokens=handle.num_recv_tokens,
-            num_recv_tokens_per_expert=handle.num_recv_tokens_per_expert,
-            expert_offsets=handle.expert_offsets,
-            topk_idx=None,
-            topk_weights=None,
-            plan=handle.plan,
-        )
-
-    def _begin_new(self, request: DispatchRequest, args, stream: int) -> _Coming:
-        plan = self._new_plan(request)
-        args.topk_idx, args.topk_weights = address(request.topk_idx), address(request.topk_weights)
-        args.locations = address(request.locations)
-        topk_idx, topk_weights = self._routing_outputs(request)
-        args.out_topk_idx, args.out_topk_weights = address(topk_idx), address(topk_weights)
-        self._buffer.begin_dispatch(args, plan.core, True, self._num_sms, stream)
-        found = self._buffer.wait_counts()
-        if found.overflow:
-            rule = f"needs {found.num_rows} rows, more than the buffer's {self._max_rows}"
-            raise InvalidArgumentError("layout", request.layout, rule)
-        token_major = isinstance(request.layout, TokenMajor)
-        return _Coming(
-            num_rows=found.num_rows,
+            topk_idx=recv_topk_idx[: found.num_rows] if token_major else None,
+            topk_weights=recv_weights[: found.num_rows],
             num_recv_tokens=found.num_recv_tokens,
             num_recv_tokens_per_expert=tuple(found.expert_count),
             expert_offsets=tuple(found.expert_offset) if isinstance(request.layout, ExpertMajor) else (),
-            topk_idx=topk_idx[: found.num_recv_tokens] if token_major else None,
-            topk_weights=topk_weights[: found.num_rows],
+            counts=plan.memory,
+            plan=plan,
+        )
+
+    def _cached_dispatch(self, request: DispatchRequest, num_sms: int, stream: int) -> DispatchOutput:
+        handle, plan = request.handle, request.handle.plan
+        self._use_plan(plan, stream)
+        args = self._args(request, None, None, None)
+        x, x_scales = self._pull(request, args, plan, handle.num_rows, num_sms, stream, cached=True)
+        return DispatchOutput(
+            x=x,
+            x_scales=x_scales,
+            topk_idx=None,
+            topk_weights=None,
+            num_recv_tokens=handle.num_recv_tokens,
+            num_recv_tokens_per_expert=handle.num_recv_tokens_per_expert,
+            expert_offsets=handle.expert_offsets,
+            counts=plan.memory,
             plan=plan,
         )
 
@@ -194,36 +204,48 @@ class CudaTransport:
         """See :meth:`Transport.combine`."""
         rows, handle = request.rows, request.handle
         self._check_row_bytes("rows", rows)
-        args = self._core.CombineArgs()
-        args.rows, args.num_rows, args.dtype = address(rows), rows.shape[0], self._dtypes[rows.dtype]
-        args.bias, args.weighted = address(request.bias), request.weighted
-        args.reduce = getattr(self._reduces, request.reduce)
         num_tokens, num_topk, hidden = handle.num_tokens, handle.num_topk, rows.shape[1]
-        weights = request.topk_weights
-        output = CombineOutput(
-            x=torch.empty(num_tokens, hidden, dtype=rows.dtype, device=self.device),
-            topk_weights=None if weights is None else torch.empty(num_tokens, num_topk, device=self.device),
-            routes=torch.empty(num_topk, num_tokens, hidden, dtype=rows.dtype, device=self.device)
-            if request.keep_routes
-            else None,
-        )
-        args.out_x, args.out_topk_weights, args.out_routes = map(
-            address, (output.x, output.topk_weights, output.routes)
-        )
-        self._combine(args, weights, handle)
-        return output
+        args, routes = self._core.CombineArgs(), None
+        args.rows, args.num_rows, args.dtype = rows.data_ptr(), rows.shape[0], self._dtypes[rows.dtype]
+        args.weighted, args.reduce = request.weighted, getattr(self._reduces, request.reduce)
+        if request.bias is not None:
+            args.bias = request.bias.data_ptr()
+        if request.keep_routes:
+            routes = torch.empty(num_topk, num_tokens, hidden, dtype=rows.dtype, device=self.device)
+            args.out_routes = routes.data_ptr()
+        x = torch.empty(num_tokens, hidden, dtype=rows.dtype, device=self.device)
+        args.out_x = x.data_ptr()
+        home = self._combine(args, request.topk_weights, handle, request.num_sms)
+        return CombineOutput(x=x, topk_weights=home, routes=routes)
 
-    def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+    def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle, num_sms: int | None) -> torch.Tensor:
         """See :meth:`Transport.combine_weights`."""
-        home = torch.empty(handle.num_tokens, handle.num_topk, device=self.device)
         args = self._core.CombineArgs()
-        args.has_rows, args.dtype, args.out_topk_weights = False, self._dtypes[torch.float32], address(home)
-        self._combine(args, topk_weights, handle)
-        return home
+        args.has_rows, args.dtype = False, self._dtypes[torch.float32]
+        return self._combine(args, topk_weights, handle, num_sms)
+
+    def start(
+        self, run: Callable[[], R], inputs: tuple[torch.Tensor | None, ...], after: torch.cuda.Event | None
+    ) -> Work[R]:
+        """See :meth:`Transport.start`."""
+        return self._streams.start(run, inputs, after, lambda tensor: self._pool.holds(tensor.data_ptr()))
+
+    def wait_for(self, after: torch.cuda.Event) -> None:
+        """See :meth:`Transport.wait_for`."""
+        self._streams.wait_for(after)
+
+    def symm_empty(self, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """See :meth:`Transport.symm_empty`."""
+        shape = (num_rows, self._geometry.hidden)
+        if num_rows == 0:
+            return torch.empty(shape, dtype=dtype, device=self.device)
+        self._streams.release_inputs()
+        block = self._pool.take(num_rows * self._geometry.hidden * dtype.itemsize)
+        return torch.as_tensor(block, device=self.device).view(dtype).view(shape)
 
     def check(self) -> None:
         """See :meth:`Transport.check`."""
-        with self._lock, self._errors():
+        with self._lock, self._errors:
             self._buffer.check()
 
     def close(self) -> None:
@@ -231,50 +253,98 @@ class CudaTransport:
         with self._lock:
             self._buffer.close()
 
-    def _combine(self, args, weights: torch.Tensor | None, handle: DispatchHandle) -> None:
+    def _combine(
+        self, args, weights: torch.Tensor | None, handle: DispatchHandle, num_sms: int | None
+    ) -> torch.Tensor | None:
+        """Row weights at home, if there are any."""
+        home = None
         if weights is not None:
-            args.has_row_weights, args.row_weights, args.num_row_weights = True, address(weights), weights.numel()
-        with self._lock, self._errors():
-            self._buffer.combine(args, handle.plan.core, self._num_sms, torch.cuda.current_stream().cuda_stream)
+            home = torch.empty(handle.num_tokens, handle.num_topk, device=self.device)
+            args.has_row_weights, args.row_weights, args.num_row_weights = True, weights.data_ptr(), weights.numel()
+            args.out_topk_weights = home.data_ptr()
+        with self._lock, self._errors:
+            stream = self._streams.enter()
+            self._use_plan(handle.plan, stream)
+            self._buffer.combine(args, handle.plan.core, num_sms or self._num_sms, stream)
+            self._streams.leave()
+        return home
 
-    def _new_plan(self, request: DispatchRequest) -> CudaPlan:
+    def _new_plan(self, request: DispatchRequest, num_tokens: int, num_topk: int, stream: int) -> CudaPlan:
         """Room for a plan. One allocation for all arrays: each would cost the host some microseconds per dispatch."""
-        num_tokens, num_topk = request.topk_idx.shape
-        received, rows = self._max_recv_tokens, self._max_rows
-        sizes = {
-            "recv_source": received,
-            "recv_token": received,
-            "recv_slot": received * num_topk,
-            "recv_weight": received * num_topk,
-            "slot_row": rows,
-            "send_expert": num_tokens * num_topk,
-            "send_row": num_tokens * num_topk,
-            "send_slot": num_tokens * num_topk,
-            "send_weight": num_tokens * num_topk,
-            "counts": 3 + 2 * self._num_local,
-        }
-        memory = torch.empty(sum(sizes.values()), dtype=torch.int32, device=self.device)
-        plan, address_of_next = self._core.DevicePlan(), memory.data_ptr()
-        for name, size in sizes.items():
-            setattr(plan, name, address_of_next)
-            address_of_next += 4 * size
-        plan.num_tokens, plan.num_topk = num_tokens, num_topk
-        plan.max_recv_tokens, plan.max_rows = received, rows
-        layout = request.layout
+        layout, room = request.layout, request.max_recv_tokens
+        kind, alignment, capacity = self._kinds.TOKEN_MAJOR, 1, 0
+        received = num_rows = self._max_recv_tokens
         if isinstance(layout, ExpertMajor):
-            plan.layout, plan.alignment = self._kinds.EXPERT_MAJOR, layout.alignment
+            kind, alignment, num_rows = self._kinds.EXPERT_MAJOR, layout.alignment, self._max_rows
         elif isinstance(layout, Padded):
-            plan.layout, plan.capacity = self._kinds.PADDED, layout.capacity
-        else:
-            plan.layout = self._kinds.TOKEN_MAJOR
-        return CudaPlan(core=plan, memory=memory)
+            kind, capacity = self._kinds.PADDED, layout.capacity
+            num_rows = self._geometry.num_experts * capacity
+        if room is not None:
+            received, num_rows = min(received, room), room
+        num_ints = self._buffer.plan_ints(num_tokens, num_topk, received, num_rows)
+        memory = torch.empty(num_ints, dtype=torch.int32, device=self.device)
+        core = self._buffer.make_plan(
+            memory.data_ptr(),
+            num_tokens,
+            num_topk,
+            received,
+            num_rows,
+            kind,
+            alignment,
+            capacity,
+            room is not None,
+        )
+        return CudaPlan(core=core, memory=memory, stream=stream, num_rows=num_rows)
 
-    def _routing_outputs(self, request: DispatchRequest) -> tuple[torch.Tensor | None, torch.Tensor]:
-        if isinstance(request.layout, TokenMajor):
-            shape = (self._max_recv_tokens, request.topk_idx.shape[1])
-            topk_idx = torch.empty(shape, dtype=torch.int64, device=self.device)
-            return topk_idx, torch.empty(shape, device=self.device)
-        return None, torch.zeros(self._max_rows, device=self.device)
+    def _use_plan(self, plan: CudaPlan, stream: int) -> None:
+        if plan.stream != stream:
+            plan.memory.record_stream(torch.cuda.current_stream(self.device))
+
+    def _args(
+        self,
+        request: DispatchRequest,
+        topk_idx: torch.Tensor | None,
+        recv_topk_idx: torch.Tensor | None,
+        recv_weights: torch.Tensor | None,
+    ):
+        """What both halves of a dispatch need; ``_pull`` adds the outputs for rows."""
+        x, cast = request.x, request.cast
+        return self._core.DispatchArgs(
+            x=x.data_ptr(),
+            x_scales=address(request.x_scales),
+            topk_idx=address(topk_idx),
+            topk_weights=address(request.topk_weights),
+            locations=address(request.locations),
+            dtype=self._dtypes[x.dtype if cast is None else FLOAT8],
+            x_dtype=self._dtypes[x.dtype],
+            power_of_two=cast is not None and cast.scale_format == "power_of_two",
+            scale_by_weights=request.scale_by_weights,
+            out_topk_idx=address(recv_topk_idx),
+            out_topk_weights=address(recv_weights),
+        )
+
+    def _pull(
+        self,
+        request: DispatchRequest,
+        args,
+        plan: CudaPlan,
+        num_rows: int,
+        num_sms: int,
+        stream: int,
+        *,
+        cached: bool = False,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows and their scales."""
+        hidden, dtype, x_scales = self._geometry.hidden, request.x.dtype, None
+        if request.cast is not None:
+            dtype = FLOAT8
+        x = torch.empty(num_rows, hidden, dtype=dtype, device=self.device)
+        args.out_x = x.data_ptr()
+        if dtype is FLOAT8:
+            x_scales = torch.empty(num_rows, hidden // SCALE_BLOCK, device=self.device)
+            args.out_scales = x_scales.data_ptr()
+        self._buffer.pull_dispatch(args, plan.core, cached, num_sms, stream)
+        return x, x_scales
 
     def _check_row_bytes(self, name: str, rows: torch.Tensor) -> None:
         row_bytes = rows.shape[1] * rows.element_size()

@@ -72,6 +72,34 @@ class BootstrapError(RayDeepEPError, RuntimeError):
         return type(self), (self.phase, self.missing, self.deadline_s, self.detail)
 
 
+class ReceiveOverflowError(RayDeepEPError, RuntimeError):
+    """A dispatch with ``max_recv_tokens`` brought more rows than fit; the rest was dropped.
+
+    Attributes: ``rank`` (the first rank with too little room), ``needed`` (rows that it needed), ``room``.
+    """
+
+    def __init__(self, rank: int, needed: int, room: int) -> None:
+        self.rank, self.needed, self.room = rank, needed, room
+        super().__init__(f"max_recv_tokens: rank {rank} needed {needed} rows; got {room}")
+
+    def __reduce__(self):
+        return type(self), (self.rank, self.needed, self.room)
+
+
+class HeapFullError(RayDeepEPError, RuntimeError):
+    """``Buffer.symm_empty`` found no room; every number is bytes, and ``largest`` is the largest free piece."""
+
+    def __init__(self, asked: int, free: int, largest: int, symm_bytes: int) -> None:
+        self.asked, self.free, self.largest, self.symm_bytes = asked, free, largest, symm_bytes
+        super().__init__(
+            f"symm_empty: asked for {asked} bytes; {free} of symm_bytes={symm_bytes} are free,"
+            f" the largest piece has {largest}"
+        )
+
+    def __reduce__(self):
+        return type(self), (self.asked, self.free, self.largest, self.symm_bytes)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class FaultRecord:
     """Why an operation failed: what waited, for whom, and what was seen."""

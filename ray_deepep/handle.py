@@ -8,11 +8,16 @@ expert-major rows in order of (local expert, source rank, token, k).
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, ReceiveOverflowError
+
+NUM_PLAN_COUNTS = 4
+"""Numbers in ``DispatchHandle.counts`` before those of the experts."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +53,26 @@ Layout = TokenMajor | ExpertMajor | Padded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class DeviceCounts:
+    """What a dispatch received, int32 on the rows' device: readable by kernels without a host wait. Views of the plan:
+    not to be written to. After an overflow they are meaningless; see ``DispatchHandle.check``."""
+
+    num_recv_tokens: torch.Tensor
+    """0-d: R."""
+    num_rows: torch.Tensor
+    """0-d: rows of the layout, S."""
+    num_recv_tokens_per_expert: torch.Tensor
+    """``[L]``: routes received per local expert, without padding."""
+    expert_offsets: torch.Tensor
+    """``[L + 1]``: first row of each local expert, aligned, and the end. Only for expert-major rows."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class DispatchHandle:
     """What a dispatch planned; combine, cached dispatches and both backwards reuse it.
 
-    Valid for the buffer that made it, until that buffer is closed.
+    Valid for the buffer that made it, until that buffer is closed. With ``max_recv_tokens`` the host does not learn
+    what arrived: then S is ``max_recv_tokens``, and so is R of token-major rows; ``device_counts`` has the real ones.
     """
 
     layout: Layout
@@ -59,22 +80,61 @@ class DispatchHandle:
     """T: tokens that this rank sent."""
     num_topk: int
     """K."""
-    num_recv_tokens: int
-    """R: (token, rank) pairs that this rank received."""
+    num_local_experts: int
+    """L."""
+    num_recv_tokens: int | None
+    """R: (token, rank) pairs that this rank received. None for expert-major rows with ``max_recv_tokens``."""
     num_rows: int
     """S: rows of the dispatched output in its layout."""
-    num_recv_tokens_per_expert: tuple[int, ...]
-    """Routes received per local expert, length L, without padding."""
-    expert_offsets: tuple[int, ...]
-    """First row of each local expert and the end, length L + 1 (expert-major; else empty)."""
+    num_recv_tokens_per_expert: tuple[int, ...] | None
+    """Routes received per local expert, length L, without padding. None with ``max_recv_tokens``."""
+    expert_offsets: tuple[int, ...] | None
+    """First row of each local expert and the end, length L + 1 (expert-major; else empty). None with
+    ``max_recv_tokens``."""
+    max_recv_tokens: int | None
+    """Rows that the dispatch was given room for; None if it took as many as came."""
     topk_weights: torch.Tensor | None
-    """``[T, K]`` float32: this rank's own weights, for a weighted combine."""
+    """``[T, K]`` float32: this rank's own weights, for a weighted combine; None if they were left out."""
     recv_topk_weights: torch.Tensor | None
     """Weights received beside the rows: ``[R, K]`` token-major, ``[S]`` otherwise, float32."""
+    counts: torch.Tensor
+    """int32, begins with: R; S; 0 or 1 + the first rank that overflowed; rows which that rank needs;
+    ``num_recv_tokens_per_expert``; ``expert_offsets``. Read them through ``device_counts``."""
     plan: Any
     """The transport's own plan; opaque."""
+    check_faults: Callable[[], None]
+    """Raises if an operation of the buffer has failed since its call returned."""
     owner: int
     """Identity of the buffer that made the handle."""
+
+    @functools.cached_property
+    def device_counts(self) -> DeviceCounts:
+        """The counts where the rows are."""
+        counts, first_offset = self.counts, NUM_PLAN_COUNTS + self.num_local_experts
+        return DeviceCounts(
+            num_recv_tokens=counts[0],
+            num_rows=counts[1],
+            num_recv_tokens_per_expert=counts[NUM_PLAN_COUNTS:first_offset],
+            expert_offsets=counts[first_offset : first_offset + self.num_local_experts + 1],
+        )
+
+    def check(self) -> None:
+        """Raise if the dispatch brought more rows than ``max_recv_tokens``. Nothing to do without ``max_recv_tokens``.
+
+        Waits for the current stream, so call it once per step rather than after each dispatch. On GPUs every rank
+        learns of an overflow anywhere; on CPUs only the ranks that overflowed do.
+
+        Raises:
+            ReceiveOverflowError: naming the rank, the rows that it needed and those it had.
+            CommFaultError: the dispatch, or a later operation, failed because of another rank.
+        """
+        if self.max_recv_tokens is None:
+            return
+        overflowed, needed = self.counts[2:NUM_PLAN_COUNTS].tolist()
+        # After a fault the counts are not written.
+        self.check_faults()
+        if overflowed:
+            raise ReceiveOverflowError(overflowed - 1, needed, self.max_recv_tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,12 +142,12 @@ class DispatchResult:
     """Rows received by this rank."""
 
     x: torch.Tensor
-    """``[S, H]``, dtype of the input."""
+    """``[S, H]``, dtype of the input (float8 with a cast). Rows after the last that came are zero."""
     x_scales: torch.Tensor | None
     """``[S, H / 128]`` float32, for fp8 rows."""
     topk_idx: torch.Tensor | None
-    """``[R, K]`` int64, token-major only: local expert ids, -1 where the expert lives elsewhere. None
-    for a dispatch along an earlier plan."""
+    """``[R, K]`` int64, token-major only: local expert ids, -1 where the expert lives elsewhere and in rows
+    after the last that came. None for a dispatch along an earlier plan."""
     topk_weights: torch.Tensor | None
     """``[R, K]`` token-major (0 where ``topk_idx`` is -1), ``[S]`` otherwise (0 in padding), float32."""
     handle: DispatchHandle

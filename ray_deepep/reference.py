@@ -12,19 +12,27 @@ from typing import TYPE_CHECKING
 import torch
 
 from .errors import ClosedError
+from .fixed_shapes import fit_output, fit_rows, host_counts
 from .handle import DispatchHandle, Layout, Padded
 from .plan_reference import RankRouting, ReferencePlan, check_locations, is_token_major, make_plan
 from .reference_group import ReferenceGroup, as_bytes, from_bytes
-from .transport import BufferGeometry, CombineOutput, CombineRequest, DispatchOutput, DispatchRequest
+from .transport import (
+    BlockingTransport,
+    BufferGeometry,
+    CombineOutput,
+    CombineRequest,
+    DispatchOutput,
+    DispatchRequest,
+)
 
 if TYPE_CHECKING:
     from .communicator import Communicator
 
 
-class ReferenceTransport:
+class ReferenceTransport(BlockingTransport):
     """A :class:`~ray_deepep.transport.Transport` over ``comm.group``."""
 
-    device_type = None
+    device = None
 
     def __init__(self, comm: Communicator, geometry: BufferGeometry) -> None:
         self._rank, self._geometry = comm.rank, geometry
@@ -35,6 +43,7 @@ class ReferenceTransport:
         """Rows to the ranks of their experts; see :class:`DispatchRequest`."""
         handle = request.handle
         if handle is None:
+            request = _spelled_out(request)
             check_locations(request.topk_idx, request.locations)
         num_tokens = self._begin(
             "dispatch",
@@ -44,6 +53,7 @@ class ReferenceTransport:
             num_topk=request.topk_idx.shape[1] if handle is None else handle.num_topk,
             layout=request.layout,
             scale_by_weights=request.scale_by_weights,
+            max_recv_tokens=request.max_recv_tokens,
         )
         plan = self._plan(request, num_tokens) if handle is None else handle.plan
         x = self._rows_out(request.x, plan)
@@ -60,16 +70,27 @@ class ReferenceTransport:
             x = _scatter(x_routes, plan)
             x_scales = None if x_scales is None else _scatter(x_scales[plan.route_row], plan)
             weights = _scatter(route_weights.unsqueeze(1), plan).squeeze(1)
-        return DispatchOutput(
+        num_recv_tokens = sum(plan.num_recv_rows)
+        output = DispatchOutput(
             x=x,
             x_scales=x_scales,
             topk_idx=plan.recv_topk_idx.clone() if token_major and handle is None else None,
             topk_weights=weights,
-            num_recv_tokens=sum(plan.num_recv_rows),
+            num_recv_tokens=num_recv_tokens,
             num_recv_tokens_per_expert=plan.num_recv_tokens_per_expert,
             expert_offsets=plan.slots.expert_offsets,
+            counts=host_counts(
+                rank=self._rank,
+                num_recv_tokens=num_recv_tokens,
+                num_rows=len(x),
+                num_recv_tokens_per_expert=plan.num_recv_tokens_per_expert,
+                expert_offsets=plan.slots.expert_offsets,
+                max_recv_tokens=request.max_recv_tokens,
+                device=x.device,
+            ),
             plan=plan,
         )
+        return fit_output(output, request.max_recv_tokens, token_major=token_major)
 
     def combine(self, request: CombineRequest) -> CombineOutput:
         """Expert rows back to their tokens; see :class:`CombineRequest`."""
@@ -85,25 +106,26 @@ class ReferenceTransport:
             weighted=request.weighted,
             topk_weights=request.topk_weights is not None,
         )
+        rows = fit_rows(request.rows, plan.slots.num_slots)
         routes = None
         if is_token_major(handle.layout):
-            total = self._sum_over_ranks(request.rows, plan)
+            total = self._sum_over_ranks(rows, plan)
         elif request.reduce == "fast":
-            total = self._sum_over_ranks(_reduce_at_experts(request, plan), plan)
+            total = self._sum_over_ranks(_reduce_at_experts(rows, plan, weighted=request.weighted), plan)
         else:
-            routes = self._routes_home(request.rows[plan.slots.route_slot], plan)
+            routes = self._routes_home(rows[plan.slots.route_slot], plan)
             reduce = _reduce_exact if request.reduce == "exact" else _reduce_expert_order
             total = reduce(routes, plan.topk_idx, plan.topk_weights if request.weighted else None)
         if request.bias is not None:
             total = total.float() + request.bias.float()
         weights = None if request.topk_weights is None else self._weights_home(request.topk_weights, plan)
         return CombineOutput(
-            x=total.to(request.rows.dtype),
+            x=total.to(rows.dtype),
             topk_weights=weights,
             routes=routes.transpose(0, 1).contiguous() if request.keep_routes else None,
         )
 
-    def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+    def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle, num_sms: int | None) -> torch.Tensor:
         """One number per route home, ``[T, K]`` float32."""
         self._begin(
             "combine_weights",
@@ -114,9 +136,6 @@ class ReferenceTransport:
             layout=handle.layout,
         )
         return self._weights_home(topk_weights, handle.plan)
-
-    def check(self) -> None:
-        """Nothing to do: calls return when their operation has ended."""
 
     def close(self) -> None:
         """Tell peers that still wait for this rank; not collective."""
@@ -182,6 +201,7 @@ class ReferenceTransport:
         return routes.view(num_tokens, num_topk, values.shape[1])
 
     def _weights_home(self, weights: torch.Tensor, plan: ReferencePlan) -> torch.Tensor:
+        weights = fit_rows(weights, plan.slots.num_slots)
         by_slot = weights.dim() == 1
         route_weights = weights[plan.slots.route_slot] if by_slot else weights[plan.route_row, plan.route_k]
         return self._routes_home(route_weights.unsqueeze(1), plan).squeeze(2)
@@ -204,14 +224,21 @@ def _scatter(values: torch.Tensor, plan: ReferencePlan) -> torch.Tensor:
     return from_bytes(slots, values.dtype)
 
 
-def _reduce_at_experts(request: CombineRequest, plan: ReferencePlan) -> torch.Tensor:
+def _spelled_out(request: DispatchRequest) -> DispatchRequest:
+    """With int64 ids and with weights."""
+    topk_idx, topk_weights = request.topk_idx.to(torch.int64), request.topk_weights
+    if topk_weights is None:
+        topk_weights = torch.ones(topk_idx.shape, device=topk_idx.device)
+    return dataclasses.replace(request, topk_idx=topk_idx, topk_weights=topk_weights)
+
+
+def _reduce_at_experts(rows: torch.Tensor, plan: ReferencePlan, *, weighted: bool) -> torch.Tensor:
     """Sum the routes of a token on this rank in float32, k order, and round once: ``[R, H]``."""
-    rows = request.rows
     total = torch.zeros(len(plan.recv_topk_idx), rows.shape[1], device=rows.device)
-    for k in range(request.handle.num_topk):
+    for k in range(plan.topk_idx.shape[1]):
         of_k = plan.route_k == k
         term = rows[plan.slots.route_slot[of_k]].float()
-        if request.weighted:
+        if weighted:
             term = term * plan.route_weights[of_k].unsqueeze(1)
         total[plan.route_row[of_k]] += term
     return total.to(rows.dtype)

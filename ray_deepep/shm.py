@@ -16,12 +16,20 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from .checks import SCALE_BLOCK
 from .config import CommConfig
-from .core_errors import public_errors
+from .core_errors import PublicErrors
 from .errors import FaultRecord
+from .fixed_shapes import fit_output, fit_rows, host_counts
+from .float8 import SCALE_BLOCK
 from .handle import DispatchHandle, ExpertMajor, Layout, Padded, TokenMajor
-from .transport import BufferGeometry, CombineOutput, CombineRequest, DispatchOutput, DispatchRequest
+from .transport import (
+    BlockingTransport,
+    BufferGeometry,
+    CombineOutput,
+    CombineRequest,
+    DispatchOutput,
+    DispatchRequest,
+)
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -74,7 +82,7 @@ class ShmDomain:
         self._domain = self.core.Domain(rank, len(peers))
         payload = json.dumps([self._domain.address, self._domain.secret]).encode()
         offers = [json.loads(offer) for offer in exchange("connect", payload)]
-        with public_errors(self, lambda record: None):
+        with PublicErrors(self, lambda record: None):
             addresses, secrets = zip(*offers)
             self._domain.connect(list(addresses), list(secrets), config.bootstrap_deadline_s)
 
@@ -111,14 +119,15 @@ class ShmDomain:
         self._domain.close()
 
 
-class ShmTransport:
+class ShmTransport(BlockingTransport):
     """One buffer over shared memory; see :class:`~ray_deepep.transport.Transport`."""
 
-    device_type = "cpu"
+    device = torch.device("cpu")
 
     def __init__(self, domain: ShmDomain, geometry: BufferGeometry, *, on_fault: Callable[[FaultRecord], None]) -> None:
         self._geometry, self._core, self._empty = geometry, domain.core, domain.empty
-        self._errors = lambda: public_errors(domain, on_fault)
+        self._rank = domain.rank
+        self._errors = PublicErrors(domain, on_fault)
         # The autograd engine calls backward from threads of its own.
         self._lock = threading.Lock()
         self._dtypes = {
@@ -127,7 +136,7 @@ class ShmTransport:
             torch.float16: self._core.DType.FLOAT16,
             torch.float8_e4m3fn: self._core.DType.FLOAT8_E4M3,
         }
-        with self._errors():
+        with self._errors:
             self._buffer = domain.make_buffer(geometry)
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
@@ -137,29 +146,33 @@ class ShmTransport:
         args.x_scales = address(request.x_scales)
         args.scale_by_weights = request.scale_by_weights
         args.layout = self._layout(request.layout)
-        with self._lock, self._errors():
+        with self._lock, self._errors:
             if request.handle is not None:
                 plan = request.handle.plan
                 self._buffer.begin_cached_dispatch(args, plan)
             else:
-                args.topk_idx, args.topk_weights = address(request.topk_idx), address(request.topk_weights)
+                topk_idx, topk_weights = request.topk_idx.to(torch.int64), request.topk_weights
+                if topk_weights is None:
+                    topk_weights = torch.ones(topk_idx.shape)
+                args.topk_idx, args.topk_weights = address(topk_idx), address(topk_weights)
                 args.locations = address(request.locations)
-                args.num_topk = request.topk_idx.shape[1]
+                args.num_topk = topk_idx.shape[1]
                 plan = self._buffer.begin_dispatch(args)
             output = self._allocate(request, plan)
             out = self._core.DispatchOutputs()
             out.x, out.x_scales = address(output.x), address(output.x_scales)
             out.topk_idx, out.topk_weights = address(output.topk_idx), address(output.topk_weights)
             self._buffer.pull_dispatch(args, plan, out)
-        return output
+        return fit_output(output, request.max_recv_tokens, token_major=isinstance(request.layout, TokenMajor))
 
     def combine(self, request: CombineRequest) -> CombineOutput:
         """See :meth:`Transport.combine`."""
-        rows, handle = request.rows, request.handle
+        handle, plan = request.handle, request.handle.plan
+        rows, weights = fit_rows(request.rows, plan.num_rows), self._row_weights(request.topk_weights, handle)
         args = self._core.CombineArgs()
         args.rows, args.dtype, args.bias = rows.data_ptr(), self._dtypes[rows.dtype], address(request.bias)
         args.weighted, args.reduce = request.weighted, getattr(self._core.Reduce, request.reduce)
-        args.row_weights, args.has_row_weights = address(request.topk_weights), request.topk_weights is not None
+        args.row_weights, args.has_row_weights = address(weights), weights is not None
         num_tokens, num_topk, hidden = handle.num_tokens, handle.num_topk, rows.shape[1]
         output = CombineOutput(
             x=self._empty(num_tokens, hidden, dtype=rows.dtype),
@@ -168,27 +181,30 @@ class ShmTransport:
         )
         out = self._core.CombineOutputs()
         out.x, out.topk_weights, out.routes = map(address, (output.x, output.topk_weights, output.routes))
-        with self._lock, self._errors():
-            self._buffer.combine(args, handle.plan, out)
+        with self._lock, self._errors:
+            self._buffer.combine(args, plan, out)
         return output
 
-    def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle) -> torch.Tensor:
+    def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle, num_sms: int | None) -> torch.Tensor:
         """See :meth:`Transport.combine_weights`."""
+        topk_weights = self._row_weights(topk_weights, handle)
         args, out = self._core.CombineArgs(), self._core.CombineOutputs()
         args.has_rows, args.has_row_weights, args.row_weights = False, True, topk_weights.data_ptr()
         home = self._empty(handle.num_tokens, handle.num_topk)
         out.topk_weights = home.data_ptr()
-        with self._lock, self._errors():
+        with self._lock, self._errors:
             self._buffer.combine(args, handle.plan, out)
         return home
-
-    def check(self) -> None:
-        """Nothing to do: calls return when their operation has ended."""
 
     def close(self) -> None:
         """Free this rank's mappings."""
         with self._lock:
             self._buffer.close()
+
+    @staticmethod
+    def _row_weights(topk_weights: torch.Tensor | None, handle: DispatchHandle) -> torch.Tensor | None:
+        """With as many rows as the plan has."""
+        return None if topk_weights is None else fit_rows(topk_weights, handle.plan.num_rows)
 
     def _layout(self, layout: Layout):
         kinds = self._core.LayoutKind
@@ -201,6 +217,8 @@ class ShmTransport:
     def _allocate(self, request: DispatchRequest, plan) -> DispatchOutput:
         rows, received = plan.num_rows, plan.num_recv_tokens
         hidden, cached = request.x.shape[1], request.handle is not None
+        per_expert = tuple(plan.expert_count)
+        offsets = tuple(plan.expert_offset) if isinstance(request.layout, ExpertMajor) else ()
         scales = None
         if request.x_scales is not None:
             scales = self._empty(rows, hidden // SCALE_BLOCK, dtype=torch.float32)
@@ -217,8 +235,17 @@ class ShmTransport:
             topk_idx=topk_idx,
             topk_weights=topk_weights,
             num_recv_tokens=received,
-            num_recv_tokens_per_expert=tuple(plan.expert_count),
-            expert_offsets=tuple(plan.expert_offset) if isinstance(request.layout, ExpertMajor) else (),
+            num_recv_tokens_per_expert=per_expert,
+            expert_offsets=offsets,
+            counts=host_counts(
+                rank=self._rank,
+                num_recv_tokens=received,
+                num_rows=rows,
+                num_recv_tokens_per_expert=per_expert,
+                expert_offsets=offsets,
+                max_recv_tokens=request.max_recv_tokens,
+                device=self.device,
+            ),
             plan=plan,
         )
 

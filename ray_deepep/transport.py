@@ -2,16 +2,25 @@
 
 ``Buffer`` checks arguments and builds handles; a transport gets requests that are already valid on this rank, moves
 rows, and checks only what needs other ranks (that all of them asked for the same thing).
+
+Requests and outputs are made in every call, before or beside a kernel of some microseconds. So they are not frozen,
+which would double what they cost; nobody writes to them.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+from collections.abc import Callable
+from typing import Any, Protocol, TypeVar
 
 import torch
 
+from .errors import InvalidArgumentError
+from .float8 import Float8Cast
 from .handle import DispatchHandle, Layout
+from .work import Work
+
+R = TypeVar("R")
 
 REDUCE_MODES = ("exact", "fast", "expert_order")
 
@@ -30,9 +39,11 @@ class BufferGeometry:
     """Largest T of any rank."""
     max_capacity: int = 0
     """Largest capacity of a :class:`~ray_deepep.Padded` layout; 0: no such layout is used."""
+    symm_bytes: int = 0
+    """Bytes of each rank's heap for the user's own tensors (``Buffer.symm_empty``); GPU transports only."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class DispatchRequest:
     """A dispatch. With ``handle`` (a cached dispatch), ``topk_idx``, ``topk_weights`` and ``locations`` are None."""
 
@@ -41,18 +52,24 @@ class DispatchRequest:
     x_scales: torch.Tensor | None
     """``[T, H / 128]`` float32 contiguous, for fp8 rows."""
     topk_idx: torch.Tensor | None
-    """``[T, K]`` int64 contiguous, global expert ids, -1 = none."""
+    """``[T, K]`` int64 or int32 contiguous, global expert ids, -1 = none."""
     topk_weights: torch.Tensor | None
-    """``[T, K]`` float32 contiguous."""
+    """``[T, K]`` float32 contiguous; None: all ones (if there is no handle)."""
     locations: torch.Tensor | None
     """``[T, K]`` int32 contiguous, slot of each route in its padded block."""
     layout: Layout
     handle: DispatchHandle | None
     scale_by_weights: bool
     """Multiply each route's row by its weight (in float32, rounded once) on arrival; not for token-major rows."""
+    max_recv_tokens: int | None
+    """Rows that the output has, whatever arrives; None: as many as arrive. A handle brings its own."""
+    cast: Float8Cast | None
+    """Rows leave as float8; only transports with ``casts_rows`` see it."""
+    num_sms: int | None
+    """Multiprocessors of this call; None: those of the configuration."""
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class DispatchOutput:
     """What a transport returns from a dispatch; fields as in :class:`~ray_deepep.handle.DispatchResult`."""
 
@@ -60,13 +77,15 @@ class DispatchOutput:
     x_scales: torch.Tensor | None
     topk_idx: torch.Tensor | None
     topk_weights: torch.Tensor | None
-    num_recv_tokens: int
-    num_recv_tokens_per_expert: tuple[int, ...]
-    expert_offsets: tuple[int, ...]
+    num_recv_tokens: int | None
+    num_recv_tokens_per_expert: tuple[int, ...] | None
+    expert_offsets: tuple[int, ...] | None
+    counts: torch.Tensor
+    """As ``DispatchHandle.counts``."""
     plan: Any
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class CombineRequest:
     """A combine of rows laid out as ``handle`` says."""
 
@@ -86,9 +105,10 @@ class CombineRequest:
     """Also return each route's row as it came, ``[K, T, H]``; not for token-major rows nor ``fast``."""
     bias: torch.Tensor | None
     """``[T, H]``, added in float32 before the result is rounded."""
+    num_sms: int | None
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
+@dataclasses.dataclass(kw_only=True, slots=True)
 class CombineOutput:
     """What a transport returns from a combine."""
 
@@ -98,24 +118,66 @@ class CombineOutput:
 
 
 class Transport(Protocol):
-    """One buffer's way to move rows. All but
-    ``close`` are collective and block until this rank's rows are complete.
+    """One buffer's way to move rows. ``dispatch``, ``combine`` and ``combine_weights`` are collective and return when
+    this rank's rows are complete, or will be in the order of the current stream.
 
     Raises:
         MismatchError: ranks asked for different things; nothing was moved.
         CommFaultError: a peer died or did not come within the deadline; the transport then refuses all further calls.
     """
 
-    device_type: str | None
-    """Type of the device on which all tensors must be; None: any."""
+    device: torch.device | None
+    """Where all tensors must be; None: anywhere."""
+    casts_rows: bool
+    """Whether ``DispatchRequest.cast`` may be given."""
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput: ...
 
     def combine(self, request: CombineRequest) -> CombineOutput: ...
 
-    def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle) -> torch.Tensor: ...
+    def combine_weights(
+        self, topk_weights: torch.Tensor, handle: DispatchHandle, num_sms: int | None
+    ) -> torch.Tensor: ...
+
+    def start(
+        self, run: Callable[[], R], inputs: tuple[torch.Tensor | None, ...], after: torch.cuda.Event | None
+    ) -> Work[R]:
+        """Call ``run``, an operation on this transport that reads ``inputs``, on the communication stream if there is
+        one: behind ``after``, or behind all work of the current stream."""
+
+    def wait_for(self, after: torch.cuda.Event) -> None:
+        """Let the current stream wait for an event."""
+
+    def symm_empty(self, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """``[num_rows, H]``, in this rank's heap if rows can be read there. Local."""
 
     def check(self) -> None:
         """Raise the fault of an operation that ended after its call returned. Local."""
 
     def close(self) -> None: ...
+
+
+class BlockingTransport:
+    """What transports share whose operations have ended when their calls return."""
+
+    casts_rows = False
+    _geometry: BufferGeometry
+
+    def start(
+        self, run: Callable[[], R], inputs: tuple[torch.Tensor | None, ...], after: torch.cuda.Event | None
+    ) -> Work[R]:
+        """See :meth:`Transport.start`."""
+        if after is not None:
+            self.wait_for(after)
+        return Work(run())
+
+    def wait_for(self, after: torch.cuda.Event) -> None:
+        """Refused: nothing here runs on a stream."""
+        raise InvalidArgumentError("after", "an event", "goes with transport cuda only")
+
+    def symm_empty(self, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """See :meth:`Transport.symm_empty`."""
+        return torch.empty(num_rows, self._geometry.hidden, dtype=dtype)
+
+    def check(self) -> None:
+        """Nothing to do."""

@@ -13,7 +13,7 @@ import torch
 from harness import RankContext
 from on_device import OnDevice
 
-from ray_deepep import Buffer, DispatchHandle, DispatchResult, ExpertMajor, Padded, TokenMajor
+from ray_deepep import Buffer, DispatchHandle, DispatchResult, ExpertMajor, Float8Cast, Padded, TokenMajor
 from ray_deepep.handle import Layout
 
 FLOAT8 = torch.float8_e4m3fn
@@ -37,6 +37,10 @@ class Case:
     layout: Layout | str = dataclasses.field(default_factory=TokenMajor)
     dtype: torch.dtype = torch.float32
     routing: str = "random"
+    spare_rows: int | None = None
+    """With ``max_recv_tokens``: this many rows more than the fullest rank receives."""
+    cast: Float8Cast | None = None
+    """Rows leave as float8."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,7 +103,7 @@ def make_world(case: Case) -> oracle.World:
     scales = None
     if case.dtype == FLOAT8:
         scales = [torch.rand(n, case.hidden // 128, generator=generator) for n in case.num_tokens]
-    return oracle.World(
+    world = oracle.World(
         num_experts=case.num_experts,
         hidden=case.hidden,
         layout=layout,
@@ -108,7 +112,20 @@ def make_world(case: Case) -> oracle.World:
         topk_weights=[_weights(idx, generator) for idx in topk_idx],
         x_scales=scales,
         locations=locations,
+        cast=case.cast,
     )
+    if case.spare_rows is not None:
+        room = max(1, max(here.num_rows for here in world.arrivals) + case.spare_rows)
+        world = dataclasses.replace(world, max_recv_tokens=room)
+    return with_rows(world, world.x)
+
+
+def with_rows(world: oracle.World, x: list[torch.Tensor]) -> oracle.World:
+    """The same routing with other rows."""
+    if world.cast is None:
+        return dataclasses.replace(world, x=x)
+    data, scales = zip(*(oracle.quantize(rows, world.cast) for rows in x))
+    return dataclasses.replace(world, x=list(data), x_scales=list(scales), x_given=x)
 
 
 def random_rows(num_rows: int, hidden: int, dtype: torch.dtype, generator: torch.Generator) -> torch.Tensor:
@@ -172,14 +189,21 @@ def make_buffer(context: RankContext, transport: str, case: Case, world: oracle.
 def dispatch(buffer: Buffer, world: oracle.World, rank: int, **more: object) -> DispatchResult:
     """Dispatch this rank's part of ``world``."""
     return buffer.dispatch(
-        world.x[rank],
-        world.topk_idx[rank],
-        world.topk_weights[rank],
-        x_scales=None if world.x_scales is None else world.x_scales[rank],
+        topk_idx=world.topk_idx[rank],
+        topk_weights=world.topk_weights[rank],
         layout=world.layout,
         locations=None if world.locations is None else world.locations[rank],
+        max_recv_tokens=world.max_recv_tokens,
+        **rows_to_send(world, rank),
         **more,
     )
+
+
+def rows_to_send(world: oracle.World, rank: int) -> dict[str, object]:
+    """The arguments of a dispatch, new or cached, that say what goes."""
+    if world.cast is not None:
+        return {"x": world.x_given[rank], "cast": world.cast}
+    return {"x": world.x[rank], "x_scales": None if world.x_scales is None else world.x_scales[rank]}
 
 
 def assert_same(name: str, got: torch.Tensor | None, want: torch.Tensor | None) -> None:
@@ -215,9 +239,28 @@ def assert_dispatched(
     assert_same("handle.recv_topk_weights", handle.recv_topk_weights, want.topk_weights)
     assert handle.layout == world.layout
     assert (handle.num_tokens, handle.num_topk) == tuple(world.topk_idx[rank].shape)
-    assert (handle.num_recv_tokens, handle.num_rows) == (len(here.tokens), here.num_rows)
-    assert handle.num_recv_tokens_per_expert == here.num_per_expert
-    assert handle.expert_offsets == here.expert_offsets
+    assert_counts(handle, here, world)
+
+
+def assert_counts(handle: DispatchHandle, here: oracle.Arrival, world: oracle.World) -> None:
+    """What the handle says on the host, and on the device."""
+    room, token_major = world.max_recv_tokens, isinstance(world.layout, TokenMajor)
+    assert handle.max_recv_tokens == room
+    if room is None:
+        assert (handle.num_recv_tokens, handle.num_rows) == (len(here.tokens), here.num_rows)
+        assert handle.num_recv_tokens_per_expert == here.num_per_expert
+        assert handle.expert_offsets == here.expert_offsets
+    else:
+        assert (handle.num_recv_tokens, handle.num_rows) == (room if token_major else None, room)
+        assert handle.num_recv_tokens_per_expert is None and handle.expert_offsets is None
+    counts = handle.device_counts
+    assert (int(counts.num_recv_tokens), int(counts.num_rows)) == (len(here.tokens), here.num_rows)
+    assert tuple(counts.num_recv_tokens_per_expert.tolist()) == here.num_per_expert
+    assert len(counts.expert_offsets) == len(here.num_per_expert) + 1
+    if isinstance(world.layout, ExpertMajor):
+        assert tuple(counts.expert_offsets.tolist()) == here.expert_offsets
+    assert {tensor.dtype for tensor in vars(counts).values()} == {torch.int32}
+    handle.check()
 
 
 def check_combine(
@@ -226,10 +269,10 @@ def check_combine(
     """Combine random rows and compare with the oracle."""
     generator = torch.Generator().manual_seed(seed)
     dtype = torch.bfloat16 if world.x[0].dtype == FLOAT8 else world.x[0].dtype
-    rows = [random_rows(here.num_rows, world.hidden, dtype, generator) for here in world.arrivals]
+    rows = [random_rows(world.rows_of(r), world.hidden, dtype, generator) for r in range(world.num_ranks)]
     biases = [random_rows(len(x), world.hidden, dtype, generator) for x in world.x]
     width = (world.topk_idx[0].shape[1],) if isinstance(world.layout, TokenMajor) else ()
-    carried = [torch.rand(here.num_rows, *width, generator=generator) for here in world.arrivals]
+    carried = [torch.rand(world.rows_of(r), *width, generator=generator) for r in range(world.num_ranks)]
     result = buffer.combine(
         rows[rank],
         handle,
@@ -260,7 +303,7 @@ def check_case(context: RankContext, transport: str, case: Case, modes: list[Com
             for mode in some_modes(token_major) if modes is None else modes:
                 check_combine(buffer, result.handle, world, rank, mode, seed=case.seed + 1)
             check_cached_dispatch(buffer, result.handle, world, rank, seed=case.seed + 2)
-            if not token_major and case.dtype != FLOAT8:
+            if not token_major and world.x[0].dtype != FLOAT8:
                 scaled = dispatch(buffer, world, rank, scale_by_weights=True)
                 assert_dispatched(scaled, world, rank, scaled=True)
     except Exception as error:
@@ -270,9 +313,9 @@ def check_case(context: RankContext, transport: str, case: Case, modes: list[Com
 def check_cached_dispatch(buffer: Buffer, handle: DispatchHandle, world: oracle.World, rank: int, *, seed: int) -> None:
     """Other rows along the same plan."""
     generator = torch.Generator().manual_seed(seed)
-    others = dataclasses.replace(world, x=[random_rows(len(x), world.hidden, x.dtype, generator) for x in world.x])
-    scales = None if world.x_scales is None else world.x_scales[rank]
-    assert_dispatched(buffer.dispatch(others.x[rank], x_scales=scales, handle=handle), others, rank, cached=True)
+    given = world.x if world.x_given is None else world.x_given
+    others = with_rows(world, [random_rows(len(x), world.hidden, x.dtype, generator) for x in given])
+    assert_dispatched(buffer.dispatch(handle=handle, **rows_to_send(others, rank)), others, rank, cached=True)
 
 
 def check_still_works(buffer: Buffer, rank: int) -> None:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import torch
 
-from ray_deepep import ExpertMajor, TokenMajor
+from ray_deepep import ExpertMajor, Float8Cast, TokenMajor
 from ray_deepep.handle import Layout
 
 
@@ -27,6 +28,10 @@ class World:
     topk_weights: list[torch.Tensor]
     x_scales: list[torch.Tensor] | None
     locations: list[torch.Tensor] | None
+    max_recv_tokens: int | None = None
+    cast: Float8Cast | None = None
+    x_given: list[torch.Tensor] | None = None
+    """With ``cast``: the rows before they are cast; ``x`` and ``x_scales`` are those that leave."""
 
     @property
     def num_ranks(self) -> int:
@@ -40,6 +45,10 @@ class World:
     def arrivals(self) -> list[Arrival]:
         """What each rank receives."""
         return [_arrival(self, rank) for rank in range(self.num_ranks)]
+
+    def rows_of(self, rank: int) -> int:
+        """Rows of a rank's output."""
+        return self.arrivals[rank].num_rows if self.max_recv_tokens is None else self.max_recv_tokens
 
     def rank_of(self, expert: int) -> int:
         """Rank that holds an expert."""
@@ -65,6 +74,7 @@ class Arrival:
     slot_of: dict[tuple[int, int, int], int]
     """Row of each route (source, token, k) in the layout."""
     num_rows: int
+    """Of the layout; an output may have more, with ``max_recv_tokens``."""
     num_per_expert: tuple[int, ...]
     expert_offsets: tuple[int, ...]
 
@@ -115,13 +125,13 @@ class Dispatched:
 
 def dispatch(world: World, rank: int, *, scale_by_weights: bool = False) -> Dispatched:
     """Expected result of a dispatch on ``rank``."""
-    here = world.arrivals[rank]
-    x = torch.zeros(here.num_rows, world.hidden).to(world.x[0].dtype)
-    scales = None if world.x_scales is None else torch.zeros(here.num_rows, world.x_scales[0].shape[1])
+    here, num_rows = world.arrivals[rank], world.rows_of(rank)
+    x = torch.zeros(num_rows, world.hidden).to(world.x[0].dtype)
+    scales = None if world.x_scales is None else torch.zeros(num_rows, world.x_scales[0].shape[1])
     num_topk = world.topk_idx[0].shape[1]
     token_major = isinstance(world.layout, TokenMajor)
-    topk_idx = torch.full((here.num_rows, num_topk), -1) if token_major else None
-    weights = torch.zeros(here.num_rows, num_topk) if token_major else torch.zeros(here.num_rows)
+    topk_idx = torch.full((num_rows, num_topk), -1) if token_major else None
+    weights = torch.zeros(num_rows, num_topk) if token_major else torch.zeros(num_rows)
     for (source, token, k), slot in here.slot_of.items():
         row, weight = world.x[source][token], world.topk_weights[source][token, k]
         x[slot] = (row.float() * weight).to(row.dtype) if scale_by_weights else row
@@ -198,3 +208,32 @@ def weights_home(world: World, rank: int, weights: list[torch.Tensor]) -> torch.
             slot = world.arrivals[owner].slot_of[rank, token, k]
             out[token, k] = weights[owner][slot, k] if weights[owner].dim() == 2 else weights[owner][slot]
     return out
+
+
+def quantize(x: torch.Tensor, cast: Float8Cast) -> tuple[torch.Tensor, torch.Tensor]:
+    """Float8 rows and their scales: each element is looked up among all e4m3 numbers, in float64."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn)
+    # One zero: which of the two an element gets is its sign's affair.
+    order = [i for i in range(256) if not math.isnan(float(numbers[i])) and i != 128]
+    order.sort(key=lambda i: float(numbers[i]))
+    values = torch.tensor([float(numbers[i]) for i in order], dtype=torch.float64)
+    even = torch.tensor([i % 2 == 0 for i in order])
+    blocks = x.float().reshape(x.shape[0], x.shape[1] // 128, 128)
+    scales = torch.zeros(blocks.shape[:2])
+    for row in range(blocks.shape[0]):
+        for block in range(blocks.shape[1]):
+            amax = max(float(blocks[row, block].abs().max()), float(torch.tensor(1e-4)))
+            # A float64 quotient of two float32 numbers rounds to the float32 quotient.
+            scale = float(torch.tensor(amax / 448.0, dtype=torch.float64).float())
+            if cast.scale_format == "power_of_two":
+                mantissa, exponent = math.frexp(scale)
+                scale = math.ldexp(1.0, exponent - 1 if mantissa == 0.5 else exponent)
+            scales[row, block] = scale
+    quotients = (blocks.double() / scales.double().unsqueeze(-1)).float().double().reshape(-1)
+    above = torch.searchsorted(values, quotients).clamp(1, len(values) - 1)
+    to_low, to_high = quotients - values[above - 1], values[above] - quotients
+    up = (to_high < to_low) | ((to_high == to_low) & even[above])
+    chosen = torch.tensor(order)[torch.where(up, above, above - 1)].to(torch.uint8)
+    negative_zero = (chosen == 0) & torch.signbit(quotients)
+    data = torch.where(negative_zero, torch.tensor(128, dtype=torch.uint8), chosen)
+    return data.view(torch.float8_e4m3fn).view(x.shape), scales

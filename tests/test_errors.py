@@ -14,10 +14,12 @@ from ray_deepep.errors import (
     ClosedError,
     CommFaultError,
     FaultRecord,
+    HeapFullError,
     InvalidArgumentError,
     InvalidTypeError,
     MismatchError,
     RayDeepEPError,
+    ReceiveOverflowError,
     TransportUnavailableError,
 )
 
@@ -43,6 +45,12 @@ EXAMPLES = (
         MismatchError("dispatch", 2, "dtype", "float32", "bfloat16"),
         ValueError,
         "dispatch: rank 2 passed dtype=bfloat16, rank 0 passed dtype=float32",
+    ),
+    (ReceiveOverflowError(2, 130, 128), RuntimeError, "max_recv_tokens: rank 2 needed 130 rows; got 128"),
+    (
+        HeapFullError(1024, 1536, 512, 4096),
+        RuntimeError,
+        "symm_empty: asked for 1024 bytes; 1536 of symm_bytes=4096 are free, the largest piece has 512",
     ),
     (ClosedError("dispatch: the buffer is closed"), RuntimeError, "dispatch: the buffer is closed"),
     (TransportUnavailableError("transport shm: two hosts"), RuntimeError, "transport shm: two hosts"),

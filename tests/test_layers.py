@@ -22,9 +22,9 @@ CPP_MAY_INCLUDE = {
 # From the bottom: a module imports only from lower rows and from its own.
 PYTHON_LAYERS = [
     {"version", "errors", "env", "config"},
-    {"handle", "telemetry"},
+    {"handle", "telemetry", "float8", "work", "symm_pool"},
     {"transport"},
-    {"checks", "rendezvous", "core_errors"},
+    {"checks", "rendezvous", "core_errors", "fixed_shapes", "streams"},
     {"shm", "cuda", "reference", "reference_group", "plan_reference", "communicator"},
     {"buffer"},
     {"autograd"},

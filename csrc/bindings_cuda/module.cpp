@@ -18,34 +18,13 @@ void run_signal_handlers() {
 
 cudaStream_t as_stream(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
-// A field that holds a device address, as an integer in Python.
-template <typename T>
-void address_field(py::class_<DevicePlan>& type, const char* name, T* DevicePlan::* field) {
-    type.def_property(
-        name, [field](const DevicePlan& plan) { return reinterpret_cast<uintptr_t>(plan.*field); },
-        [field](DevicePlan& plan, uintptr_t address) { plan.*field = reinterpret_cast<T*>(address); });
-}
-
 void register_plan(py::module_& module) {
-    py::class_<DevicePlan> plan(module, "DevicePlan");
-    plan.def(py::init())
-        .def_readwrite("num_tokens", &DevicePlan::num_tokens)
-        .def_readwrite("num_topk", &DevicePlan::num_topk)
-        .def_readwrite("max_recv_tokens", &DevicePlan::max_recv_tokens)
-        .def_readwrite("max_rows", &DevicePlan::max_rows)
-        .def_readwrite("layout", &DevicePlan::layout)
-        .def_readwrite("alignment", &DevicePlan::alignment)
-        .def_readwrite("capacity", &DevicePlan::capacity);
-    address_field(plan, "recv_source", &DevicePlan::recv_source);
-    address_field(plan, "recv_token", &DevicePlan::recv_token);
-    address_field(plan, "recv_slot", &DevicePlan::recv_slot);
-    address_field(plan, "recv_weight", &DevicePlan::recv_weight);
-    address_field(plan, "slot_row", &DevicePlan::slot_row);
-    address_field(plan, "send_expert", &DevicePlan::send_expert);
-    address_field(plan, "send_row", &DevicePlan::send_row);
-    address_field(plan, "send_slot", &DevicePlan::send_slot);
-    address_field(plan, "send_weight", &DevicePlan::send_weight);
-    address_field(plan, "counts", &DevicePlan::counts);
+    py::class_<DevicePlan>(module, "DevicePlan")
+        .def_readonly("num_tokens", &DevicePlan::num_tokens)
+        .def_readonly("num_topk", &DevicePlan::num_topk)
+        .def_readonly("max_recv_tokens", &DevicePlan::max_recv_tokens)
+        .def_readonly("max_rows", &DevicePlan::max_rows)
+        .def_readonly("fixed", &DevicePlan::fixed);
     py::class_<PlanCounts>(module, "PlanCounts")
         .def_readonly("num_recv_tokens", &PlanCounts::num_recv_tokens)
         .def_readonly("num_rows", &PlanCounts::num_rows)
@@ -65,20 +44,22 @@ void register_arguments(py::module_& module) {
         .def_readwrite("max_tokens", &DeviceSizes::max_tokens)
         .def_readwrite("max_recv_tokens", &DeviceSizes::max_recv_tokens)
         .def_readwrite("max_rows", &DeviceSizes::max_rows)
-        .def_readwrite("max_element_size", &DeviceSizes::max_element_size);
+        .def_readwrite("max_element_size", &DeviceSizes::max_element_size)
+        .def_readwrite("symm_bytes", &DeviceSizes::symm_bytes)
+        .def_readwrite("bulk_copy", &DeviceSizes::bulk_copy);
     py::class_<DeviceDispatchArgs>(module, "DispatchArgs")
-        .def(py::init())
-        .def_readwrite("x", &DeviceDispatchArgs::x)
-        .def_readwrite("x_scales", &DeviceDispatchArgs::x_scales)
-        .def_readwrite("topk_idx", &DeviceDispatchArgs::topk_idx)
-        .def_readwrite("topk_weights", &DeviceDispatchArgs::topk_weights)
-        .def_readwrite("locations", &DeviceDispatchArgs::locations)
-        .def_readwrite("dtype", &DeviceDispatchArgs::dtype)
-        .def_readwrite("scale_by_weights", &DeviceDispatchArgs::scale_by_weights)
+        .def(py::init([](uintptr_t x, uintptr_t x_scales, uintptr_t topk_idx, uintptr_t topk_weights,
+                         uintptr_t locations, DType dtype, DType x_dtype, bool power_of_two, bool scale_by_weights,
+                         uintptr_t out_topk_idx, uintptr_t out_topk_weights) {
+                 return DeviceDispatchArgs{x,     x_scales,     topk_idx,        topk_weights,     locations,
+                                           dtype, x_dtype,      power_of_two,    scale_by_weights, 0,
+                                           0,     out_topk_idx, out_topk_weights};
+             }),
+             py::arg("x"), py::arg("x_scales"), py::arg("topk_idx"), py::arg("topk_weights"), py::arg("locations"),
+             py::arg("dtype"), py::arg("x_dtype"), py::arg("power_of_two"), py::arg("scale_by_weights"),
+             py::arg("out_topk_idx"), py::arg("out_topk_weights"))
         .def_readwrite("out_x", &DeviceDispatchArgs::out_x)
-        .def_readwrite("out_scales", &DeviceDispatchArgs::out_scales)
-        .def_readwrite("out_topk_idx", &DeviceDispatchArgs::out_topk_idx)
-        .def_readwrite("out_topk_weights", &DeviceDispatchArgs::out_topk_weights);
+        .def_readwrite("out_scales", &DeviceDispatchArgs::out_scales);
     py::class_<DeviceCombineArgs>(module, "CombineArgs")
         .def(py::init())
         .def_readwrite("rows", &DeviceCombineArgs::rows)
@@ -96,6 +77,21 @@ void register_arguments(py::module_& module) {
         .def_readwrite("out_routes", &DeviceCombineArgs::out_routes);
 }
 
+DevicePlan make_plan(const DeviceBuffer& buffer, uintptr_t address, int num_tokens, int num_topk,
+                     int64_t max_recv_tokens, int64_t max_rows, LayoutKind layout, int64_t alignment, int64_t capacity,
+                     bool fixed) {
+    DevicePlan sizes;
+    sizes.num_tokens = num_tokens;
+    sizes.num_topk = num_topk;
+    sizes.max_recv_tokens = max_recv_tokens;
+    sizes.max_rows = max_rows;
+    sizes.layout = layout;
+    sizes.alignment = alignment;
+    sizes.capacity = capacity;
+    sizes.fixed = fixed;
+    return buffer.make_plan(address, sizes);
+}
+
 void register_buffer(py::module_& module) {
     using Release = py::call_guard<py::gil_scoped_release>;
     py::enum_<HeapProvider>(module, "HeapProvider").value("VMM", HeapProvider::kVmm).value("IPC", HeapProvider::kIpc);
@@ -109,16 +105,18 @@ void register_buffer(py::module_& module) {
              py::arg("domain"), py::arg("sizes"), py::arg("provider"), py::arg("bootstrap_deadline_s"),
              py::arg("deadline_s"), Release())
         .def_property_readonly("segment_bytes", &DeviceBuffer::segment_bytes)
+        .def_property_readonly("symm_address", &DeviceBuffer::symm_address)
+        .def_property_readonly("symm_bytes", &DeviceBuffer::symm_bytes)
+        .def("plan_ints", &DeviceBuffer::plan_ints, py::arg("num_tokens"), py::arg("num_topk"),
+             py::arg("max_recv_tokens"), py::arg("max_rows"))
+        .def("make_plan", &make_plan, py::arg("address"), py::arg("num_tokens"), py::arg("num_topk"),
+             py::arg("max_recv_tokens"), py::arg("max_rows"), py::arg("layout"), py::arg("alignment"),
+             py::arg("capacity"), py::arg("fixed"))
         .def(
             "begin_dispatch",
-            [](DeviceBuffer& buffer, const DeviceDispatchArgs& args, const DevicePlan& plan, bool report, int num_sms,
-               uintptr_t stream) { buffer.begin_dispatch(args, plan, report, num_sms, as_stream(stream)); },
-            py::arg("args"), py::arg("plan"), py::arg("report"), py::arg("num_sms"), py::arg("stream"), Release())
-        .def(
-            "begin_cached_dispatch",
-            [](DeviceBuffer& buffer, const DeviceDispatchArgs& args, const DevicePlan& plan, int num_sms,
-               uintptr_t stream) { buffer.begin_cached_dispatch(args, plan, num_sms, as_stream(stream)); },
-            py::arg("args"), py::arg("plan"), py::arg("num_sms"), py::arg("stream"), Release())
+            [](DeviceBuffer& buffer, const DeviceDispatchArgs& args, const DevicePlan& plan, bool report,
+               uintptr_t stream) { buffer.begin_dispatch(args, plan, report, as_stream(stream)); },
+            py::arg("args"), py::arg("plan"), py::arg("report"), py::arg("stream"), Release())
         .def("wait_counts", &DeviceBuffer::wait_counts, Release())
         .def(
             "pull_dispatch",

@@ -21,7 +21,9 @@ namespace ray_deepep {
 
 struct DeviceDispatchArgs {
     uintptr_t x = 0, x_scales = 0, topk_idx = 0, topk_weights = 0, locations = 0;
-    DType dtype = DType::kFloat32;
+    DType dtype = DType::kFloat32;    // of the rows sent
+    DType x_dtype = DType::kFloat32;  // of x; another one where rows are cast to float8 on the way
+    bool power_of_two = false;        // scales of such a cast
     bool scale_by_weights = false;
     // Outputs.
     uintptr_t out_x = 0, out_scales = 0, out_topk_idx = 0, out_topk_weights = 0;
@@ -54,14 +56,21 @@ class DeviceBuffer {
     const DeviceSizes& sizes() const { return sizes_; }
     int64_t segment_bytes() const { return layout_.bytes; }
 
-    // Publish rows and routing and make the plan; with `report`, wait_counts() may follow.
-    void begin_dispatch(const DeviceDispatchArgs& args, const DevicePlan& plan, bool report, int num_sms,
-                        cudaStream_t stream);
-    // Publish rows for a plan made earlier.
-    void begin_cached_dispatch(const DeviceDispatchArgs& args, const DevicePlan& plan, int num_sms,
-                               cudaStream_t stream);
+    // Tensors of the user's in the heap.
+    uintptr_t symm_address() const {
+        return reinterpret_cast<uintptr_t>(peers_.segments[sizes_.rank]) + layout_.symm_at;
+    }
+    int64_t symm_bytes() const { return layout_.symm_bytes; }
+
+    // A plan's arrays are int32 in one piece of memory; `fixed`: outputs have max_rows rows, whatever arrives.
+    int64_t plan_ints(int64_t num_tokens, int num_topk, int64_t max_recv_tokens, int64_t max_rows) const;
+    DevicePlan make_plan(uintptr_t address, const DevicePlan& sizes) const;
+
+    // Publish routing and make the plan; with `report`, wait_counts() may follow. pull_dispatch() moves the rows.
+    void begin_dispatch(const DeviceDispatchArgs& args, const DevicePlan& plan, bool report, cudaStream_t stream);
     // Counts of the last begin_dispatch(report = true); blocks the host until its plan is made.
     PlanCounts wait_counts();
+    // `cached`: along a plan made earlier; a whole dispatch.
     void pull_dispatch(const DeviceDispatchArgs& args, const DevicePlan& plan, bool cached, int num_sms,
                        cudaStream_t stream);
     void combine(const DeviceCombineArgs& args, const DevicePlan& plan, int num_sms, cudaStream_t stream);
@@ -74,7 +83,12 @@ class DeviceBuffer {
         int32_t fields[8] = {};
         uint32_t hash() const;
     };
-    Signature dispatch_signature(const DeviceDispatchArgs& args, const DevicePlan& plan, bool cached) const;
+    int64_t offset_in_heap(uintptr_t address) const;
+    Publication publication(Operation operation, const Signature& signature, const DevicePlan& plan) const;
+    Publication dispatch_publication(const DeviceDispatchArgs& args, const DevicePlan& plan, bool cached,
+                                     Staging* staging) const;
+    Publication combine_publication(const DeviceCombineArgs& args, const DevicePlan& plan, bool fast,
+                                    Staging* staging) const;
     void throw_fault();
     [[noreturn]] void throw_mismatch();
     void free_memory();
@@ -86,11 +100,11 @@ class DeviceBuffer {
     Interrupt interrupt_;
     DeviceHeap heap_;
     Peers peers_{};
-    PlanScratch scratch_{};
     DeviceControl* control_ = nullptr;
     HostStatus* status_ = nullptr;
-    int32_t* scratch_memory_ = nullptr;
     uint32_t ticket_ = 0;
+    bool bulk_copy_ = false;
+    cudaStream_t stream_ = nullptr;  // of the dispatch whose counts are awaited
     bool open_ = false;
 };
 

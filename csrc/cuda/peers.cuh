@@ -14,10 +14,12 @@ namespace ray_deepep {
 // In this rank's device memory. Sequence numbers live here rather than in launch arguments, so that a captured graph
 // can be replayed.
 struct DeviceControl {
-    uint32_t sequence;     // of the last published operation
-    uint32_t blocks_done;  // of the publishing kernel in flight
-    uint32_t failed;       // set once; kernels then return at once
-    uint32_t unused;
+    uint32_t sequence;        // of the last published operation
+    uint32_t publish_blocks;  // finished blocks of the publishing kernel in flight
+    uint32_t main_blocks;     // finished blocks of the row-moving kernel in flight
+    uint32_t next_token;      // of a combine in flight
+    uint32_t published;       // the row-moving kernel in flight has published its operation itself
+    uint32_t failed;          // set once; kernels then return at once
 };
 
 // In pinned host memory: what the host reads without a CUDA call.
@@ -29,11 +31,12 @@ struct HostStatus {
     uint32_t expected;
     uint32_t seen;
     uint64_t elapsed_ns;
+    uint32_t phase;         // 0: published, 1: rows staged, 2: reading done
     uint32_t abort;         // written by the host: end all waits
     uint32_t counts_ready;  // ticket of the dispatch whose counts are below
     int32_t num_recv_tokens;
     int32_t num_rows;
-    uint32_t overflow;   // sequence of a dispatch that did not fit
+    uint32_t overflow;   // 1: the dispatch does not fit the buffer
     int32_t bad_expert;  // 1 + an expert id out of range that was seen; 0: none. Its route is dropped.
     // int32 expert_count[L] and expert_offset[L + 1] follow
 };
@@ -62,6 +65,10 @@ struct Peers {
     RAY_DEEPEP_DEVICE AreaHeader* header(int peer, uint32_t sequence) const {
         return in_area<AreaHeader>(peer, sequence, layout.area.header_at);
     }
+    // Flags in the memory of `reader` about rows of `source`.
+    RAY_DEEPEP_DEVICE uint32_t* ready_flags(int reader, int source) const {
+        return reinterpret_cast<uint32_t*>(segments[reader] + layout.ready_at) + source * layout.num_ready_flags;
+    }
 };
 
 #ifdef __CUDACC__
@@ -78,72 +85,111 @@ __device__ inline uint64_t load_acquire(const uint64_t* address) {
     return value;
 }
 
+__device__ inline uint32_t load_acquire(const uint32_t* address) {
+    uint32_t value;
+    asm volatile("ld.acquire.sys.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+
 __device__ inline void store_release(uint64_t* address, uint64_t value) {
     asm volatile("st.release.sys.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
+}
+
+__device__ inline void store_release(uint32_t* address, uint32_t value) {
+    asm volatile("st.release.sys.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
 }
 
 __device__ inline uint32_t load_volatile(const uint32_t* address) {
     return *reinterpret_cast<const volatile uint32_t*>(address);
 }
 
+// Bulk copies read and write through a proxy of their own: what was seen or written before this is seen by them after.
+__device__ inline void fence_bulk_copies() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("fence.proxy.async;" ::: "memory");
+#endif
+}
+
+enum class Phase : uint32_t { kPublished = 0, kStaged = 1, kDone = 2 };
+
+// Whom a wait is for, and in which operation; for the report.
+struct WaitFor {
+    Phase phase;
+    uint32_t operation;
+    int peer;
+    uint32_t sequence;
+};
+
 // First fault wins; the host reads the fields after the flag.
-__device__ inline void report_fault(const Peers& peers, uint32_t fault, uint32_t operation, int peer, uint32_t expected,
-                                    uint32_t seen, uint64_t elapsed_ns) {
+__device__ inline void report_fault(const Peers& peers, uint32_t fault, const WaitFor& wait, uint32_t seen,
+                                    uint64_t elapsed_ns) {
     if (atomicExch(&peers.control->failed, 1u) != 0u) return;
     HostStatus* status = peers.status;
-    status->operation = operation;
-    status->sequence = expected;
-    status->peer = peer;
-    status->expected = expected;
+    status->operation = wait.operation;
+    status->sequence = wait.sequence;
+    status->peer = wait.peer;
+    status->expected = wait.sequence;
     status->seen = seen;
     status->elapsed_ns = elapsed_ns;
+    status->phase = static_cast<uint32_t>(wait.phase);
     __threadfence_system();
     *reinterpret_cast<volatile uint32_t*>(&status->fault) = fault;
 }
 
-__device__ inline bool wait_for_signal(const Peers& peers, int peer, uint32_t sequence, uint32_t signature,
-                                       uint32_t operation) {
-    const auto* signals = reinterpret_cast<const uint64_t*>(peers.segments[peers.rank] + peers.layout.signals_at);
+// Poll until load() has reached the sequence number; false, and a report, if it does not within the deadline.
+template <typename Load>
+__device__ bool poll(const Peers& peers, const WaitFor& wait, Load load) {
     const uint64_t start = global_time_ns();
     for (uint32_t round = 1;; ++round) {
-        const uint64_t value = load_acquire(&signals[peer]);
-        const uint32_t seen = static_cast<uint32_t>(value >> 32);
-        if (static_cast<int32_t>(seen - sequence) >= 0) {
-            // A peer that is ahead has agreed already, and its signature belongs to a later operation.
-            if (seen != sequence || static_cast<uint32_t>(value) == signature) return true;
-            report_fault(peers, 3, operation, peer, sequence, seen, global_time_ns() - start);
-            return false;
-        }
+        const uint32_t seen = load();
+        if (static_cast<int32_t>(seen - wait.sequence) >= 0) return true;
         if ((round & 255) != 0) continue;
         if (load_volatile(&peers.control->failed) != 0) return false;
         const uint64_t elapsed = global_time_ns() - start;
         const bool aborted = load_volatile(&peers.status->abort) != 0;
         if (elapsed < peers.deadline_ns && !aborted) continue;
-        report_fault(peers, aborted ? 2 : 1, operation, peer, sequence, seen, elapsed);
+        report_fault(peers, aborted ? 2 : 1, wait, seen, elapsed);
         return false;
     }
 }
 
-// All threads of the block call it; returns false in all of them if the operation cannot go on. What peers published
-// before their signals is visible to all threads afterwards, to bulk copies too.
-__device__ inline bool wait_for_peers(const Peers& peers, uint32_t sequence, uint32_t signature, uint32_t operation) {
-    bool ok = load_volatile(&peers.control->failed) == 0;
-    for (int peer = threadIdx.x; ok && peer < peers.num_ranks; peer += blockDim.x) {
-        ok = wait_for_signal(peers, peer, sequence, signature, operation);
-    }
-    const bool all = __syncthreads_and(ok) != 0;
-    asm volatile("fence.acq_rel.sys;" ::: "memory");
-#if __CUDA_ARCH__ >= 900
-    asm volatile("fence.proxy.async;" ::: "memory");
-#endif
-    return all;
+__device__ inline bool wait_for_signal(const Peers& peers, uint32_t operation, int peer, uint32_t sequence,
+                                       uint32_t signature) {
+    const auto* signal = reinterpret_cast<const uint64_t*>(peers.segments[peers.rank] + peers.layout.signals_at) + peer;
+    const WaitFor wait{Phase::kPublished, operation, peer, sequence};
+    uint64_t value = 0;
+    const auto load = [&] { return static_cast<uint32_t>((value = load_acquire(signal)) >> 32); };
+    if (!poll(peers, wait, load)) return false;
+    // A peer that is ahead has agreed already, and its signature belongs to a later operation.
+    const uint32_t seen = static_cast<uint32_t>(value >> 32);
+    if (seen != sequence || static_cast<uint32_t>(value) == signature) return true;
+    report_fault(peers, 3, wait, seen, 0);
+    return false;
 }
 
-// One thread per peer: tell it that `sequence` is published.
-__device__ inline void raise_signals(const Peers& peers, uint32_t sequence, uint32_t signature) {
+// One warp: wait until all peers have published. What they wrote before is visible to this warp afterwards.
+__device__ inline bool wait_for_peers_warp(const Peers& peers, uint32_t operation, uint32_t sequence,
+                                           uint32_t signature) {
+    bool ok = load_volatile(&peers.control->failed) == 0;
+    for (int peer = threadIdx.x % 32; ok && peer < peers.num_ranks; peer += 32) {
+        ok = wait_for_signal(peers, operation, peer, sequence, signature);
+    }
+    ok = __all_sync(0xffffffffu, ok) != 0;
+    asm volatile("fence.acq_rel.sys;" ::: "memory");
+    return ok;
+}
+
+// Whole block.
+__device__ inline bool wait_for_peers(const Peers& peers, uint32_t operation, uint32_t sequence, uint32_t signature) {
+    const bool ok = threadIdx.x >= 32 || wait_for_peers_warp(peers, operation, sequence, signature);
+    return __syncthreads_and(ok) != 0;
+}
+
+// One thread per peer: tell it that `sequence` is published, or that its rows are no longer read.
+__device__ inline void raise_signals(const Peers& peers, int64_t signals_at, uint32_t sequence, uint32_t signature) {
     __threadfence_system();
     for (int peer = threadIdx.x; peer < peers.num_ranks; peer += blockDim.x) {
-        auto* signals = reinterpret_cast<uint64_t*>(peers.segments[peer] + peers.layout.signals_at);
+        auto* signals = reinterpret_cast<uint64_t*>(peers.segments[peer] + signals_at);
         store_release(&signals[peers.rank], (static_cast<uint64_t>(sequence) << 32) | signature);
     }
 }

@@ -35,16 +35,21 @@ SegmentLayout make_segment_layout(const DeviceSizes& sizes) {
     area.locations_at = cursor.take(routes * 4);
     area.row_weights_at = cursor.take(std::max(sizes.max_rows, sizes.max_recv_tokens * sizes.num_topk) * 4);
     area.scales_at = cursor.take(sizes.max_tokens * (sizes.hidden / 128) * 4);
-    area.rows_at = cursor.take(std::max({sizes.max_tokens, sizes.max_recv_tokens, sizes.max_rows}) * sizes.hidden *
-                               sizes.max_element_size);
+    area.rows_at = cursor.take(sizes.num_staged_rows() * sizes.hidden * sizes.max_element_size);
     area.bytes = cursor.end();
 
     Cursor segment;
     SegmentLayout layout;
     layout.area = area;
+    layout.num_chunks = sizes.num_chunks();
+    layout.num_ready_flags = sizes.num_ready_flags();
     layout.signals_at = segment.take(kMaxRanks * 8);
+    layout.done_at = segment.take(kMaxRanks * 8);
+    layout.ready_at = segment.take(sizes.num_ranks * layout.num_ready_flags * 4);
     layout.area_at[0] = segment.take(area.bytes);
     layout.area_at[1] = segment.take(area.bytes);
+    layout.symm_bytes = sizes.symm_bytes;
+    layout.symm_at = segment.take(sizes.symm_bytes);
     layout.bytes = segment.end();
     return layout;
 }

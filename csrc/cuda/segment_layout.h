@@ -2,13 +2,16 @@
 // kernel finds a peer's data without asking.
 #pragma once
 
+#include <algorithm>
 #include <cstdint>
 
 namespace ray_deepep {
 
-// Tokens are planned in chunks: a rank publishes counts per chunk, and any chunk's rows can then be placed without
-// looking at the others' routing.
+// Tokens are planned in chunks: a rank publishes what came before each chunk, and any chunk's rows can then be placed
+// without looking at the others' routing.
 inline constexpr int kChunkTokens = 64;
+// Rows that do not live in the heap are staged while peers read those that are there already, so many at a time.
+inline constexpr int kReadyRows = 32;
 inline constexpr int kMaxRanks = 64;
 
 struct DeviceSizes {
@@ -21,8 +24,12 @@ struct DeviceSizes {
     int64_t max_recv_tokens = 0;  // token rows that a rank may receive
     int64_t max_rows = 0;         // rows of an output in any layout
     int64_t max_element_size = 4;
+    int64_t symm_bytes = 0;  // for tensors of the user's
+    bool bulk_copy = true;   // false: plain vectors also on chips that have bulk copies
     int num_local_experts() const { return num_experts / num_ranks; }
     int64_t num_chunks() const { return (max_tokens + kChunkTokens - 1) / kChunkTokens; }
+    int64_t num_staged_rows() const { return std::max({max_tokens, max_recv_tokens, max_rows}); }
+    int64_t num_ready_flags() const { return (num_staged_rows() + kReadyRows - 1) / kReadyRows; }
 };
 
 // Offsets inside an area, in bytes.
@@ -30,8 +37,8 @@ struct AreaLayout {
     int64_t header_at = 0;        // AreaHeader
     int64_t rank_total_at = 0;    // int32 [N]: token rows for each rank
     int64_t expert_total_at = 0;  // int32 [E]: routes for each expert
-    int64_t chunk_rank_at = 0;    // int32 [C, N]
-    int64_t chunk_expert_at = 0;  // int32 [C, E]
+    int64_t chunk_rank_at = 0;    // int32 [C, N]: token rows for each rank in the chunks before
+    int64_t chunk_expert_at = 0;  // int32 [C, E]: routes for each expert in the chunks before
     int64_t topk_idx_at = 0;      // int32 [T, K]
     int64_t topk_weights_at = 0;  // float [T, K]
     int64_t locations_at = 0;     // int32 [T, K]
@@ -43,7 +50,13 @@ struct AreaLayout {
 
 struct SegmentLayout {
     int64_t signals_at = 0;   // uint64 [kMaxRanks], written by peers: sequence << 32 | signature
+    int64_t done_at = 0;      // uint64 [kMaxRanks], written by peers: sequence << 32, their reading is over
+    int64_t ready_at = 0;     // uint32 [N, F], written by peers: sequence in which these rows of theirs were staged
     int64_t area_at[2] = {};  // used by turns
+    int64_t symm_at = 0;      // tensors of the user's
+    int64_t symm_bytes = 0;
+    int64_t num_chunks = 0;       // C
+    int64_t num_ready_flags = 0;  // F
     AreaLayout area;
     int64_t bytes = 0;
 };
@@ -51,7 +64,7 @@ struct SegmentLayout {
 // What a rank publishes about its operation.
 struct AreaHeader {
     int32_t num_tokens;
-    int32_t unused;
+    int32_t staged;   // 1: rows arrive in the area piece by piece, each with its flag
     int64_t rows_at;  // from the segment's start: the staged rows, or a tensor that lives in the heap
     int64_t scales_at;
     int32_t fields[8];  // what the signature is made of, to name the difference

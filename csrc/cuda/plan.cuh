@@ -1,0 +1,82 @@
+// What the blocks of the plan kernel share: sums over the totals that all ranks published. Every block works out what
+// it needs by itself, so that blocks need not wait for each other.
+#pragma once
+
+#include "cuda/params.h"
+
+namespace ray_deepep {
+
+#ifdef __CUDACC__
+
+inline constexpr int kPlanThreads = 128;
+inline constexpr unsigned kAll = 0xffffffffu;
+
+__device__ inline int round_up(int value, int64_t multiple) {
+    return static_cast<int>((value + multiple - 1) / multiple * multiple);
+}
+
+// Experts [first, first + count), whole ranks of them, in shared memory.
+struct ExpertSums {
+    int first;
+    int count;
+    int* totals;  // [count] routes
+    int* starts;  // [count] first output row at the expert's rank
+    int* before;  // [count] routes from sources before `source`
+    int* ends;    // [N] output rows of each of the ranks, expert-major
+};
+
+// Whole block.
+__device__ inline void sum_experts(const PlanParams& p, uint32_t sequence, int source, const ExpertSums& sums) {
+    const Peers& peers = p.peers;
+    const int num_local = peers.num_local_experts, lane = threadIdx.x % 32;
+    for (int e = threadIdx.x; e < sums.count; e += kPlanThreads) {
+        int total = 0, before = 0;
+#pragma unroll 8
+        for (int other = 0; other < peers.num_ranks; ++other) {
+            const int count =
+                peers.in_area<const int32_t>(other, sequence, peers.layout.area.expert_total_at)[sums.first + e];
+            before += other < source ? count : 0;
+            total += count;
+        }
+        sums.totals[e] = total;
+        sums.before[e] = before;
+    }
+    __syncthreads();
+    for (int rank = threadIdx.x / 32; rank * num_local < sums.count; rank += kPlanThreads / 32) {
+        int start = 0;
+        for (int at = 0; at < num_local; at += 32) {
+            const int local = at + lane, e = rank * num_local + local;
+            const int size = local < num_local ? round_up(sums.totals[e], p.plan.alignment) : 0;
+            int sum = size;
+#pragma unroll
+            for (int step = 1; step < 32; step *= 2) {
+                const int other = __shfl_up_sync(kAll, sum, step);
+                if (lane >= step) sum += other;
+            }
+            if (local < num_local) sums.starts[e] = start + sum - size;
+            start += __shfl_sync(kAll, sum, 31);
+        }
+        if (lane == 0) sums.ends[rank] = start;
+    }
+    __syncthreads();
+}
+
+// Token rows that `rank` receives from sources before `source`.
+__device__ inline int rows_before(const PlanParams& p, uint32_t sequence, int source, int rank) {
+    int rows = 0;
+#pragma unroll 8
+    for (int other = 0; other < source; ++other) {
+        rows += p.peers.in_area<const int32_t>(other, sequence, p.peers.layout.area.rank_total_at)[rank];
+    }
+    return rows;
+}
+
+__device__ inline int num_rows_of(const PlanParams& p, int num_recv_tokens, int end) {
+    if (p.plan.layout == LayoutKind::kExpertMajor) return end;
+    if (p.plan.layout == LayoutKind::kTokenMajor) return num_recv_tokens;
+    return static_cast<int>(p.peers.num_ranks * p.peers.num_local_experts * p.plan.capacity);
+}
+
+#endif  // __CUDACC__
+
+}  // namespace ray_deepep

@@ -1,0 +1,56 @@
+// Shared by the two pull kernels: in which order rows are pulled, and the launchers.
+#pragma once
+
+#include "cuda/params.h"
+
+namespace ray_deepep {
+
+#ifdef __CUDACC__
+
+// Rows of all sources by turns, starting behind this rank, so that links and local memory are busy all the time and no
+// source is read by everybody at once.
+struct PullOrder {
+    const int* starts;
+    int rank, num_ranks, room;
+    int most = 0;  // rows of the source that sends most
+
+    __device__ PullOrder(const PullParams& p, const Sources& sources)
+        : starts(sources.starts),
+          rank(p.peers.rank),
+          num_ranks(p.peers.num_ranks),
+          room(static_cast<int>(p.plan.max_recv_tokens)) {
+        for (int source = 0; source < num_ranks; ++source) most = max(most, starts[source + 1] - starts[source]);
+    }
+    __device__ int size() const { return most * num_ranks; }
+    __device__ int source_of(int i) const { return (rank + 1 + i % num_ranks) % num_ranks; }
+    // -1: this turn's source has no more rows, or there is no room.
+    __device__ int row_of(int i) const {
+        const int source = source_of(i), row = starts[source] + i / num_ranks;
+        return row < starts[source + 1] && row < room ? row : -1;
+    }
+};
+
+// Output rows that may be empty, to be cleared: none where rows are dense.
+__device__ inline int64_t num_clear_candidates(const DevicePlan& plan) {
+    if (plan.fixed) return plan.max_rows;
+    const bool dense =
+        plan.layout == LayoutKind::kTokenMajor || (plan.layout == LayoutKind::kExpertMajor && plan.alignment == 1);
+    return dense ? 0 : min(int64_t{plan.counts[kNumRows]}, plan.max_rows);
+}
+
+// Warps that stage take part in nothing else.
+__device__ inline bool is_staging_warp(const Staging& staging) {
+    return staging.num_warps > 0 && threadIdx.x / 32 >= blockDim.x / 32 - staging.num_warps;
+}
+
+__device__ inline void stage_dispatch(const PullParams& p, uint32_t sequence) {
+    const int64_t pieces = (p.staging.num_rows + kReadyRows - 1) / kReadyRows;
+    stage_rows(p.peers, p.staging, sequence, pieces, [](int64_t i) { return i; }, [](int64_t) { return true; });
+}
+
+#endif  // __CUDACC__
+
+void launch_pull_bulk(const PullParams& params, cudaStream_t stream);
+void launch_pull_vector(const PullParams& params, cudaStream_t stream);
+
+}  // namespace ray_deepep
