@@ -20,13 +20,9 @@ def traffic_and_world(alignment: int | None) -> tuple[cuda_traffic.Traffic, devi
     """The benchmark's counts, and the oracle's for the same routing."""
     layout = TokenMajor() if alignment is None else ExpertMajor(alignment)
     sizes = {"num_experts": NUM_EXPERTS, "num_topk": NUM_TOPK, "hidden": 8}
-    dispatch = DispatchCase(
-        seed=5, num_tokens=(NUM_TOKENS,) * NUM_RANKS, layout=layout, routing="distinct", **sizes
-    )
+    dispatch = DispatchCase(seed=5, num_tokens=(NUM_TOKENS,) * NUM_RANKS, layout=layout, routing="distinct", **sizes)
     world = device_cases.make_world(dispatch, torch.device("cpu"))
-    case = cuda_traffic.Case(
-        num_ranks=NUM_RANKS, num_tokens=NUM_TOKENS, dtype="bfloat16", routing="uniform", **sizes
-    )
+    case = cuda_traffic.Case(num_ranks=NUM_RANKS, num_tokens=NUM_TOKENS, dtype="bfloat16", routing="uniform", **sizes)
     owners = [idx // world.num_local_experts for idx in world.topk_idx]
     pairs = [[len({t for t, k in (owner == d).nonzero().tolist()}) for d in range(NUM_RANKS)] for owner in owners]
     routes = [[int((owner == d).sum()) for d in range(NUM_RANKS)] for owner in owners]
