@@ -58,12 +58,17 @@ class Timing:
         }
 
 
+def make_flush() -> torch.Tensor:
+    """Memory to write so that nothing of use is left in the L2."""
+    return torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+
+
 class Stopwatch:
     """Times calls that all ranks make together. Ranks meet before each through the host."""
 
     def __init__(self, num_rounds: int) -> None:
         self.num_rounds = num_rounds
-        self.flush = torch.empty(FLUSH_BYTES // 4, dtype=torch.int32, device="cuda")
+        self.flush = make_flush()
 
     def measure(self, call: Callable[[], object]) -> Timing:
         """Time ``call``; the same answer on every rank."""

@@ -61,6 +61,33 @@ def plot_deepspeed_layer(records: list[Record], path: Path) -> None:
     _save(figure, path)
 
 
+def plot_cuda_overlap(records: list[Record], path: Path) -> None:
+    """One after the other against together, per number of SMs, a panel per operation."""
+    names = list(dict.fromkeys(record["operation"] for record in records))
+    figure = Figure(figsize=(4.8 * len(names), 4.2), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(1, len(names), sharey=True, squeeze=False)[0])
+    for axes, name in zip(panels, names):
+        found = [record for record in records if record["operation"] == name]
+        places = range(len(found))
+        products, alone = ([r[key] for r in found] for key in ("product_alone_us", "operation_alone_us"))
+        left, right = [place - 0.2 for place in places], [place + 0.2 for place in places]
+        axes.bar(left, products, 0.38, color="tab:blue", label="product alone")
+        axes.bar(left, alone, 0.38, bottom=products, color="tab:red", label=f"{name} alone")
+        bars = axes.bar(right, [r["together_us"] for r in found], 0.38, color="tab:green", label="together")
+        axes.bar_label(bars, [f"{r['together_us']:.0f}\n{r['hidden']:.0%} hidden" for r in found], fontsize=8)
+        axes.set_xticks(list(places), [str(r["num_sms"]) for r in found])
+        axes.set(title=name, xlabel=f"SMs of {name}")
+        axes.margins(y=0.2)
+        axes.legend(fontsize=8, loc="lower right")
+    panels[0].set_ylabel("us (median of the slowest rank)")
+    config = records[0]["config"]
+    m, n, k = config["product"]
+    sizes = f"{config['num_tokens']} tokens × {config['hidden']}, top-{config['num_topk']} of {config['num_experts']}"
+    figure.suptitle(f"{sizes}, {config['num_ranks']} ranks; [{m}, {k}] @ [{k}, {n}]; {records[0]['gpu']}", fontsize=10)
+    _save(figure, path)
+
+
 def _split(record: Record) -> dict[str, float]:
     """Parts that add up to the whole. Waiting is what is left: for ranks that compute longer, and for the processor."""
     parts, communication = record["parts"], record["aligned_parts"]["communication"]

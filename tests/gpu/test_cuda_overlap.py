@@ -247,6 +247,25 @@ def test_work_and_after(ranks: Ranks, num_ranks: int) -> None:
     ranks.run(num_ranks, work_and_after, make_case(num_ranks, ExpertMajor(8)), deadline_s=120.0)
 
 
+def async_then_not(context: RankContext, case: Case) -> None:
+    """An operation on the current stream right after one that is held back on the other, with no wait between."""
+    device, rank = device_cases.use_gpu(context.rank), context.rank
+    first, second = worlds_of(case, device, 2)
+    with make_buffer(context, case) as buffer:
+        handles = [device_cases.dispatch(buffer, world, rank).handle for world in (first, second)]
+        for _ in range(5):
+            gate = late_event(3.0)
+            work = device_cases.dispatch_along(buffer, first, rank, handles[0], async_op=True, after=gate)
+            plain = device_cases.dispatch_along(buffer, second, rank, handles[1])
+            device_cases.assert_dispatched(plain, second, rank, cached=True)
+            device_cases.assert_dispatched(work.wait(), first, rank, cached=True)
+
+
+@pytest.mark.parametrize("num_ranks", (1, 2))
+def test_async_then_not(ranks: Ranks, num_ranks: int) -> None:
+    ranks.run(num_ranks, async_then_not, make_case(num_ranks, ExpertMajor(8)), deadline_s=120.0)
+
+
 def streams_of_the_caller(context: RankContext, case: Case) -> None:
     """Calls from several current streams, each of which waits for the one before."""
     device, rank = device_cases.use_gpu(context.rank), context.rank
