@@ -1,6 +1,4 @@
 // Combine: sums of what comes as it is, per-rank rows or rows of single routes.
-#include <algorithm>
-
 #include "cuda/combine.cuh"
 
 namespace ray_deepep {
@@ -17,9 +15,7 @@ void launch_combine(const CombineParams& given, cudaStream_t stream) {
         params.staging.num_warps = params.by_rank && !params.fast ? kCopyingWarps : kCombineThreads / 32;
     }
     if (params.fast) return launch_combine_fast(params, stream);
-    const int num_topk = params.plan.num_topk;
-    launch_combine_kernel<false>(params, params.by_rank ? std::min(num_topk, params.peers.num_ranks) : num_topk,
-                                 stream);
+    launch_combine_kernel<false>(params, stream);
 }
 
 }  // namespace ray_deepep

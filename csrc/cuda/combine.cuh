@@ -10,7 +10,7 @@
 namespace ray_deepep {
 
 inline constexpr int kCombineThreads = 512;
-inline constexpr int kCopyingWarps = 4;  // that stage token-major rows, whose readers can start early
+inline constexpr int kCopyingWarps = 8;  // that stage token-major rows, whose readers can start early
 
 // One route of a token, in lane k.
 struct Route {
@@ -91,7 +91,7 @@ __device__ inline void pull_row_weights(const CombineParams& p, uint32_t sequenc
 }
 
 // Sum of a received token's local experts, into the area.
-template <typename T, int kMostRows>
+template <typename T>
 __device__ void stage_sum(const CombineParams& p, uint32_t sequence, int64_t row, uint4* room) {
     const unsigned all = 0xffffffffu;
     const int lane = threadIdx.x % 32, num_topk = p.plan.num_topk;
@@ -108,13 +108,12 @@ __device__ void stage_sum(const CombineParams& p, uint32_t sequence, int64_t row
     const float its_weight = __shfl_sync(all, weight, from);
     auto* area = p.peers.in_area<std::byte>(p.peers.rank, sequence, p.peers.layout.area.rows_at);
     const RowSum to{area + row * row_bytes, nullptr, nullptr, 0, static_cast<int>(row_bytes / 16), p.weighted};
-    sum_rows<T, kMostRows, false>(to, RowList{p.staging.rows + its_slot * row_bytes, its_weight, from, __popc(held)},
-                                  room);
+    sum_rows<T, false>(to, RowList{p.staging.rows + its_slot * row_bytes, its_weight, from, __popc(held)}, room);
 }
 
 // Not inlined, for its registers. Rows that peers will read: per-rank sums, in the segments of all other sources by
 // turns; else every filled slot.
-template <typename T, int kMostRows, bool kFast>
+template <typename T, bool kFast>
 __device__ __noinline__ void stage_combine(const CombineParams& p, uint32_t sequence, uint4* room) {
     const DevicePlan& plan = p.plan;
     const int rank = p.peers.rank, others = p.peers.num_ranks - 1;
@@ -141,7 +140,7 @@ __device__ __noinline__ void stage_combine(const CombineParams& p, uint32_t sequ
     stage_rows(p.peers, p.staging, sequence, (most / kReadyRows + 2) * int64_t{others}, piece_at, [&](int64_t row) {
         if ((row >= own_start && row < own_end) || row >= plan.source_start[others + 1]) return;
         if constexpr (kFast) {
-            return stage_sum<T, kMostRows>(p, sequence, row, room);
+            return stage_sum<T>(p, sequence, row, room);
         }
         stage_row(p.peers, p.staging, sequence, row);
     });
@@ -156,7 +155,7 @@ __device__ inline void clear_missing_routes(const CombineParams& p, int64_t toke
 }
 
 // A warp takes one token after the other; what it needs to know about the next is loaded while it adds.
-template <typename T, int kMostRows, bool kFast>
+template <typename T, bool kFast>
 __device__ void combine_tokens(const CombineParams& p, const Sources& sources, uint32_t sequence, uint4* room) {
     const int lane = threadIdx.x % 32, num_warps = gridDim.x * blockDim.x / 32;
     const int64_t row_bytes = p.hidden * sizeof(T);
@@ -183,7 +182,7 @@ __device__ void combine_tokens(const CombineParams& p, const Sources& sources, u
                         p.plan.num_tokens * row_bytes,
                         static_cast<int>(row_bytes / 16),
                         p.weighted};
-        sum_rows<T, kMostRows, kFast>(to, list, room);
+        sum_rows<T, kFast>(to, list, room);
         if (p.routes != nullptr) clear_missing_routes(p, token, row_bytes);
         token = next;
         route = next_route;
@@ -191,55 +190,40 @@ __device__ void combine_tokens(const CombineParams& p, const Sources& sources, u
     }
 }
 
-template <typename T, int kMostRows, bool kFast>
+template <typename T, bool kFast>
 __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __grid_constant__ CombineParams p) {
     extern __shared__ __align__(16) uint4 room[];
     __shared__ Sources sources;
     const uint32_t sequence = begin_operation(p.peers, p.publication, &sources);
     if (p.staging.num_warps > 0 && threadIdx.x / 32 >= kCombineThreads / 32 - p.staging.num_warps) {
-        stage_combine<T, kMostRows, kFast>(p, sequence, room);
+        stage_combine<T, kFast>(p, sequence, room);
     }
     if (threadIdx.x < 32)
         find_sources(p.peers, p.publication, sequence, p.own_rows, nullptr, p.plan.source_start, &sources);
     if (await_sources(&sources)) {
         if (p.topk_weights != nullptr) pull_row_weights(p, sequence);
-        if (p.has_rows) combine_tokens<T, kMostRows, kFast>(p, sources, sequence, room);
+        if (p.has_rows) combine_tokens<T, kFast>(p, sources, sequence, room);
     }
     end_operation(p.peers, p.publication, sequence);
 }
 
 inline constexpr int kCombineSharedBytes = sum_shared_bytes(kCombineThreads);
 
-// Call use(kernel) with the combine kernel for this dtype and number of rows.
-template <bool kFast, typename Use>
-void with_combine_kernel(DType dtype, int most_rows, Use use) {
-    with_float_type(dtype, [&](auto type) {
-        using T = decltype(type);
-        if constexpr (kFast) {
-            use(most_rows <= 8 ? combine_kernel<T, 8, true> : combine_kernel<T, 0, true>);
-        } else {
-            with_most_rows(most_rows, [&](auto most) { use(combine_kernel<T, most.value, false>); });
-        }
-    });
-}
-
 template <bool kFast>
 void allow_combine_kernels() {
     for (const DType dtype : {DType::kFloat32, DType::kBFloat16, DType::kFloat16}) {
-        for (const int most_rows : {2, 4, 8, 9}) {
-            with_combine_kernel<kFast>(dtype, most_rows, [](auto* kernel) {
-                check_cuda(
-                    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, kCombineSharedBytes),
-                    "shared memory of combine_kernel");
-            });
-        }
+        with_float_type(dtype, [](auto type) {
+            check_cuda(cudaFuncSetAttribute(combine_kernel<decltype(type), kFast>,
+                                            cudaFuncAttributeMaxDynamicSharedMemorySize, kCombineSharedBytes),
+                       "shared memory of combine_kernel");
+        });
     }
 }
 
 template <bool kFast>
-void launch_combine_kernel(const CombineParams& params, int most_rows, cudaStream_t stream) {
-    with_combine_kernel<kFast>(params.dtype, most_rows, [&](auto* kernel) {
-        kernel<<<params.num_sms, kCombineThreads, kCombineSharedBytes, stream>>>(params);
+void launch_combine_kernel(const CombineParams& params, cudaStream_t stream) {
+    with_float_type(params.dtype, [&](auto type) {
+        combine_kernel<decltype(type), kFast><<<params.num_sms, kCombineThreads, kCombineSharedBytes, stream>>>(params);
     });
     check_launch("combine_kernel");
 }

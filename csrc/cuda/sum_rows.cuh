@@ -1,8 +1,6 @@
 // Sums of rows by one warp, in float32 and in a fixed order.
 #pragma once
 
-#include <type_traits>
-
 #include "cuda/vec.cuh"
 
 namespace ray_deepep {
@@ -171,21 +169,16 @@ struct SumPipe {
     }
 };
 
-// One warp. kMostRows is the most that any list of the launch holds, 0: more than eight. A kernel is made for each, as
-// side by side the variants would take each other's registers. `room` is the block's, of sum_shared_bytes().
-template <typename T, int kMostRows, bool kGroup>
+// One warp. `room` is the block's, of sum_shared_bytes().
+template <typename T, bool kGroup>
 __device__ void sum_rows(const RowSum& to, const RowList& list, uint4* room) {
-    constexpr int kRows = kMostRows == 0 ? kSumVectors : kMostRows;
-    SumPipe<T, kRows, kGroup, kMostRows == 0>(to, list, room).run();
-}
-
-// Call launch(std::integral_constant<int, kMostRows>) for lists of at most `rows` rows.
-template <typename Launch>
-void with_most_rows(int rows, Launch launch) {
-    if (rows <= 2) return launch(std::integral_constant<int, 2>{});
-    if (rows <= 4) return launch(std::integral_constant<int, 4>{});
-    if (rows <= 8) return launch(std::integral_constant<int, 8>{});
-    launch(std::integral_constant<int, 0>{});
+    if (list.count <= 2) {
+        SumPipe<T, 2, kGroup, false>(to, list, room).run();
+    } else if (list.count <= 4) {
+        SumPipe<T, 4, kGroup, false>(to, list, room).run();
+    } else {
+        SumPipe<T, 8, kGroup, true>(to, list, room).run();
+    }
 }
 
 }  // namespace ray_deepep
