@@ -45,7 +45,9 @@ __device__ inline bool is_staging_warp(const Staging& staging) {
 
 __device__ inline void stage_dispatch(const PullParams& p, uint32_t sequence) {
     const int64_t pieces = (p.staging.num_rows + kReadyRows - 1) / kReadyRows;
-    stage_rows(p.peers, p.staging, sequence, pieces, [](int64_t i) { return i; }, [](int64_t) { return true; });
+    stage_rows(
+        p.peers, p.staging, sequence, pieces, [](int64_t i) { return i; },
+        [&](int64_t row) { stage_row(p.peers, p.staging, sequence, row); });
 }
 
 #endif  // __CUDACC__

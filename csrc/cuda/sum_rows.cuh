@@ -176,6 +176,8 @@ __device__ void sum_rows(const RowSum& to, const RowList& list, uint4* room) {
         SumPipe<T, 2, kGroup, false>(to, list, room).run();
     } else if (list.count <= 4) {
         SumPipe<T, 4, kGroup, false>(to, list, room).run();
+    } else if (list.count <= 8) {
+        SumPipe<T, 8, kGroup, false>(to, list, room).run();
     } else {
         SumPipe<T, 8, kGroup, true>(to, list, room).run();
     }
