@@ -18,6 +18,7 @@ from typing import TypeVar
 
 import torch
 
+from . import env
 from .core_errors import PublicErrors
 from .errors import FaultRecord, InvalidArgumentError
 from .float8 import FLOAT8, SCALE_BLOCK
@@ -126,6 +127,7 @@ class CudaTransport:
         sizes.rank, sizes.num_ranks, sizes.num_experts = rank, self._num_ranks, geometry.num_experts
         sizes.hidden, sizes.num_topk, sizes.max_tokens = geometry.hidden, geometry.num_topk, geometry.max_tokens
         sizes.max_recv_tokens, sizes.max_rows, sizes.symm_bytes = received, rows, geometry.symm_bytes
+        sizes.bulk_copy = env.bulk_copy()
         self._max_recv_tokens, self._max_rows = received, rows
         return sizes
 
@@ -141,6 +143,9 @@ class CudaTransport:
 
     def _new_dispatch(self, request: DispatchRequest, num_sms: int, stream: int) -> DispatchOutput:
         topk_idx, fixed = request.topk_idx, request.max_recv_tokens is not None
+        if not fixed and torch.cuda.is_current_stream_capturing():
+            # The host would wait for counts that come only when the graph runs.
+            raise InvalidArgumentError("max_recv_tokens", None, "must be given while a CUDA graph is captured")
         if topk_idx.dtype is not torch.int64:
             topk_idx = topk_idx.to(torch.int64)
         num_tokens, num_topk = topk_idx.shape

@@ -5,6 +5,7 @@
 | ``RAY_DEEPEP`` | ``0`` | ``1``: programs started by ``ray-deepep run`` swap DeepSpeed's MoE layers at import |
 | ``RAY_DEEPEP_TRANSPORT`` | ``auto`` | ``auto``, ``cuda``, ``shm`` or ``reference`` |
 | ``RAY_DEEPEP_NUM_SMS`` | ``24`` | multiprocessors that row-moving kernels may use |
+| ``RAY_DEEPEP_BULK_COPY`` | ``1`` | ``0``: plain vector copies also on GPUs that have bulk copies (sm_90 up) |
 | ``RAY_DEEPEP_DEADLINE_S`` | ``120`` | seconds that a collective waits for a peer before it reports a fault |
 | ``RAY_DEEPEP_BOOTSTRAP_DEADLINE_S`` | ``60`` | seconds that bootstrap waits for all ranks |
 | ``RAY_DEEPEP_NUM_THREADS`` | ``0`` | copy threads of a rank's CPU core; 0: cores of the host / ranks on it |
@@ -92,6 +93,11 @@ def num_threads() -> int:
 def num_sms() -> int:
     """``RAY_DEEPEP_NUM_SMS``."""
     return _read("RAY_DEEPEP_NUM_SMS", 24, _count, "must be an integer >= 1")
+
+
+def bulk_copy() -> bool:
+    """``RAY_DEEPEP_BULK_COPY``."""
+    return _read("RAY_DEEPEP_BULK_COPY", 1, _count, "must be 0 or 1") != 0
 
 
 def layout() -> str:

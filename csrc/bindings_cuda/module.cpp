@@ -128,7 +128,11 @@ void register_buffer(py::module_& module) {
             [](DeviceBuffer& buffer, const DeviceCombineArgs& args, const DevicePlan& plan, int num_sms,
                uintptr_t stream) { buffer.combine(args, plan, num_sms, as_stream(stream)); },
             py::arg("args"), py::arg("plan"), py::arg("num_sms"), py::arg("stream"), Release())
-        .def("check", &DeviceBuffer::check)
+        .def("check",
+             [](DeviceBuffer& buffer) {
+                 buffer.check();
+                 buffer.check_routing();
+             })
         .def("close", &DeviceBuffer::close, Release());
 }
 

@@ -76,6 +76,9 @@ class DeviceBuffer {
     void combine(const DeviceCombineArgs& args, const DevicePlan& plan, int num_sms, cudaStream_t stream);
     // Throw if a kernel of this buffer has reported a fault.
     void check();
+    // Throw if a dispatch that nobody waited for saw an expert id out of range. Not part of check(): an operation that
+    // is about to start must start, as its peers' do.
+    void check_routing();
     void close();
 
   private:

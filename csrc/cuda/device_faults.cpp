@@ -50,11 +50,7 @@ PlanCounts DeviceBuffer::wait_counts() {
         // This dispatch ends here; peers must not wait for its end.
         launch_release(peers_, stream_);
     }
-    if (status_->bad_expert != 0) {
-        const int expert = std::exchange(status_->bad_expert, 0) - 1;
-        throw ArgumentError("topk_idx", std::to_string(expert),
-                            "must be in [-1, " + std::to_string(sizes_.num_experts) + ")");
-    }
+    check_routing();
     const auto* counts = reinterpret_cast<const int32_t*>(status_ + 1);
     const int num_local = sizes_.num_local_experts();
     PlanCounts result;
@@ -72,6 +68,13 @@ void DeviceBuffer::check() {
     const uint32_t fault = read_volatile(status_->fault);
     if (fault == 3) throw_mismatch();
     if (fault != 0) throw_fault();
+}
+
+void DeviceBuffer::check_routing() {
+    if (!open_ || status_->bad_expert == 0) return;
+    const int expert = std::exchange(status_->bad_expert, 0) - 1;
+    throw ArgumentError("topk_idx", std::to_string(expert),
+                        "must be in [-1, " + std::to_string(sizes_.num_experts) + ")");
 }
 
 void DeviceBuffer::throw_fault() {

@@ -173,7 +173,7 @@ Publication DeviceBuffer::combine_publication(const DeviceCombineArgs& args, con
     staging->row_bytes = sizes_.hidden * element_size(args.dtype);
     // Per-rank sums have token rows, which the host need not know.
     const bool by_rank = fast || plan.layout == LayoutKind::kTokenMajor;
-    staging->num_rows = by_rank ? plan.max_recv_tokens : args.num_rows;
+    staging->num_rows = by_rank ? plan.max_recv_tokens : std::min(args.num_rows, sizes_.max_rows);
     return result;
 }
 
@@ -190,7 +190,9 @@ void DeviceBuffer::combine(const DeviceCombineArgs& args, const DevicePlan& plan
         publish.peers = peers_;
         publish.publication = params.publication;
         publish.row_weights = pointer<const float>(args.row_weights);
-        publish.num_row_weights = args.num_row_weights;
+        // With fixed shapes there may be more than any rank can receive; no peer reads those.
+        const int64_t room = token_major ? plan.max_recv_tokens * plan.num_topk : sizes_.max_rows;
+        publish.num_row_weights = std::min(args.num_row_weights, room);
         publish.num_topk = plan.num_topk;
         launch_publish(publish, stream);
     }
