@@ -113,6 +113,7 @@ void DeviceBuffer::begin_dispatch(const DeviceDispatchArgs& args, const DevicePl
     PublishParams publish;
     publish.peers = peers_;
     publish.publication = dispatch_publication(args, plan, false, &staging);
+    publish.has_routing = true;
     publish.topk_idx = pointer<const int64_t>(args.topk_idx);
     publish.topk_weights = pointer<const float>(args.topk_weights);
     publish.locations = pointer<const int32_t>(args.locations);

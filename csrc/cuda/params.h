@@ -17,7 +17,8 @@ namespace ray_deepep {
 struct PublishParams {
     Peers peers{};
     Publication publication;
-    const int64_t* topk_idx = nullptr;    // [T, K]; null: no routing (a plan is reused)
+    bool has_routing = false;             // a new dispatch; without tokens its arrays may be null
+    const int64_t* topk_idx = nullptr;    // [T, K]
     const float* topk_weights = nullptr;  // [T, K]; null: ones
     const int32_t* locations = nullptr;   // [T, K], padded layout only
     const float* row_weights = nullptr;   // combine

@@ -78,7 +78,7 @@ __global__ void __launch_bounds__(kThreads) publish_kernel(const __grid_constant
     const Peers& peers = p.peers;
     const bool failed = load_volatile(&peers.control->failed) != 0;
     const uint32_t sequence = load_volatile(&peers.control->sequence) + 1;
-    if (p.topk_idx != nullptr && !failed) {
+    if (p.has_routing && !failed) {
         int* experts = shared + peers.num_ranks + peers.num_experts;
         publish_chunk(p, sequence, blockIdx.x, experts, shared, shared + peers.num_ranks);
     }
@@ -95,7 +95,7 @@ __global__ void __launch_bounds__(kThreads) publish_kernel(const __grid_constant
     if (threadIdx.x == 0) peers.control->publish_blocks = 0;
     if (failed) return;
     __threadfence();
-    if (p.topk_idx != nullptr) {
+    if (p.has_routing) {
         const AreaLayout& area = peers.layout.area;
         const auto at = [&](int64_t offset) { return peers.in_area<int32_t>(peers.rank, sequence, offset); };
         sum_chunks(at(area.chunk_expert_at), at(area.expert_total_at), gridDim.x, peers.num_experts);
@@ -116,7 +116,7 @@ __global__ void release_kernel(const __grid_constant__ Peers peers) {
 void launch_publish(const PublishParams& params, cudaStream_t stream) {
     int blocks = 1;
     size_t shared = 0;
-    if (params.topk_idx != nullptr) {
+    if (params.has_routing) {
         blocks = (params.publication.num_tokens + kChunkTokens - 1) / kChunkTokens;
         blocks = blocks > 0 ? blocks : 1;
         shared = (params.peers.num_ranks + params.peers.num_experts + kChunkTokens * params.num_topk) * sizeof(int);

@@ -126,3 +126,22 @@ def bad_expert(context: RankContext) -> str:
 
 def test_expert_out_of_range(ranks: Ranks) -> None:
     assert ranks.run(2, bad_expert) == ["topk_idx: must be in [-1, 4); got '4'", ""]
+
+
+def no_tokens_after_some(context: RankContext) -> None:
+    """Counts of earlier dispatches lie in the heap still; empty tensors have null addresses."""
+    torch.cuda.set_device(context.rank % torch.cuda.device_count())
+    with context.buffer("cuda", num_experts=4, hidden=64, num_topk=2, max_tokens=200) as buffer:
+        for num_tokens in (200, 130, 0, 0, 7, 0):
+            x = torch.randn(num_tokens, 64, device="cuda")
+            result = buffer.dispatch(x, torch.zeros(num_tokens, 2, dtype=torch.int64, device="cuda"))
+            expected = num_tokens * context.num_ranks if context.rank == 0 else 0
+            assert result.handle.num_recv_tokens == expected
+            home = buffer.combine(result.x, result.handle)
+            torch.cuda.synchronize()
+            assert torch.equal(home.x, x)
+
+
+@pytest.mark.parametrize("num_ranks", (1, 2))
+def test_no_tokens_after_some(ranks: Ranks, num_ranks: int) -> None:
+    ranks.run(num_ranks, no_tokens_after_some)
