@@ -269,7 +269,9 @@ def test_missing_at_bootstrap(transport: str, absent: list[int], who: str) -> No
         assert found[rank]["missing"] == absent
         assert found[rank]["phase"] == "meet"
         assert found[rank]["text"] == f"bootstrap: {who} did not reach 'meet' within {BOOTSTRAP_DEADLINE_S:g} s"
-        assert BOOTSTRAP_DEADLINE_S <= found[rank]["elapsed_s"] < BOOTSTRAP_DEADLINE_S + 1
+    # An attempt ends on all ranks at once, when the first of them has waited for its deadline.
+    elapsed_s = [found[rank]["elapsed_s"] for rank in {0, 1, 2} - set(absent)]
+    assert BOOTSTRAP_DEADLINE_S <= max(elapsed_s) < BOOTSTRAP_DEADLINE_S + 1
 
 
 def check_missing_buffer(context: RankContext, transport: str, absent: int) -> dict | None:
