@@ -1,8 +1,11 @@
 """``ray_deepep.cluster`` on a real Ray: raw actors, Ray Train runs, and faults. One Ray serves the whole file."""
 
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -255,3 +258,42 @@ def test_too_few_cpus_are_an_error_at_once(cluster, tmp_path):
     assert run.status == 2
     assert run.lines("error: --workers = 64: needs 64 CPUs and the cluster has 8"), run.text
     assert run.seconds < 60
+
+
+# Examples, as a reader starts them
+
+
+def run_example(cluster, name: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(cluster_cases.ROOT / "examples" / name)]
+    # Python puts the script's folder on the path, not this one; ray_deepep may not be installed.
+    path = os.pathsep.join([str(cluster_cases.ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"RAY_ADDRESS": cluster["gcs"], "RAY_DEDUP_LOGS": "0", "PYTHONPATH": path}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def test_example_of_actors(cluster):
+    text = run_example(cluster, "03_ray_actors.py").stdout
+    for rank in range(4):
+        ranks = (0, 1) if rank < 2 else (2, 3)
+        assert f"world rank {rank} is rank {rank % 2} of ranks {ranks}, transport shm: 32 rows arrived" in text
+        assert f"came home as {2 * (rank + 1)}\n" in text
+    pid = re.search(r"killed world rank 3 \(pid (\d+)\); world rank 2 says:", text).group(1)
+    assert re.search(rf"on rank 0, wait_published: the process of rank 1 \(pid {pid} on .*\) is gone", text)
+    assert "with a replacement: world rank 3 is rank 1 of ranks (2, 3)" in text
+
+
+@pytest.mark.slow
+def test_example_of_a_train_run(cluster):
+    done = run_example(cluster, "04_ray_train.py")
+    (fault,) = re.findall(r"RAY_DEEPEP_FAULT (\{.*\})", done.stdout + done.stderr)
+    assert (json.loads(fault)["rank"], json.loads(fault)["cause"]) == (1, "died")
+    losses: dict[int, set[str]] = {}
+    printed = re.findall(r"step (\d): loss ([\d.]+)", done.stdout)
+    for step, loss in printed:
+        losses.setdefault(int(step), set()).add(loss)
+    assert sorted(losses) == list(range(6))
+    assert all(len(same) == 1 for same in losses.values()), "a repeated step must give the same loss"
+    assert [step for step, _ in printed].count("0") == 1, "the second attempt must go on from a checkpoint"
+    assert f"last loss {losses[5].pop()}" in done.stdout
