@@ -41,7 +41,9 @@ SHORT = CommConfig(bootstrap_deadline_s=3.0, num_threads=1, heap_gib=1.0)
 def cluster():
     """A Ray of this file's own, with the dashboard that jobs and the Train state need; gives its two addresses."""
     ray.cloudpickle.register_pickle_by_value(cluster_cases)
-    context = ray.init(address="local", num_cpus=8, include_dashboard=True, log_to_driver=False)
+    # Eight workers started in advance would have the cores for themselves for half a minute.
+    system = {"prestart_worker_first_driver": False}
+    context = ray.init(address="local", num_cpus=8, include_dashboard=True, log_to_driver=False, _system_config=system)
     yield {"gcs": ray.get_runtime_context().gcs_address, "dashboard": f"http://{context.dashboard_url}"}
     ray.shutdown()
     ray.cloudpickle.unregister_pickle_by_value(cluster_cases)
