@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -238,17 +239,27 @@ def test_faults_are_named_and_do_not_change_the_losses(cluster, undisturbed, tmp
         assert any(text in detail for detail in details), (text, details)
 
 
+@pytest.fixture(scope="module")
+def failed(cluster, undisturbed, tmp_path_factory) -> dict[str, Run]:
+    """Runs that fail, side by side: much of a start is waiting."""
+    options = ("--max-failures", "0", "--inject", "kill:rank=0,step=1")
+    with ThreadPoolExecutor() as pool:
+        killed = pool.submit(Run, cluster, tmp_path_factory.mktemp("runs") / "killed", *options)
+        refused = pool.submit(Run, cluster, undisturbed.out)
+        return {"killed": killed.result(), "refused": refused.result()}
+
+
 @pytest.mark.slow
-def test_a_run_without_retries_fails_with_the_culprit(cluster, tmp_path):
-    run = Run(cluster, tmp_path / "fatal", "--max-failures", "0", "--inject", "kill:rank=0,step=1")
+def test_a_run_without_retries_fails_with_the_culprit(failed):
+    run = failed["killed"]
     assert run.status == 1
     assert [(fault["rank"], fault["cause"]) for fault in run.faults] == [(0, "died")]
     assert run.lines("error: training failed"), run.text
 
 
 @pytest.mark.slow
-def test_an_error_of_the_user_is_not_retried(cluster, undisturbed):
-    run = Run(cluster, undisturbed.out)
+def test_an_error_of_the_user_is_not_retried(failed):
+    run = failed["refused"]
     assert run.status == 2
     assert run.lines("holds checkpoints"), run.text
     assert run.faults == []
@@ -265,18 +276,27 @@ def test_too_few_cpus_are_an_error_at_once(cluster, tmp_path):
 # Examples, as a reader starts them
 
 
-def run_example(cluster, name: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(cluster_cases.ROOT / "examples" / name)]
+@pytest.fixture(scope="module")
+def examples(cluster) -> dict[str, subprocess.CompletedProcess]:
+    """Both, side by side."""
     # Python puts the script's folder on the path, not this one; ray_deepep may not be installed.
     path = os.pathsep.join([str(cluster_cases.ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"RAY_ADDRESS": cluster["gcs"], "RAY_DEDUP_LOGS": "0", "PYTHONPATH": path}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+    def run(name: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(cluster_cases.ROOT / "examples" / name)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+    names = ("03_ray_actors.py", "04_ray_train.py")
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(run, names), strict=True))
+
+
+@pytest.mark.slow
+def test_example_of_actors(examples):
+    done = examples["03_ray_actors.py"]
     assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def test_example_of_actors(cluster):
-    text = run_example(cluster, "03_ray_actors.py").stdout
+    text = done.stdout
     for rank in range(4):
         ranks = (0, 1) if rank < 2 else (2, 3)
         assert f"world rank {rank} is rank {rank % 2} of ranks {ranks}, transport shm: 32 rows arrived" in text
@@ -287,8 +307,9 @@ def test_example_of_actors(cluster):
 
 
 @pytest.mark.slow
-def test_example_of_a_train_run(cluster):
-    done = run_example(cluster, "04_ray_train.py")
+def test_example_of_a_train_run(examples):
+    done = examples["04_ray_train.py"]
+    assert done.returncode == 0, done.stdout + done.stderr
     (fault,) = re.findall(r"RAY_DEEPEP_FAULT (\{.*\})", done.stdout + done.stderr)
     assert (json.loads(fault)["rank"], json.loads(fault)["cause"]) == (1, "died")
     losses: dict[int, set[str]] = {}
