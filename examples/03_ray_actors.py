@@ -51,7 +51,10 @@ class Worker:
 
 
 def main() -> None:
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    if "RAY_ADDRESS" in os.environ:
+        ray.init(log_to_driver=False)  # a cluster that runs; the rest of this example wants it on this machine
+    else:
+        ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     actors = [Worker.remote() for _ in range(4)]
     bootstrap(actors, ep_size=2)
     for line in ray.get([actor.exchange.remote() for actor in actors]):

@@ -70,7 +70,10 @@ def main() -> None:
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # Ray's default of 2 s is for long runs
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    ray.init(address="local", num_cpus=4)
+    if "RAY_ADDRESS" in os.environ:
+        ray.init()  # a cluster that runs
+    else:
+        ray.init(address="local", num_cpus=4)
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "deepspeed").mkdir()
         result = TorchTrainer(

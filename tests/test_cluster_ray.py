@@ -1,9 +1,13 @@
 """``ray_deepep.cluster`` on a real Ray: raw actors, Ray Train runs, and faults. One Ray serves the whole file."""
 
+import json
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -38,7 +42,9 @@ SHORT = CommConfig(bootstrap_deadline_s=3.0, num_threads=1, heap_gib=1.0)
 def cluster():
     """A Ray of this file's own, with the dashboard that jobs and the Train state need; gives its two addresses."""
     ray.cloudpickle.register_pickle_by_value(cluster_cases)
-    context = ray.init(address="local", num_cpus=8, include_dashboard=True, log_to_driver=False)
+    # Eight workers started in advance would have the cores for themselves for half a minute.
+    system = {"prestart_worker_first_driver": False}
+    context = ray.init(address="local", num_cpus=8, include_dashboard=True, log_to_driver=False, _system_config=system)
     yield {"gcs": ray.get_runtime_context().gcs_address, "dashboard": f"http://{context.dashboard_url}"}
     ray.shutdown()
     ray.cloudpickle.unregister_pickle_by_value(cluster_cases)
@@ -233,17 +239,27 @@ def test_faults_are_named_and_do_not_change_the_losses(cluster, undisturbed, tmp
         assert any(text in detail for detail in details), (text, details)
 
 
+@pytest.fixture(scope="module")
+def failed(cluster, undisturbed, tmp_path_factory) -> dict[str, Run]:
+    """Runs that fail, side by side: much of a start is waiting."""
+    options = ("--max-failures", "0", "--inject", "kill:rank=0,step=1")
+    with ThreadPoolExecutor() as pool:
+        killed = pool.submit(Run, cluster, tmp_path_factory.mktemp("runs") / "killed", *options)
+        refused = pool.submit(Run, cluster, undisturbed.out)
+        return {"killed": killed.result(), "refused": refused.result()}
+
+
 @pytest.mark.slow
-def test_a_run_without_retries_fails_with_the_culprit(cluster, tmp_path):
-    run = Run(cluster, tmp_path / "fatal", "--max-failures", "0", "--inject", "kill:rank=0,step=1")
+def test_a_run_without_retries_fails_with_the_culprit(failed):
+    run = failed["killed"]
     assert run.status == 1
     assert [(fault["rank"], fault["cause"]) for fault in run.faults] == [(0, "died")]
     assert run.lines("error: training failed"), run.text
 
 
 @pytest.mark.slow
-def test_an_error_of_the_user_is_not_retried(cluster, undisturbed):
-    run = Run(cluster, undisturbed.out)
+def test_an_error_of_the_user_is_not_retried(failed):
+    run = failed["refused"]
     assert run.status == 2
     assert run.lines("holds checkpoints"), run.text
     assert run.faults == []
@@ -255,3 +271,52 @@ def test_too_few_cpus_are_an_error_at_once(cluster, tmp_path):
     assert run.status == 2
     assert run.lines("error: --workers = 64: needs 64 CPUs and the cluster has 8"), run.text
     assert run.seconds < 60
+
+
+# Examples, as a reader starts them
+
+
+@pytest.fixture(scope="module")
+def examples(cluster) -> dict[str, subprocess.CompletedProcess]:
+    """Both, side by side."""
+    # Python puts the script's folder on the path, not this one; ray_deepep may not be installed.
+    path = os.pathsep.join([str(cluster_cases.ROOT), os.environ.get("PYTHONPATH", "")])
+    environment = os.environ | {"RAY_ADDRESS": cluster["gcs"], "RAY_DEDUP_LOGS": "0", "PYTHONPATH": path}
+
+    def run(name: str) -> subprocess.CompletedProcess:
+        command = [sys.executable, str(cluster_cases.ROOT / "examples" / name)]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
+
+    names = ("03_ray_actors.py", "04_ray_train.py")
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(names, pool.map(run, names), strict=True))
+
+
+@pytest.mark.slow
+def test_example_of_actors(examples):
+    done = examples["03_ray_actors.py"]
+    assert done.returncode == 0, done.stdout + done.stderr
+    text = done.stdout
+    for rank in range(4):
+        ranks = (0, 1) if rank < 2 else (2, 3)
+        assert f"world rank {rank} is rank {rank % 2} of ranks {ranks}, transport shm: 32 rows arrived" in text
+        assert f"came home as {2 * (rank + 1)}\n" in text
+    pid = re.search(r"killed world rank 3 \(pid (\d+)\); world rank 2 says:", text).group(1)
+    assert re.search(rf"on rank 0, wait_published: the process of rank 1 \(pid {pid} on .*\) is gone", text)
+    assert "with a replacement: world rank 3 is rank 1 of ranks (2, 3)" in text
+
+
+@pytest.mark.slow
+def test_example_of_a_train_run(examples):
+    done = examples["04_ray_train.py"]
+    assert done.returncode == 0, done.stdout + done.stderr
+    (fault,) = re.findall(r"RAY_DEEPEP_FAULT (\{.*\})", done.stdout + done.stderr)
+    assert (json.loads(fault)["rank"], json.loads(fault)["cause"]) == (1, "died")
+    losses: dict[int, set[str]] = {}
+    printed = re.findall(r"step (\d): loss ([\d.]+)", done.stdout)
+    for step, loss in printed:
+        losses.setdefault(int(step), set()).add(loss)
+    assert sorted(losses) == list(range(6))
+    assert all(len(same) == 1 for same in losses.values()), "a repeated step must give the same loss"
+    assert [step for step, _ in printed].count("0") == 1, "the second attempt must go on from a checkpoint"
+    assert f"last loss {losses[5].pop()}" in done.stdout

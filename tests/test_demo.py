@@ -252,8 +252,8 @@ def test_demo_runs_both_backends_and_compares(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGTERM])
-def test_a_demo_that_is_ended_leaves_no_process(tmp_path, how):
+def test_a_demo_that_is_ended_leaves_no_process(tmp_path):
+    """Two side by side, each with a Ray of its own."""
     with socket.socket() as busy:  # another Ray's dashboard
         busy.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -261,18 +261,18 @@ def test_a_demo_that_is_ended_leaves_no_process(tmp_path, how):
             busy.listen()
         except OSError:
             pass  # there is one already
-        demo = Demo(tmp_path / "demo", "--steps", "100000", "--backend", "ray_deepep")
-        log = demo.out / "job-ray_deepep.log"
-        demo.wait_for(lambda: log.is_file() and log.stat().st_size > 0, 120)
-        pids = processes_below(demo.process.pid)
-        assert len(pids) > 5
-        demo.process.send_signal(how)
-        assert wait_until_gone(pids, 20) == []
-        text = demo.process.stdout.read()
-    demo.process.wait(10)
-    assert "port 8265 is busy" in text
-    if how != signal.SIGKILL:
-        assert demo.process.returncode == 130
+        options = ("--steps", "100000", "--backend", "ray_deepep")
+        demos = {how: Demo(tmp_path / how.name, *options) for how in (signal.SIGKILL, signal.SIGTERM)}
+        for how, demo in demos.items():
+            log = demo.out / "job-ray_deepep.log"
+            demo.wait_for(lambda log=log: log.is_file() and log.stat().st_size > 0, 120)
+            pids = processes_below(demo.process.pid)
+            assert len(pids) > 5
+            demo.process.send_signal(how)
+            assert wait_until_gone(pids, 20) == []
+            text = demo.process.stdout.read()
+            assert "port 8265 is busy" in text
+            assert demo.process.wait(10) == (130 if how == signal.SIGTERM else -signal.SIGKILL)
 
 
 def test_a_cluster_that_is_not_there(tmp_path, monkeypatch, capsys):

@@ -10,6 +10,7 @@ import time
 import pytest
 import torch
 from harness import RankContext, RankPool, error_of, shm_problem
+from torch.distributed import distributed_c10d
 
 from ray_deepep import Buffer, CommFaultError, Communicator, FaultRecord, TokenMajor
 from ray_deepep.rendezvous import store_exchange
@@ -165,13 +166,16 @@ def test_interpreter_is_free_while_a_rank_waits() -> None:
 def interrupted(context: RankContext) -> str:
     buffer = make_buffer(context)
     dispatch(buffer)
+    store = distributed_c10d._get_default_store()
     if context.rank == 0:
         threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         start = time.monotonic()
         error_of(KeyboardInterrupt, lambda: dispatch(buffer))
-        assert time.monotonic() - start < 1.0
+        assert time.monotonic() - start < DEADLINE_S
+        store.set("interrupted", "")
         return ""
-    time.sleep(1.0)
+    # Had rank 1 published before, rank 0 would have had nothing to wait for.
+    store.wait(["interrupted"])
     dispatch(buffer)
     return error_of(CommFaultError, lambda: dispatch(buffer)).record.to_json()
 

@@ -21,7 +21,7 @@ namespace ray_deepep {
 
 // Outputs from this size on are written past the cache: they would not stay in it, and lines that are overwritten whole
 // need not be read first.
-inline constexpr int64_t kStreamedBytes = 4 << 20;
+inline constexpr int64_t kStreamedBytes = 1 << 20;
 
 struct BufferSizes {
     int num_experts = 1;

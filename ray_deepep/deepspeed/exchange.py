@@ -14,6 +14,7 @@ and gradients are bit-equal. With g the gradient of the layer's output, w the ga
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 import torch
 from torch.autograd.function import once_differentiable
@@ -24,6 +25,9 @@ from ..handle import DispatchHandle, DispatchResult, Layout, Padded
 # torch adds up to four terms one after the other. With more, the order depends on shape and number of threads, and the
 # bits of stock can only be had from torch itself.
 _MAX_SEQUENTIAL_K = 4
+
+# Half a MiB of float32: most of a second-level cache, and few enough pieces that the calls cost little.
+_CACHED_ELEMENTS = 2**17
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -67,6 +71,17 @@ def combine(buffer: Buffer, rows: torch.Tensor, dispatched: Dispatched, *, combi
     """Bring expert outputs ``[S, M]`` home, ``[T, M]``; collective, and so is the backward."""
     function = _CombineExact if combine == "exact" else _CombineFast
     return function.apply(rows, dispatched.gates, buffer, dispatched.handle)
+
+
+def _pieces(dim: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
+    """Views of ``tensors`` along their dimension ``dim``: on a CPU, pieces whose products stay in its cache.
+
+    A product of all rows at once needs fresh memory, which costs more than the arithmetic.
+    """
+    count = max(tensors[0].shape[dim], 1)
+    widest = max(*(tensor.numel() // count for tensor in tensors), 1)
+    step = max(_CACHED_ELEMENTS // widest, 1) if tensors[0].device.type == "cpu" else count
+    return zip(*(tensor.split(step, dim) for tensor in tensors))
 
 
 def _send(x: torch.Tensor, gates: torch.Tensor, buffer: Buffer, routes: Routes, layout: Layout) -> DispatchResult:
@@ -114,7 +129,10 @@ class _CombineExact(torch.autograd.Function):
         if ctx.needs_input_grad[1]:
             (routes,) = ctx.saved_tensors
             product = torch.promote_types(routes.dtype, ctx.gates_dtype)
-            grad_gates = (grad_out.to(product).unsqueeze(0) * routes).sum(-1).to(ctx.gates_dtype)
+            grad_gates = torch.empty(routes.shape[:2], dtype=product, device=routes.device)
+            for grad, rows, dots in _pieces(1, grad_out.unsqueeze(0), routes, grad_gates):
+                torch.sum(grad.to(product) * rows, -1, out=dots)
+            grad_gates = grad_gates.to(ctx.gates_dtype)
         return grad_rows, grad_gates, None, None
 
 
@@ -154,8 +172,9 @@ class _CombineFast(torch.autograd.Function):
     def backward(ctx, grad_out):
         rows, weights = ctx.saved_tensors
         arrived = ctx.buffer.dispatch(grad_out.contiguous(), handle=ctx.handle).x
-        # Products with float32 weights are float32, whatever the rows are.
-        grad_rows = (arrived * weights.unsqueeze(-1)).to(rows.dtype)
-        # In place: nobody else has these rows, and fresh memory costs more than the product.
-        grad_weights = arrived.float().mul_(rows).sum(-1)
-        return grad_rows, grad_weights, None, None
+        grad_weights = torch.empty_like(weights)
+        for grad, row, weight, dots in _pieces(0, arrived, rows, weights.unsqueeze(-1), grad_weights):
+            torch.sum(grad.float() * row, -1, out=dots)
+            # In place: nobody else has these rows. The product is float32, like the weights, and is rounded once.
+            grad.mul_(weight)
+        return arrived, grad_weights, None, None

@@ -1,0 +1,109 @@
+"""What the tests of whole training runs share: the smallest run, and functions that run on the ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+from harness import error_of
+
+from train.config import TrainConfig
+from train.metrics import read_metrics
+from train.presets import get_preset
+
+STEPS = 8
+HALF = 4
+
+
+def tiny(out: Path, **fields) -> TrainConfig:
+    return get_preset("tiny").replace(**({"run.out_dir": str(out), "run.device": "cpu"} | fields))
+
+
+def losses(out: Path) -> list[tuple]:
+    """What must be equal between two runs; times are not."""
+    return [(m.step, m.loss, m.aux_loss, m.lr, m.val_loss) for m in read_metrics(out / "metrics.jsonl")]
+
+
+def flip_a_byte(path: Path) -> None:
+    raw = bytearray(path.read_bytes())
+    raw[len(raw) // 2] ^= 1
+    path.write_bytes(raw)
+
+
+# Run on the ranks
+
+
+class Recorder:
+    """Callback that notes what it hears."""
+
+    def __init__(self):
+        self.heard = []
+
+    def on_step(self, metrics):
+        self.heard.append(("step", metrics.step))
+
+    def on_checkpoint(self, info):
+        assert (info.folder / "trainer_state.json").is_file()
+        self.heard.append(("checkpoint", info.step, info.folder.name))
+
+    def on_end(self, summary):
+        assert summary.plot_path.is_file()
+        self.heard.append(("end", summary.stats.num_steps))
+
+
+class SilentComm:
+    """A backend without times: with it the trainer leaves DeepSpeed's all-to-all alone."""
+
+    def comm_stats(self, reset=True):
+        return {"dispatch_ms": 0.0, "combine_ms": 0.0, "num_calls": 0}
+
+
+def train(_, config_json: str, swap=None):
+    """Train on this rank; returns the summary as a dict and what a callback heard."""
+    import torch.distributed as dist
+    from deepspeed.moe import sharded_moe
+
+    from train.trainer import run
+
+    before = sharded_moe._AllToAll, dist.is_initialized()
+    recorder = Recorder()
+    summary = run(TrainConfig.from_json(config_json), swap=swap, callbacks=[recorder])
+    assert (sharded_moe._AllToAll, dist.is_initialized()) == before
+    return dataclasses.asdict(summary), recorder.heard
+
+
+def train_error(_, config_json: str):
+    """Type and text of the error that a run ends with on this rank."""
+    from train.trainer import run
+
+    error = error_of(Exception, lambda: run(TrainConfig.from_json(config_json)))
+    return type(error).__name__, str(error)
+
+
+def choose(_, root: Path):
+    """Name of the checkpoint a resuming run picks and what it passed over, or the error."""
+    import torch
+
+    from train.checkpoint import choose_checkpoint
+    from train.distributed import World
+    from train.errors import CheckpointError
+
+    try:
+        choice = choose_checkpoint(root, World(rank=0, world_size=1, device=torch.device("cpu")))
+    except CheckpointError as error:
+        return "error", (str(error),)
+    return choice and (choice.folder.name, choice.skipped)
+
+
+def initial_weights(_, ep_size: int, ep_rank: int):
+    """Initial weights by global name, as [sum, first element]."""
+    from train.model import _EXPERT_NAME, MoELanguageModel, init_weights
+
+    config = get_preset("tiny").model
+    model = MoELanguageModel(config, vocab_size=264, ep_size=ep_size)
+    init_weights(model, seed=3, ep_rank=ep_rank)
+    local = config.num_experts // ep_size
+    return {
+        _EXPERT_NAME.sub(lambda m: str(ep_rank * local + int(m.group())), name): (float(p.sum()), float(p.view(-1)[0]))
+        for name, p in model.named_parameters()
+    }
