@@ -5,11 +5,14 @@ Every rank makes the inputs of all ranks from the case's seed. Ranks must have d
 
 from __future__ import annotations
 
+import dataclasses
+
 import device_oracle
 import torch
 import torch.distributed as dist
-from cases import FLOAT8, PADDED, Case
+from cases import FLOAT8, PADDED, ROUTINGS, Case
 from device_oracle import World, as_bytes
+from harness import RankContext
 
 from ray_deepep import Buffer, DispatchHandle, DispatchResult, ExpertMajor, Padded, TokenMajor
 
@@ -50,6 +53,18 @@ def make_world(case: Case, device: torch.device) -> World:
         x_scales=scales,
         locations=locations,
     )
+
+
+def worlds_of(case: Case, device: torch.device, count: int) -> list[World]:
+    """Inputs of ``count`` runs, with all kinds of routing."""
+    kinds = (ROUTINGS[i % len(ROUTINGS)] for i in range(count))
+    return [make_world(dataclasses.replace(case, seed=case.seed + i, routing=k), device) for i, k in enumerate(kinds)]
+
+
+def make_buffer(context: RankContext, case: Case) -> Buffer:
+    """A buffer of transport ``cuda`` for a case without padded rows."""
+    sizes = {"num_experts": case.num_experts, "hidden": case.hidden, "num_topk": case.num_topk}
+    return context.buffer("cuda", max_tokens=max(case.num_tokens), **sizes)
 
 
 def _topk_idx(case: Case, num_tokens: int, generator: torch.Generator) -> torch.Tensor:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from captured import CapturedLayer
 from cases import FLOAT8, LAYOUTS, PADDED, ROUTINGS, Case
+from device_cases import make_buffer, worlds_of
 from device_oracle import World
 from harness import RankContext, Ranks, error_of
 
@@ -37,21 +38,6 @@ SHAPES = [TokenMajor(), ExpertMajor(1), ExpertMajor(16)]
 def make_case(num_ranks: int, layout: object, **more: object) -> Case:
     sizes = {"num_tokens": tuple(90 - 29 * rank for rank in range(num_ranks)), "num_experts": 4 * num_ranks}
     return Case(**{"seed": SEED, "hidden": 128, "dtype": torch.bfloat16, "layout": layout, **sizes, **more})
-
-
-def make_buffer(context: RankContext, case: Case) -> Buffer:
-    sizes = {"num_experts": case.num_experts, "hidden": case.hidden, "num_topk": case.num_topk}
-    return context.buffer("cuda", max_tokens=max(case.num_tokens), **sizes)
-
-
-def worlds_of(case: Case, device: torch.device, count: int) -> list[World]:
-    """Inputs of ``count`` runs, with all kinds of routing."""
-    return [
-        device_cases.make_world(
-            dataclasses.replace(case, seed=case.seed + i, routing=ROUTINGS[i % len(ROUTINGS)]), device
-        )
-        for i in range(count)
-    ]
 
 
 def dispatch_fixed(buffer: Buffer, world: World, rank: int, max_recv_tokens: int) -> DispatchResult:

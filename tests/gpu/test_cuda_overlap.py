@@ -14,11 +14,12 @@ import device_cases
 import device_oracle
 import pytest
 import torch
-from cases import FLOAT8, ROUTINGS, Case
+from cases import FLOAT8, Case
+from device_cases import make_buffer, worlds_of
 from device_oracle import World
 from harness import RankContext, Ranks, error_of
 
-from ray_deepep import Buffer, ExpertMajor, InvalidArgumentError, TokenMajor
+from ray_deepep import ExpertMajor, InvalidArgumentError, TokenMajor
 from ray_deepep.cuda import cuda_problem
 
 pytestmark = pytest.mark.skipif(bool(cuda_problem()), reason=f"transport cuda: {cuda_problem()}")
@@ -31,20 +32,6 @@ NUM_ROUNDS = 12
 def make_case(num_ranks: int, layout: object, **more: object) -> Case:
     sizes = {"num_tokens": tuple(200 - 61 * rank for rank in range(num_ranks)), "num_experts": 4 * num_ranks}
     return Case(**{"seed": SEED, "hidden": 512, "dtype": torch.bfloat16, "layout": layout, **sizes, **more})
-
-
-def make_buffer(context: RankContext, case: Case) -> Buffer:
-    sizes = {"num_experts": case.num_experts, "hidden": case.hidden, "num_topk": case.num_topk}
-    return context.buffer("cuda", max_tokens=max(case.num_tokens), **sizes)
-
-
-def worlds_of(case: Case, device: torch.device, count: int) -> list[World]:
-    return [
-        device_cases.make_world(
-            dataclasses.replace(case, seed=case.seed + i, routing=ROUTINGS[i % len(ROUTINGS)]), device
-        )
-        for i in range(count)
-    ]
 
 
 def room_for(worlds: list[World]) -> int:
