@@ -98,6 +98,8 @@ def killed_while_it_waits(context: RankContext) -> str:
     buffer = make_buffer(context)
     dispatch(buffer)
     if context.rank == 1:
+        # What a shell starts in the background ignores SIGINT, and so do its children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGKILL)).start()
     if context.rank == 0:
         time.sleep(0.8)
@@ -168,6 +170,8 @@ def interrupted(context: RankContext) -> str:
     dispatch(buffer)
     store = distributed_c10d._get_default_store()
     if context.rank == 0:
+        # What a shell starts in the background ignores SIGINT, and so do its children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
         start = time.monotonic()
         error_of(KeyboardInterrupt, lambda: dispatch(buffer))
