@@ -10,12 +10,13 @@ pytest.importorskip("ray", reason="ray_deepep.cluster needs Ray")
 
 import placement_cases
 import ray
+from cluster_cases import FakeWorkerGroup
 from ray.cluster_utils import Cluster
 from ray.train import FailureConfig, RunConfig, ScalingConfig
 from ray.train.torch import TorchTrainer
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
-from ray_deepep import CommConfig
+from ray_deepep import CommConfig, SharedGpuError
 from ray_deepep.cluster import (
     ExpertParallelConfig,
     PlacementConfig,
@@ -23,6 +24,8 @@ from ray_deepep.cluster import (
     cluster_offer,
     find_placement,
 )
+from ray_deepep.cluster.expert_parallel import ExpertParallelBackend
+from ray_deepep.cluster.worker import WorkerStart, start_worker
 
 SLOT = {"slot": 1}
 
@@ -36,14 +39,15 @@ def nodes():
         patch.setenv("RAY_TMPDIR", folder)
         cluster = Cluster()
         try:
-            system = {"prestart_worker_first_driver": False}
-            cluster.add_node(
-                num_cpus=2, resources={"slot": 2}, labels={"ray.io/gpu-domain": "x"}, _system_config=system
-            )
-            cluster.add_node(num_cpus=0, resources={"slot": 3})
-            cluster.add_node(num_cpus=0, resources={"slot": 2}, labels={"ray.io/gpu-domain": "x"})
+            head = {"include_dashboard": False, "_system_config": {"prestart_worker_first_driver": False}}
+            domain = {"ray.io/gpu-domain": "x"}
+            made = [
+                cluster.add_node(num_cpus=2, resources={"slot": 2}, labels=domain, **head),
+                cluster.add_node(num_cpus=0, resources={"slot": 3}),
+                cluster.add_node(num_cpus=0, resources={"slot": 2}, labels=domain),
+            ]
             ray.init(address=cluster.address, log_to_driver=False)
-            yield dict(zip("abc", [node.node_id for node in cluster.list_all_nodes()], strict=True))
+            yield {name: node.node_id for name, node in zip("abc", made, strict=True)}
         finally:
             ray.shutdown()
             cluster.shutdown()
@@ -85,6 +89,24 @@ def test_a_shortage_names_the_domains(nodes):
         place(num_workers=5, config={"allow_spread": False})
 
 
+class GroupOnOneGpu(FakeWorkerGroup):
+    """Two workers that come up and tell the same GPU."""
+
+    def execute_single_async(self, rank, function, *args):
+        start = WorkerStart(transport="cuda", transport_reason="asked for", gpu="GPU-a")
+        return ray.put(start if function is start_worker else ("127.0.0.1", 1))
+
+
+def test_workers_on_the_same_gpu_are_refused(nodes):
+    group = GroupOnOneGpu(["first", "second"])
+    with pytest.raises(SharedGpuError, match="ranks 0 and 1 use the same GPU GPU-a"):
+        ExpertParallelBackend().on_start(group, ExpertParallelConfig(swap=False))
+    assert group.was_shut_down
+    group = GroupOnOneGpu(["first", "second"])
+    ExpertParallelBackend().on_start(group, ExpertParallelConfig(comm=CommConfig(allow_shared_gpus=True), swap=False))
+    assert not group.was_shut_down
+
+
 def trainer(folder, num_workers: int, **config) -> TorchTrainer:
     return TorchTrainer(
         placement_cases.note_place,
@@ -101,6 +123,7 @@ def trainer(folder, num_workers: int, **config) -> TorchTrainer:
     )
 
 
+@pytest.mark.slow
 def test_train_workers_have_the_ranks_of_their_nodes(nodes, tmp_path):
     """Of 7 slots 4 are wanted, in groups of 2: both in the domain of a and c, which the label makes one place."""
     trainer(tmp_path, 4, ep_size=2).fit()
