@@ -15,6 +15,7 @@ from .errors import (
     MismatchError,
     RayDeepEPError,
     ReceiveOverflowError,
+    SharedGpuError,
     TransportUnavailableError,
 )
 from .float8 import Float8Cast, Float8Rows
@@ -46,6 +47,7 @@ __all__ = [
     "Padded",
     "RayDeepEPError",
     "ReceiveOverflowError",
+    "SharedGpuError",
     "TokenMajor",
     "TransportUnavailableError",
     "Work",

@@ -10,14 +10,21 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
 from . import cuda, rendezvous, shm
 from .config import CommConfig
-from .errors import ClosedError, CommFaultError, FaultRecord, InvalidArgumentError, TransportUnavailableError
+from .errors import (
+    ClosedError,
+    CommFaultError,
+    FaultRecord,
+    InvalidArgumentError,
+    TransportUnavailableError,
+    describe_shared_gpus,
+)
 from .reference import ReferenceTransport
 from .transport import BufferGeometry, Transport
 
@@ -84,6 +91,8 @@ class Communicator:
             self._domain = shm.ShmDomain(exchange, peers=self.peers, rank=rank, config=self.config)
         log = logger.info if rank == 0 else logger.debug
         log("transport %s for %d ranks: %s", self.transport, num_ranks, self.transport_reason)
+        if rank == 0 and self.transport == "cuda" and not self.config.allow_shared_gpus:
+            warn_of_shared_gpus(self.peers)
 
     @classmethod
     def from_process_group(
@@ -206,6 +215,26 @@ class Communicator:
                 values = f"rank {position}: {theirs}, rank 0: {first}"
                 raise InvalidArgumentError("config", values, f"{', '.join(different)} must be the same on all ranks")
         return peers
+
+
+def shared_gpus(gpus: Sequence[str]) -> dict[str, tuple[int, ...]]:
+    """Ranks that share a GPU, by its UUID; ``gpus`` has each rank's, empty where it has none.
+
+    A UUID names a GPU in the world, so ranks in different containers of a machine are found too.
+    """
+    ranks: dict[str, list[int]] = {}
+    for rank, gpu in enumerate(gpus):
+        if gpu:
+            ranks.setdefault(gpu, []).append(rank)
+    return {gpu: tuple(sharing) for gpu, sharing in ranks.items() if len(sharing) > 1}
+
+
+def warn_of_shared_gpus(peers: Sequence[RankInfo]) -> None:
+    """One warning that names all ranks that share a GPU, if some do."""
+    shared = shared_gpus([peer.gpu for peer in peers])
+    if shared:
+        words = describe_shared_gpus(shared)
+        logger.warning("%s on %s; they take turns, or run together under MPS", words, peers[0].host)
 
 
 def choose_transport(wanted: str, peers: tuple[RankInfo, ...]) -> tuple[str, str]:

@@ -33,6 +33,10 @@ class CommConfig:
     heap_gib: float = dataclasses.field(default_factory=env.heap_gib)
     """Largest address space of one rank's part of a buffer's heap, GiB. Memory is used only where rows were written."""
 
+    allow_shared_gpus: bool = dataclasses.field(default_factory=env.allow_shared_gpus)
+    """Whether ranks on the same GPU are on purpose, as in tests under MPS. If not, transport ``cuda`` warns of them,
+    and a run on Ray refuses them."""
+
     def __post_init__(self) -> None:
         if self.transport not in TRANSPORTS:
             raise InvalidArgumentError("transport", self.transport, f"must be one of {', '.join(TRANSPORTS)}")

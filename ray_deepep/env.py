@@ -8,10 +8,12 @@
 | ``RAY_DEEPEP_BULK_COPY`` | ``1`` | ``0``: plain vector copies also on GPUs that have bulk copies (sm_90 up) |
 | ``RAY_DEEPEP_DEADLINE_S`` | ``120`` | seconds that a collective waits for a peer before it reports a fault |
 | ``RAY_DEEPEP_BOOTSTRAP_DEADLINE_S`` | ``60`` | seconds that bootstrap waits for all ranks |
+| ``RAY_DEEPEP_PLACEMENT_WAIT_S`` | ``60`` | seconds that a run on Ray waits for room for its workers |
+| ``RAY_DEEPEP_ALLOW_SHARED_GPUS`` | ``0`` | ``1``: ranks on the same GPU are no mistake (tests under MPS) |
 | ``RAY_DEEPEP_NUM_THREADS`` | ``0`` | copy threads of a rank's CPU core; 0: cores of the host / ranks on it |
 | ``RAY_DEEPEP_LAYOUT`` | ``padded`` | rows that DeepSpeed's experts see: ``padded`` (as stock) or ``compact`` |
 | ``RAY_DEEPEP_COMBINE`` | ``exact`` | ``exact`` (bit-equal to stock) or ``fast`` (expert side first) |
-| ``RAY_TRAIN_CALLBACKS`` | empty | Ray's own: callbacks of Train runs; fault supervision is added to it |
+| ``RAY_TRAIN_CALLBACKS`` | empty | Ray's own: callbacks of Train runs; ours are added to it |
 | ``RAY_DEEPEP_DEVICE_HEAP_GIB`` | ``4`` | GPU memory of one of DeepSpeed's buffers |
 | ``RAY_DEEPEP_HEAP_GIB`` | ``64`` | largest address space per rank and buffer; memory is used only where rows are |
 """
@@ -83,6 +85,16 @@ def deadline_s() -> float:
 def bootstrap_deadline_s() -> float:
     """``RAY_DEEPEP_BOOTSTRAP_DEADLINE_S``."""
     return _read("RAY_DEEPEP_BOOTSTRAP_DEADLINE_S", 60.0, _positive, "must be a positive number of seconds")
+
+
+def placement_wait_s() -> float:
+    """``RAY_DEEPEP_PLACEMENT_WAIT_S``."""
+    return _read("RAY_DEEPEP_PLACEMENT_WAIT_S", 60.0, _positive, "must be a positive number of seconds")
+
+
+def allow_shared_gpus() -> bool:
+    """``RAY_DEEPEP_ALLOW_SHARED_GPUS``."""
+    return _read("RAY_DEEPEP_ALLOW_SHARED_GPUS", "0", _choice("0", "1"), "must be 0 or 1") == "1"
 
 
 def num_threads() -> int:

@@ -72,6 +72,28 @@ class BootstrapError(RayDeepEPError, RuntimeError):
         return type(self), (self.phase, self.missing, self.deadline_s, self.detail)
 
 
+class SharedGpuError(RayDeepEPError, RuntimeError):
+    """Several ranks were given the same GPU, most often because their processes see each other's GPUs.
+
+    Attributes: ``shared``, tuples of ranks by the UUID of their GPU.
+    """
+
+    def __init__(self, shared: dict[str, tuple[int, ...]]) -> None:
+        self.shared = dict(shared)
+        super().__init__(
+            f"{describe_shared_gpus(shared)}; give each rank a GPU of its own (num_gpus=1, use_gpu=True), "
+            "or set RAY_DEEPEP_ALLOW_SHARED_GPUS=1 if it is on purpose"
+        )
+
+    def __reduce__(self):
+        return type(self), (self.shared,)
+
+
+def describe_shared_gpus(shared: dict[str, tuple[int, ...]]) -> str:
+    """Ranks by the UUID of the GPU that they share, in words."""
+    return ", ".join(f"ranks {' and '.join(map(str, ranks))} use the same GPU {gpu}" for gpu, ranks in shared.items())
+
+
 class ReceiveOverflowError(RayDeepEPError, RuntimeError):
     """A dispatch with ``max_recv_tokens`` brought more rows than fit; the rest was dropped.
 

@@ -20,6 +20,7 @@ from ray_deepep.errors import (
     MismatchError,
     RayDeepEPError,
     ReceiveOverflowError,
+    SharedGpuError,
     TransportUnavailableError,
 )
 
@@ -47,6 +48,12 @@ EXAMPLES = (
         "dispatch: rank 2 passed dtype=bfloat16, rank 0 passed dtype=float32",
     ),
     (ReceiveOverflowError(2, 130, 128), RuntimeError, "max_recv_tokens: rank 2 needed 130 rows; got 128"),
+    (
+        SharedGpuError({"GPU-1": (0, 2)}),
+        RuntimeError,
+        "ranks 0 and 2 use the same GPU GPU-1; give each rank a GPU of its own (num_gpus=1, use_gpu=True),"
+        " or set RAY_DEEPEP_ALLOW_SHARED_GPUS=1 if it is on purpose",
+    ),
     (
         HeapFullError(1024, 1536, 512, 4096),
         RuntimeError,

@@ -5,13 +5,29 @@ from .culprit import Culprit, RankFault, RankState, RankStatus, decide_culprit
 from .exchange import RayExchange, make_rendezvous
 from .expert_parallel import ExpertParallelConfig, WorkerBootstrapError
 from .layout import ep_groups
+from .offer import cluster_offer, find_placement
+from .placement import (
+    NodeOffer,
+    Placement,
+    PlacementConfig,
+    PlacementRequest,
+    decide_placement,
+)
+from .shortage import DomainRoom, PlacementError, PlacementShortage
 from .state import NotBootstrappedError, WorkerState, current
 
 __all__ = [
     "ActorRank",
     "Culprit",
+    "DomainRoom",
     "ExpertParallelConfig",
+    "NodeOffer",
     "NotBootstrappedError",
+    "Placement",
+    "PlacementConfig",
+    "PlacementError",
+    "PlacementRequest",
+    "PlacementShortage",
     "RankFault",
     "RankState",
     "RankStatus",
@@ -19,9 +35,12 @@ __all__ = [
     "WorkerBootstrapError",
     "WorkerState",
     "bootstrap",
+    "cluster_offer",
     "current",
     "decide_culprit",
+    "decide_placement",
     "ep_groups",
+    "find_placement",
     "make_rendezvous",
     "teardown",
 ]

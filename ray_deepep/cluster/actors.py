@@ -24,13 +24,14 @@ from ray.train._internal.utils import get_address_and_port
 
 from ..communicator import Communicator
 from ..config import CommConfig
-from ..errors import BootstrapError, InvalidArgumentError, InvalidTypeError
+from ..errors import BootstrapError, InvalidArgumentError, InvalidTypeError, SharedGpuError
 from . import groups
 from .exchange import RayExchange, make_rendezvous
-from .gather import Answers, first_error, gather, one_line
+from .gather import Answers, first_error, gather, one_line, refuse_shared_gpus
 from .layout import ep_groups, group_of
 from .processes import ProcessId, own_process
 from .state import WorkerState, drop_state, keep_state
+from .worker import WorkerStart
 
 if TYPE_CHECKING:
     from ..deepspeed import SwapConfig
@@ -51,6 +52,8 @@ class ActorRank:
     process: ProcessId
     transport: str
     transport_reason: str
+    gpu: str
+    """UUID of the GPU that it uses; empty if its transport uses none."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -89,6 +92,7 @@ def bootstrap(
 
     Raises:
         InvalidArgumentError, InvalidTypeError: before anything is sent.
+        SharedGpuError: naming actors that use the same GPU, unless ``config.allow_shared_gpus``.
         BootstrapError: naming the actors that are dead, or did not take part within ``config.bootstrap_deadline_s``.
         Exception: what else an actor raised; then no actor keeps a communicator.
     """
@@ -114,7 +118,13 @@ def bootstrap(
         error = _diagnose(actors, answers, rendezvous, config.bootstrap_deadline_s)
         _break_off(refs, rendezvous, error.missing if isinstance(error, BootstrapError) else ())
         raise error
-    return [answers.values[rank] for rank in range(len(actors))]
+    ranks: list[ActorRank] = [answers.values[rank] for rank in range(len(actors))]
+    try:
+        refuse_shared_gpus([rank.gpu for rank in ranks], config)
+    except SharedGpuError:
+        teardown(actors)
+        raise
+    return ranks
 
 
 def teardown(actors: Sequence[ray.actor.ActorHandle], timeout_s: float = 10.0) -> None:
@@ -222,8 +232,7 @@ def _join(actor: Any, rendezvous: ray.actor.ActorHandle, spec: _JoinSpec) -> Act
         rank=communicator.rank,
         ranks=ranks,
         process=process,
-        transport=communicator.transport,
-        transport_reason=communicator.transport_reason,
+        **dataclasses.asdict(WorkerStart.of(communicator)),
     )
 
 

@@ -24,8 +24,9 @@ from .. import env
 from ..config import CommConfig
 from ..errors import BootstrapError, InvalidArgumentError, InvalidTypeError
 from . import worker
-from .gather import first_error, gather
+from .gather import first_error, gather, refuse_shared_gpus
 from .layout import ep_groups
+from .placement import PlacementConfig
 from .processes import ProcessId, kill_process, on_nodes
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray_deepep")
 
-_SUPERVISOR = "ray_deepep.cluster.supervision.FaultSupervisor"
+_CALLBACKS = ("ray_deepep.cluster.supervision.FaultSupervisor", "ray_deepep.cluster.placer.Placer")
 _STOP_DEADLINE_S = 5.0
 _NODE_DEADLINE_S = 5.0
 
@@ -54,6 +55,8 @@ class ExpertParallelConfig(TorchConfig):
         ep_size: ranks of one EP group, a divisor of the number of workers; None: all workers are one group. Groups are
             consecutive ranks, as in DeepSpeed, and must be those that the model asks DeepSpeed for.
         swap: whether to swap DeepSpeed's MoE layers, or how.
+        placement: how EP groups are kept inside NVLink domains; None: Ray places the workers as it likes. It also does
+            so where ``ScalingConfig`` has a ``label_selector`` or a ``placement_strategy`` other than ``PACK``.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: a field breaks its rule.
@@ -62,15 +65,18 @@ class ExpertParallelConfig(TorchConfig):
     comm: CommConfig = dataclasses.field(default_factory=CommConfig)
     ep_size: int | None = None
     swap: bool | SwapConfig = True
+    placement: PlacementConfig | None = dataclasses.field(default_factory=PlacementConfig)
 
     def __post_init__(self) -> None:
         if not isinstance(self.comm, CommConfig):
             raise InvalidTypeError("comm", type(self.comm).__name__, "must be a CommConfig")
+        if self.placement is not None and not isinstance(self.placement, PlacementConfig):
+            raise InvalidTypeError("placement", type(self.placement).__name__, "must be a PlacementConfig, or None")
         if self.ep_size is not None and (not isinstance(self.ep_size, int) or self.ep_size < 1):
             raise InvalidArgumentError("ep_size", self.ep_size, "must be an integer >= 1, or None")
         if self.init_method not in ("env", "tcp"):
             raise InvalidArgumentError("init_method", self.init_method, "must be env or tcp")
-        register_supervisor()
+        register_callbacks()
 
     @property
     def backend_cls(self):
@@ -83,7 +89,9 @@ class ExpertParallelConfig(TorchConfig):
     def to_dict(self) -> dict[str, Any]:
         """Fields as Ray shows them with the run."""
         swap = self.swap if isinstance(self.swap, bool) else dataclasses.asdict(self.swap)
-        return super().to_dict() | {"comm": dataclasses.asdict(self.comm), "ep_size": self.ep_size, "swap": swap}
+        placement = None if self.placement is None else dataclasses.asdict(self.placement)
+        fields = {"comm": dataclasses.asdict(self.comm), "ep_size": self.ep_size, "swap": swap, "placement": placement}
+        return super().to_dict() | fields
 
 
 class ExpertParallelBackend(_TorchBackend):
@@ -131,9 +139,11 @@ def _start(worker_group, config: ExpertParallelConfig) -> None:
         timeout_s=config.timeout_s,
     )
     calls = [(worker.start_worker, dataclasses.replace(spec, world_rank=rank)) for rank in range(num_workers)]
-    transport, reason = _call_all(worker_group, "start", calls, config)[0]
+    starts: list[worker.WorkerStart] = _call_all(worker_group, "start", calls, config)
+    refuse_shared_gpus([start.gpu for start in starts], config.comm)
+    reason = starts[0].transport, starts[0].transport_reason
     sizes = f"{len(groups)} EP group{'s' if len(groups) > 1 else ''} of {len(groups[0])}"
-    logger.info("expert parallel: %d workers, %s, transport %s: %s", num_workers, sizes, transport, reason)
+    logger.info("expert parallel: %d workers, %s, transport %s: %s", num_workers, sizes, *reason)
 
 
 def _call_all(worker_group, phase: str, calls: list[tuple], config: ExpertParallelConfig) -> list[Any]:
@@ -159,12 +169,13 @@ def worker_processes(worker_group) -> list[ProcessId]:
     return [ProcessId.of(worker.metadata) for worker in worker_group.get_workers()]
 
 
-def register_supervisor() -> None:
-    """Have Ray Train load :class:`~ray_deepep.cluster.supervision.FaultSupervisor` in every run of this process.
+def register_callbacks() -> None:
+    """Have Ray Train load fault supervision and placement in every run of this process.
 
-    Its environment variable is the one way that needs no edit of the user's ``RunConfig``. The supervisor does nothing
-    in runs without ``ExpertParallelConfig``.
+    Its environment variable is the one way that needs no edit of the user's ``RunConfig``. Both do nothing in runs
+    without ``ExpertParallelConfig``.
     """
     paths = env.ray_train_callbacks()
-    if _SUPERVISOR not in paths:
-        os.environ[RAY_TRAIN_CALLBACKS_ENV_VAR] = ",".join([*paths, _SUPERVISOR])
+    missing = [path for path in _CALLBACKS if path not in paths]
+    if missing:
+        os.environ[RAY_TRAIN_CALLBACKS_ENV_VAR] = ",".join([*paths, *missing])

@@ -9,7 +9,9 @@ from typing import Any
 
 import ray
 
-from ..errors import BootstrapError, RayDeepEPError
+from ..communicator import shared_gpus
+from ..config import CommConfig
+from ..errors import BootstrapError, RayDeepEPError, SharedGpuError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,6 +78,18 @@ def first_error(
         details = "; ".join(f"rank {r}, {who[r]}, did not answer" for r in answers.missing)
         return BootstrapError(phase, list(answers.missing), deadline_s, details)
     return None
+
+
+def refuse_shared_gpus(gpus: Sequence[str], config: CommConfig) -> None:
+    """Raise ``SharedGpuError`` if two world ranks have the same GPU and ``config`` does not allow it.
+
+    Args:
+        gpus: UUID of each world rank's GPU, empty where it uses none.
+        config: of all ranks.
+    """
+    shared = {} if config.allow_shared_gpus else shared_gpus(gpus)
+    if shared:
+        raise SharedGpuError(shared)
 
 
 def one_line(error: object, limit: int = 300) -> str:

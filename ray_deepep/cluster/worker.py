@@ -44,8 +44,27 @@ class WorkerSpec:
     """Deadline of a torch.distributed operation."""
 
 
-def start_worker(spec: WorkerSpec) -> tuple[str, str]:
-    """Process group, communicator, swap. Collective; returns the transport and why it was picked.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class WorkerStart:
+    """What came up in a worker."""
+
+    transport: str
+    transport_reason: str
+    gpu: str
+    """UUID of the GPU that it uses; empty if its transport uses none."""
+
+    @classmethod
+    def of(cls, communicator: Communicator) -> WorkerStart:
+        """From the worker's communicator."""
+        return cls(
+            transport=communicator.transport,
+            transport_reason=communicator.transport_reason,
+            gpu=communicator.peers[communicator.rank].gpu if communicator.transport == "cuda" else "",
+        )
+
+
+def start_worker(spec: WorkerSpec) -> WorkerStart:
+    """Process group, communicator, swap. Collective.
 
     Runs on the actor's main thread; what is made here is used by the training thread.
     """
@@ -79,7 +98,7 @@ def start_worker(spec: WorkerSpec) -> tuple[str, str]:
             swap=swap,
         )
     )
-    return communicator.transport, communicator.transport_reason
+    return WorkerStart.of(communicator)
 
 
 class TrainingThread(TorchConfigContextManager):
