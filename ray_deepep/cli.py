@@ -1,6 +1,7 @@
 """``ray-deepep``: the command line.
 
 ray-deepep doctor [--bandwidth] [--json]     what this machine has, what is missing or sick, what to do about it
+ray-deepep doctor --cluster [ADDRESS]        the same on every node of a Ray cluster, and where nodes differ
 ray-deepep run script.py [args ...]          run a DeepSpeed script with its MoE layers swapped, unedited
 """
 
@@ -36,13 +37,27 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
         "doctor", help="say what this machine has, what is missing or sick, what to do about it"
     )
     check.add_argument("--json", action="store_true", help="machine-readable output")
-    check.add_argument("--bandwidth", action="store_true", help="also move rows between all pairs of ranks here")
+    where = check.add_mutually_exclusive_group()
+    where.add_argument("--bandwidth", action="store_true", help="also move rows between all pairs of ranks here")
+    where.add_argument(
+        "--cluster",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="every node of a Ray cluster: RAY_ADDRESS or the one of this machine, if no address is given",
+    )
     check.add_argument("--ranks", type=int, help="processes of --bandwidth; one per GPU, or 2 to 4 on CPUs")
-    check.add_argument("--deadline", type=float, default=120.0, metavar="S", help="seconds for --bandwidth")
+    check.add_argument(
+        "--deadline", type=float, default=120.0, metavar="S", help="seconds for --bandwidth or --cluster"
+    )
 
 
 def _doctor(options: argparse.Namespace) -> int:
     try:
+        if options.cluster is not None:
+            from .cluster.doctor import run_cluster
+
+            return run_cluster(options.cluster, as_json=options.json, deadline_s=options.deadline)
         test = doctor.PairTest(num_ranks=options.ranks, deadline_s=options.deadline) if options.bandwidth else None
     except InvalidArgumentError as error:
         print(f"ray-deepep doctor: {error}", file=sys.stderr)
