@@ -74,7 +74,7 @@ def software_readings(**changes: object) -> SoftwareReadings:
         },
         requirements=REQUIREMENTS,
         torch_requirements=("nvidia-nvshmem-cu13==3.4.5", "nvidia-nccl-cu13==2.28.9"),
-        built_nvshmem="3.4.5",
+        nvshmem_core=Output(text="3.4.5"),
     )
     return dataclasses.replace(readings, **changes)
 

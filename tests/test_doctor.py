@@ -51,7 +51,7 @@ def test_two_gpus_without_peer_access():
 
 
 def test_a_machine_without_gpu_is_no_problem_and_says_what_it_can_do():
-    software = software_readings(cuda_core=Output(problem="No module named 'ray_deepep._cuda'"), built_nvshmem="")
+    software = software_readings(cuda_core=Output(problem="No module named 'ray_deepep._cuda'"), nvshmem_core=Output())
     found = by_name(machine(gpu=no_gpu_readings(), system=system_readings(ib_ports=()), software=software))
     assert worst(found.values()) is Status.OK
     assert found["GPUs"].status is Status.NOT_APPLICABLE
@@ -186,11 +186,19 @@ def packages(**versions: str) -> dict[str, str]:
         ("ray", Status.PROBLEM, "2.61.1, supported is", {"packages": packages(ray="2.61.1")}),
         ("deepspeed", Status.PROBLEM, "0.19.3", {"packages": packages(deepspeed="0.19.3")}),
         ("deepspeed", Status.OK, "0.19.4", {"packages": packages(deepspeed="0.19.4")}),
-        ("ray", Status.NOT_APPLICABLE, "not installed", {"packages": {"torch": "2.11.0"}, "built_nvshmem": ""}),
+        ("ray", Status.NOT_APPLICABLE, "not installed", {"packages": {"torch": "2.11.0"}, "nvshmem_core": Output()}),
         ("torch", Status.OK, "2.99", {"packages": packages(torch="2.99"), "requirements": ()}),
         ("NVSHMEM", Status.PROBLEM, "torch wants ==3.4.5", {"packages": packages(nvidia_nvshmem_cu13="3.8.0")}),
-        ("NVSHMEM", Status.PROBLEM, "built with 3.3.0", {"built_nvshmem": "3.3.0"}),
-        ("NVSHMEM", Status.PROBLEM, "not installed, but built with 3.4.5", {"packages": {"torch": "2.11.0"}}),
+        ("NVSHMEM", Status.PROBLEM, "built with 3.3.0", {"nvshmem_core": Output(text="3.3.0")}),
+        (
+            "NVSHMEM",
+            Status.PROBLEM,
+            "not installed, but the core is built with 3.4.5",
+            {"packages": {"torch": "2.11.0"}},
+        ),
+        ("NVSHMEM core", Status.OK, "built with NVSHMEM 3.4.5", {}),
+        ("NVSHMEM core", Status.NOT_APPLICABLE, "not built", {"nvshmem_core": Output()}),
+        ("NVSHMEM core", Status.PROBLEM, "3.8.0 is loaded", {"nvshmem_core": Output(problem="3.8.0 is loaded")}),
         (
             "CPU core",
             Status.PROBLEM,

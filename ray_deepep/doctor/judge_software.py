@@ -22,6 +22,7 @@ def judge_software(software: SoftwareReadings, *, has_gpus: bool) -> list[Findin
         judge_package(software, "ray", "to train on Ray: pip install 'ray-deepep[ray]'"),
         judge_package(software, "deepspeed", "to swap DeepSpeed's MoE layers: pip install 'ray-deepep[deepspeed]'"),
         judge_nvshmem(software),
+        judge_nvshmem_core(software),
     ]
 
 
@@ -70,21 +71,32 @@ def judge_package(software: SoftwareReadings, name: str, advice: str) -> Finding
 def judge_nvshmem(software: SoftwareReadings) -> Finding:
     """The NVSHMEM wheel against torch's pin and the release that the inter-node core was built with: its device state
     differs between releases, so build and run need the same one."""
+    built = software.nvshmem_core.text
     installed = {name: version for name, version in software.packages.items() if name.startswith(NVSHMEM)}
     if not installed:
-        if software.built_nvshmem:
-            advice = f"pip install 'nvidia-nvshmem-cu13=={software.built_nvshmem}'"
-            return problem("NVSHMEM", f"not installed, but built with {software.built_nvshmem}", advice)
+        if built:
+            advice = f"pip install 'nvidia-nvshmem-cu13=={built}'"
+            return problem("NVSHMEM", f"not installed, but the core is built with {built}", advice)
         return not_applicable("NVSHMEM", "not installed; only needed for GPUs of several hosts")
     value = ", ".join(f"{name} {version}" for name, version in installed.items())
     for name, version in installed.items():
         pin = requirement(software.torch_requirements, name)
         if pin and not satisfies(version, pin):
             return problem("NVSHMEM", f"{value}, but torch wants {pin}", f"pip install '{name}{pin}'")
-        if software.built_nvshmem and version != software.built_nvshmem:
-            advice = f"build the inter-node core again, or pip install '{name}=={software.built_nvshmem}'"
-            return problem("NVSHMEM", f"{value}, but the core is built with {software.built_nvshmem}", advice)
+        if built and version != built:
+            advice = f"build the inter-node core again, or pip install '{name}=={built}'"
+            return problem("NVSHMEM", f"{value}, but the core is built with {built}", advice)
     return ok("NVSHMEM", value)
+
+
+def judge_nvshmem_core(software: SoftwareReadings) -> Finding:
+    """The inter-node core."""
+    name, core = "NVSHMEM core", software.nvshmem_core
+    if core.problem:
+        return problem(name, core.problem, f"pip install the NVSHMEM that it names, or build it again: {BUILD}")
+    if not core.text:
+        return not_applicable(name, "not built; only needed for GPUs of several hosts")
+    return ok(name, f"built with NVSHMEM {core.text}")
 
 
 def requirement(requirements: tuple[str, ...], name: str) -> str:

@@ -11,9 +11,19 @@ from .report import finding_lines, paint
 
 _INSTALLED = ("ray_deepep", "CPU core", "torch", "ray", "deepspeed")
 """Compared between all nodes: "not installed" is a difference too."""
-_WHERE_PRESENT = ("CUDA core", "NVSHMEM", "CUDA runtime", "driver", "GPUs", "compute mode", "NVLink", "IB devices")
+_WHERE_PRESENT = (
+    "CUDA core",
+    "NVSHMEM",
+    "NVSHMEM core",
+    "CUDA runtime",
+    "driver",
+    "GPUs",
+    "compute mode",
+    "NVLink",
+    "IB devices",
+)
 """Compared between the nodes that have it: a head node without GPUs is usual."""
-_MUST_BE_EQUAL = frozenset({"ray_deepep", "CPU core", "CUDA core", "NVSHMEM"})
+_MUST_BE_EQUAL = frozenset({"ray_deepep", "CPU core", "CUDA core", "NVSHMEM", "NVSHMEM core"})
 """Ranks refuse to meet, or read each other's memory wrongly, if these differ."""
 _NAMED_NODES = 8
 _COLUMNS = ("GPUs", "driver", "torch", "IB devices")

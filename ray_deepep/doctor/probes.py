@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import concurrent.futures
+import importlib
 import importlib.metadata
+import importlib.util
 import os
 import pathlib
 import platform
@@ -87,7 +89,7 @@ def read_software() -> SoftwareReadings:
         packages={name: version for name in PACKAGES if (version := _version(name))},
         requirements=_own_requirements(),
         torch_requirements=_requirements("torch"),
-        built_nvshmem="",
+        nvshmem_core=_nvshmem_core(),
     )
 
 
@@ -166,6 +168,15 @@ def _filesystem_bytes(path: str) -> int | None:
     except OSError:
         return None
     return status.f_blocks * status.f_frsize
+
+
+def _nvshmem_core() -> Output:
+    if importlib.util.find_spec("ray_deepep._nvshmem") is None:
+        return Output()
+    try:
+        return Output(text=importlib.import_module("ray_deepep._nvshmem").built_version())
+    except ImportError as error:
+        return Output(problem=str(error))
 
 
 def _version(package: str) -> str:

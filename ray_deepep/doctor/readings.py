@@ -106,8 +106,8 @@ class SoftwareReadings:
     """What this package declares, such as ``torch<2.15,>=2.11``; empty where it runs uninstalled."""
     torch_requirements: tuple[str, ...]
     """What torch declares; a CUDA build pins its NVSHMEM."""
-    built_nvshmem: str
-    """NVSHMEM release that the inter-node core was built with; empty where it was not built."""
+    nvshmem_core: Output
+    """NVSHMEM release that the inter-node core was built with, or why it does not load; both empty: not built."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
