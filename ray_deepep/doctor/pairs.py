@@ -8,7 +8,7 @@ import statistics
 from .findings import Finding, not_applicable, ok, problem, warning
 
 SLOW_PAIR = 0.6
-"""A pair slower than this share of the median is named."""
+"""Of the median: a pair of GPUs below it is named."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -43,14 +43,17 @@ def judge_pairs(outcome: PairOutcome) -> Finding:
     """One finding about all pairs: the range of their speeds, and the pairs that fall behind."""
     name = f"pairs ({outcome.transport})"
     if outcome.problem:
-        return problem(name, outcome.problem, "the findings above may say why; RAY_DEEPEP_DEADLINE_S bounds one wait")
+        return problem(name, outcome.problem, "the findings above may say why; --deadline gives it more time")
     if not outcome.pairs:
         return not_applicable(name, "no pairs")
     speeds = [min(pair.dispatch_gb_per_s, pair.combine_gb_per_s) for pair in outcome.pairs]
     median = statistics.median(speeds)
     latency = statistics.median(pair.dispatch_us for pair in outcome.pairs)
-    value = f"{len(outcome.pairs)} directions, {min(speeds):.1f} to {max(speeds):.1f} GB/s, one row {latency:.0f} us"
-    slow = [pair for pair, speed in zip(outcome.pairs, speeds) if speed < SLOW_PAIR * median]
+    value = f"{len(outcome.pairs)} directions, {min(speeds):.1f} to {max(speeds):.1f} GB/s"
+    value += f" ({outcome.num_rows} rows of {outcome.row_bytes} bytes), one row {latency:.0f} us"
+    # Between processes all pairs go through the same memory, and differ only by what else runs on their cores.
+    compared = zip(outcome.pairs, speeds) if outcome.transport == "cuda" else ()
+    slow = [pair for pair, speed in compared if speed < SLOW_PAIR * median]
     if slow:
         names = ", ".join(f"{pair.source}->{pair.target}" for pair in slow)
         advice = (
