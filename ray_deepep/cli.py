@@ -1,7 +1,8 @@
 """``ray-deepep``: the command line.
 
-ray-deepep doctor [--json]              what is installed here and what is missing, with what to do about it
-ray-deepep run script.py [args ...]     run a DeepSpeed script with its MoE layers swapped, unedited
+ray-deepep doctor [--bandwidth] [--json]     what this machine has, what is missing or sick, what to do about it
+ray-deepep doctor --cluster [ADDRESS]        the same on every node of a Ray cluster, and where nodes differ
+ray-deepep run script.py [args ...]          run a DeepSpeed script with its MoE layers swapped, unedited
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import argparse
 import sys
 
 from . import doctor
+from .errors import InvalidArgumentError
 from .version import __version__
 
 
@@ -18,17 +20,49 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="ray-deepep", description=__doc__.split("\n")[0])
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
-    check = commands.add_parser("doctor", help="say what is installed and what is missing")
-    check.add_argument("--json", action="store_true", help="machine-readable output")
+    _add_doctor(commands)
     run = commands.add_parser("run", help="run a DeepSpeed script with its MoE layers swapped")
     run.add_argument("script")
     run.add_argument("args", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
     if options.command == "doctor":
-        return doctor.report(as_json=options.json)
+        return _doctor(options)
     from .deepspeed.launch import run_script
 
     return run_script([options.script, *options.args]) or 0
+
+
+def _add_doctor(commands: argparse._SubParsersAction) -> None:
+    check = commands.add_parser(
+        "doctor", help="say what this machine has, what is missing or sick, what to do about it"
+    )
+    check.add_argument("--json", action="store_true", help="machine-readable output")
+    where = check.add_mutually_exclusive_group()
+    where.add_argument("--bandwidth", action="store_true", help="also move rows between all pairs of ranks here")
+    where.add_argument(
+        "--cluster",
+        nargs="?",
+        const="auto",
+        metavar="ADDRESS",
+        help="every node of a Ray cluster: RAY_ADDRESS or the one of this machine, if no address is given",
+    )
+    check.add_argument("--ranks", type=int, help="processes of --bandwidth; one per GPU, or 2 to 4 on CPUs")
+    check.add_argument(
+        "--deadline", type=float, default=120.0, metavar="S", help="seconds for --bandwidth or --cluster"
+    )
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    try:
+        if options.cluster is not None:
+            from .cluster.doctor import run_cluster
+
+            return run_cluster(options.cluster, as_json=options.json, deadline_s=options.deadline)
+        test = doctor.PairTest(num_ranks=options.ranks, deadline_s=options.deadline) if options.bandwidth else None
+    except InvalidArgumentError as error:
+        print(f"ray-deepep doctor: {error}", file=sys.stderr)
+        return 2
+    return doctor.run(as_json=options.json, bandwidth=test)
 
 
 if __name__ == "__main__":

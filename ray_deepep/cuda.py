@@ -43,12 +43,19 @@ def _load() -> ModuleType:
     return core
 
 
+def core_version() -> tuple[str, str]:
+    """Version of the CUDA core, or an empty string and what kept it from loading."""
+    try:
+        return _load().version, ""
+    except ImportError as error:
+        return "", str(error)
+
+
 def cuda_problem() -> str:
     """Why this process cannot use the CUDA core; empty if it can."""
-    try:
-        _load()
-    except ImportError as error:
-        return f"no CUDA core ({error})"
+    _, problem = core_version()
+    if problem:
+        return f"no CUDA core ({problem})"
     return "" if torch.cuda.is_available() else "torch sees no GPU"
 
 

@@ -13,6 +13,7 @@
 | ``RAY_DEEPEP_NUM_THREADS`` | ``0`` | copy threads of a rank's CPU core; 0: cores of the host / ranks on it |
 | ``RAY_DEEPEP_LAYOUT`` | ``padded`` | rows that DeepSpeed's experts see: ``padded`` (as stock) or ``compact`` |
 | ``RAY_DEEPEP_COMBINE`` | ``exact`` | ``exact`` (bit-equal to stock) or ``fast`` (expert side first) |
+| ``CUDA_MPS_PIPE_DIRECTORY`` | ``/tmp/nvidia-mps`` | CUDA's own: where the MPS daemon is found |
 | ``RAY_TRAIN_CALLBACKS`` | empty | Ray's own: callbacks of Train runs; ours are added to it |
 | ``RAY_DEEPEP_DEVICE_HEAP_GIB`` | ``4`` | GPU memory of one of DeepSpeed's buffers |
 | ``RAY_DEEPEP_HEAP_GIB`` | ``64`` | largest address space per rank and buffer; memory is used only where rows are |
@@ -135,3 +136,8 @@ def device_heap_gib() -> float:
 def ray_train_callbacks() -> list[str]:
     """``RAY_TRAIN_CALLBACKS``: dotted paths of Ray Train callbacks that are already asked for."""
     return [path for path in os.environ.get("RAY_TRAIN_CALLBACKS", "").split(",") if path]
+
+
+def cuda_mps_pipe_directory() -> str:
+    """``CUDA_MPS_PIPE_DIRECTORY``."""
+    return os.environ.get("CUDA_MPS_PIPE_DIRECTORY") or "/tmp/nvidia-mps"

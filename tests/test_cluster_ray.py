@@ -30,9 +30,11 @@ from ray_deepep.cluster import (
     current,
     teardown,
 )
+from ray_deepep.cluster.doctor import examine_cluster, run_cluster
 from ray_deepep.cluster.expert_parallel import ExpertParallelBackend
 from ray_deepep.cluster.processes import ProcessId, process_state
 from ray_deepep.cluster.supervision import FaultSupervisor
+from ray_deepep.doctor.report import exit_code
 
 CONFIG = CommConfig(bootstrap_deadline_s=30.0, deadline_s=10.0, num_threads=1, heap_gib=1.0)
 SHORT = CommConfig(bootstrap_deadline_s=3.0, num_threads=1, heap_gib=1.0)
@@ -271,6 +273,27 @@ def test_too_few_cpus_are_an_error_at_once(cluster, tmp_path):
     assert run.status == 2
     assert run.lines("error: --workers = 64: needs 64 CPUs and the cluster has 8"), run.text
     assert run.seconds < 60
+
+
+# The doctor
+
+
+def test_the_doctor_examines_the_nodes_of_a_cluster(cluster, capsys):
+    (node,) = examine_cluster(60.0)
+    assert node.node_id == ray.get_runtime_context().get_node_id()
+    assert node.finding("ray").value == ray.__version__
+    assert node.finding("CPU cores").value == str(len(os.sched_getaffinity(0)))
+    assert run_cluster(as_json=True, deadline_s=60.0) == exit_code(node.findings)
+    report = json.loads(capsys.readouterr().out)
+    assert [n["node_id"] for n in report["nodes"]] == [node.node_id]
+    assert report["differences"] == []
+    assert ray.is_initialized(), "a connection that was there is kept"
+
+
+def test_a_node_that_does_not_answer_in_time_is_a_problem(cluster):
+    (node,) = examine_cluster(0.01)
+    assert [finding.value for finding in node.findings] == ["did not answer within 0.01 s"]
+    assert exit_code(node.findings) == 1
 
 
 # Examples, as a reader starts them

@@ -29,9 +29,8 @@ PYTHON_LAYERS = [
     {"buffer"},
     {"autograd"},
     {"__init__"},
-    {"deepspeed"},
+    {"deepspeed", "doctor"},
     {"cluster"},
-    {"doctor"},
     {"cli"},
 ]
 LAYER = {name: level for level, names in enumerate(PYTHON_LAYERS) for name in names}

@@ -41,7 +41,9 @@ def test_wheel_contents(wheel: pathlib.Path) -> None:
     names = zipfile.ZipFile(wheel).namelist()
     assert any(name.startswith("ray_deepep/_core.") and name.endswith(".so") for name in names)
     assert any(name.endswith("licenses/LICENSE") for name in names)
-    assert {"ray_deepep/cluster/__init__.py", "ray_deepep/deepspeed/__init__.py", "train/main.py"} <= set(names)
+    assert {f"ray_deepep/{part}/__init__.py" for part in ("cluster", "deepspeed", "doctor")} | {"train/main.py"} <= set(
+        names
+    )
     tops = {name.split("/")[0] for name in names if ".dist-info/" not in name}
     assert tops == {"ray_deepep", "train"}
 
