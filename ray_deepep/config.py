@@ -88,7 +88,7 @@ class CommConfig:
     """Copy threads of this rank; 0: cores of the host divided by the ranks on it."""
     num_sms: int = dataclasses.field(default_factory=env.num_sms)
     """Multiprocessors that row-moving kernels of transport ``cuda`` may use."""
-    heap_provider: str = "auto"
+    heap_provider: str = dataclasses.field(default_factory=env.heap_provider)
     """How GPU memory is shared: ``vmm`` (file descriptors), ``ipc`` (CUDA IPC), ``nvshmem`` (NVSHMEM's symmetric heap),
     or ``auto`` (vmm where supported, else ipc)."""
     nvshmem: NvshmemConfig = dataclasses.field(default_factory=NvshmemConfig)

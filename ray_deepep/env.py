@@ -4,6 +4,7 @@
 |---|---|---|
 | ``RAY_DEEPEP`` | ``0`` | ``1``: programs started by ``ray-deepep run`` swap DeepSpeed's MoE layers at import |
 | ``RAY_DEEPEP_TRANSPORT`` | ``auto`` | ``auto``, ``cuda``, ``shm`` or ``reference`` |
+| ``RAY_DEEPEP_HEAP_PROVIDER`` | ``auto`` | how GPU memory is shared: ``auto``, ``vmm``, ``ipc`` or ``nvshmem`` |
 | ``RAY_DEEPEP_NUM_SMS`` | ``24`` | multiprocessors that row-moving kernels may use |
 | ``RAY_DEEPEP_BULK_COPY`` | ``1`` | ``0``: plain vector copies also on GPUs that have bulk copies (sm_90 up) |
 | ``RAY_DEEPEP_DEADLINE_S`` | ``120`` | seconds that a collective waits for a peer before it reports a fault |
@@ -76,6 +77,16 @@ def transport() -> str:
         "auto",
         _choice("auto", "cuda", "shm", "reference"),
         "must be auto, cuda, shm or reference",
+    )
+
+
+def heap_provider() -> str:
+    """``RAY_DEEPEP_HEAP_PROVIDER``."""
+    return _read(
+        "RAY_DEEPEP_HEAP_PROVIDER",
+        "auto",
+        _choice("auto", "vmm", "ipc", "nvshmem"),
+        "must be auto, vmm, ipc or nvshmem",
     )
 
 

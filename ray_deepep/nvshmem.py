@@ -206,10 +206,11 @@ class NvshmemRuntime:
             BootstrapError: NVSHMEM itself did not come back in time; it is abandoned too.
         """
         reason = decide_abandon(fault=fault, gone=self._gone(), abandoned=self._core.abandoned())
+        frees: list[int] = []
         if not reason:
             try:
-                told = self._tell(self._next_phase("finalize"), {"reason": reason})
-                reason = next((each["reason"] for each in told if each["reason"]), "")
+                told = self._tell(self._next_phase("finalize"), {"num_bytes": 0, "released": self._core.released()})
+                frees = decide_frees(told)
             except BootstrapError as error:
                 reason = str(error)
         if reason:
@@ -217,6 +218,9 @@ class NvshmemRuntime:
             logger.warning("NVSHMEM is abandoned, not finalized: %s", reason)
             return reason
         with self._public_errors():
+            if frees:
+                # It stays up where others in the process use it, and would keep them.
+                self._core.free(frees, self._deadline_s)
             self._core.finalize(self._deadline_s)
         return ""
 

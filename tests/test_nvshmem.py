@@ -197,3 +197,11 @@ def test_settings_are_part_of_the_communicators() -> None:
         CommConfig(nvshmem="mlx5_0")
     with pytest.raises(InvalidArgumentError):
         CommConfig(heap_provider="symmetric")
+
+
+def test_the_environment_may_name_the_provider(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_DEEPEP_HEAP_PROVIDER", "nvshmem")
+    assert CommConfig().heap_provider == "nvshmem"
+    monkeypatch.setenv("RAY_DEEPEP_HEAP_PROVIDER", "shmem")
+    with pytest.raises(InvalidArgumentError, match="RAY_DEEPEP_HEAP_PROVIDER: must be auto, vmm, ipc or nvshmem"):
+        CommConfig()

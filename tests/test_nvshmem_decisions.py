@@ -177,6 +177,13 @@ def test_finalize_and_bring_up_again() -> None:
     cores = [FakeCore(), FakeCore()]
     assert [outcome.value for outcome in on_ranks(cores, lambda runtime: runtime.finalize())] == ["", ""]
     assert [core.calls[-1] for core in cores] == [("finalize",)] * 2
+
+    def use(runtime: NvshmemRuntime) -> str:
+        runtime.release(runtime.allocate(8))
+        return runtime.finalize()
+
+    assert [outcome.value for outcome in on_ranks(cores, use)] == ["", ""]
+    assert [core.blocks for core in cores] == [{}, {}] and all(core.status() == 0 for core in cores)
     assert all(outcome.value.rank_to_pe == (0, 1) for outcome in on_ranks(cores))
 
 
