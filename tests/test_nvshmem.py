@@ -9,10 +9,12 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 
 import pytest
 
 from ray_deepep import CommConfig, InvalidArgumentError, InvalidTypeError, NvshmemConfig, env, nvshmem
+from ray_deepep.version import __version__
 
 
 def nvshmem_problem() -> str:
@@ -32,6 +34,7 @@ def start(program: str, *args: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-c", prelude + textwrap.dedent(program), *args],
         env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME": "lo"},
+        stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -39,7 +42,7 @@ def start(program: str, *args: str) -> subprocess.Popen[str]:
 
 
 def finish(process: subprocess.Popen[str]) -> dict:
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=120)
     assert process.returncode == 0, err[-3000:]
     return json.loads(out.splitlines()[-1])
 
@@ -98,18 +101,20 @@ def test_a_missing_rank_ends_the_wait_at_the_deadline() -> None:
 @needs_core
 def test_ranks_that_meet_without_a_gpu_are_told() -> None:
     program = """
-        rank = int(sys.argv[1])
-        unique_id = core.make_unique_id() if rank == 0 else bytes.fromhex(sys.argv[2])
-        if rank == 0:
-            print(unique_id.hex(), flush=True)
+        print(core.make_unique_id().hex(), flush=True)
+        unique_id = bytes.fromhex(sys.stdin.readline())
         try:
-            core.init(unique_id, rank, 2, -1, 20.0)
+            core.init(unique_id, int(sys.argv[1]), 2, -1, 30.0)
         except core.CoreNvshmemError as error:
             print(json.dumps([*error.args, core.status()]))
     """
-    first = start(program, "0")
-    second = start(program, "1", first.stdout.readline().strip())
-    for process in (first, second):
+    processes = [start(program, str(rank)) for rank in range(2)]
+    # Both are ready before either waits for the other.
+    ids = [process.stdout.readline() for process in processes]
+    for process in processes:
+        process.stdin.write(ids[0])
+        process.stdin.flush()
+    for process in processes:
         step, code, status, reason, later = finish(process)
         assert (step, code, status, later) == ("init", 0, 1, 1)
         assert "no GPU" in reason
@@ -139,6 +144,40 @@ def test_ctrl_c_ends_a_wait() -> None:
     time.sleep(1.0)
     process.send_signal(2)
     assert finish(process) == "interrupted during init"
+
+
+@needs_core
+def test_another_thread_may_end_a_wait() -> None:
+    reason, elapsed_s = finish(
+        start("""
+        import threading
+        began = time.monotonic()
+        threading.Timer(0.3, core.abandon, ["rank 1 is dead"]).start()
+        try:
+            core.init(core.make_unique_id(), 0, 2, -1, 50.0)
+        except core.CoreNvshmemError as error:
+            print(json.dumps([error.args[3], time.monotonic() - began]))
+        """)
+    )
+    assert "given up (rank 1 is dead)" in reason
+    assert elapsed_s < 10.0
+
+
+@pytest.mark.parametrize(
+    ("versions", "text"),
+    (
+        ((__version__, "3.4.5", "3.8.0"), "built for NVSHMEM 3.4.5, but 3.8.0 is loaded"),
+        (("0.0.0", "3.4.5", "3.4.5"), "the NVSHMEM core is version 0.0.0"),
+    ),
+    ids=("library", "package"),
+)
+def test_other_versions_are_refused(monkeypatch: pytest.MonkeyPatch, versions: tuple[str, ...], text: str) -> None:
+    package, built, loaded = versions
+    core = types.SimpleNamespace(version=package, built_version=lambda: built, loaded_version=lambda: loaded)
+    monkeypatch.setitem(sys.modules, "ray_deepep._nvshmem", core)
+    monkeypatch.setattr(nvshmem.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ImportError, match=text):
+        nvshmem.load()
 
 
 def test_settings_become_variables() -> None:

@@ -14,6 +14,8 @@ import time
 import device_cases
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed._symmetric_memory as symmetric_memory
 from cases import FLOAT8, PADDED, check_case
 from harness import RankContext, RankPool, Ranks, error_of
 from test_cuda_heap import make_buffer, make_case, overwritten, residents
@@ -80,6 +82,32 @@ def again(context: RankContext) -> None:
 @pytest.mark.parametrize("num_ranks", (1, 2))
 def test_finalize_join_and_bring_up_again(ranks: Ranks, num_ranks: int) -> None:
     ranks.run(num_ranks, again, deadline_s=180.0)
+
+
+def beside_torch(context: RankContext) -> None:
+    """torch's symmetric memory brings NVSHMEM up first: it is joined, and stays up when this library leaves."""
+    device = device_cases.use_gpu(context.rank)
+    symmetric_memory.set_backend("NVSHMEM")
+    symmetric_memory.enable_symm_mem_for_group(dist.group.WORLD.group_name)
+    of_torch = symmetric_memory.empty(64, device=device)
+    symmetric_memory.rendezvous(of_torch, group=dist.group.WORLD.group_name)
+    core = nvshmem.load()
+    assert core.status() >= 2 and core.num_pes() == context.num_ranks
+    case = make_case(context.num_ranks, TokenMajor())
+    world = device_cases.make_world(case, device)
+    with new_communicator(context) as comm:
+        with make_buffer(dataclasses.replace(context, communicators={"cuda": comm}), case) as buffer:
+            result = device_cases.dispatch(buffer, world, context.rank)
+            device_cases.assert_dispatched(result, world, context.rank)
+        assert comm.finalize_nvshmem() == ""
+    assert core.status() >= 2
+    assert of_torch.fill_(3.0).sum().item() == 192.0
+
+
+@pytest.mark.skipif(not symmetric_memory.is_nvshmem_available(), reason="torch was built without NVSHMEM")
+def test_beside_torchs_symmetric_memory() -> None:
+    with RankPool(2) as pool:
+        pool.run(beside_torch, deadline_s=120.0)
 
 
 def killed(context: RankContext) -> str:
