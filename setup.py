@@ -1,13 +1,14 @@
-"""Build of ray_deepep: the CPU core always, the CUDA core where nvcc is found; plain pybind11, no torch headers.
+"""Build of ray_deepep: the CPU core always, the CUDA core where nvcc is found, NVSHMEM's part where its wheel is, too.
 
-RAY_DEEPEP_CORES=0 builds nothing (``setup.py build_ext --inplace`` does it later). RAY_DEEPEP_CUDA=0 leaves the CUDA
-core out, =1 insists on it. RAY_DEEPEP_CUDA_ARCHS="90" or "80;90;100" says for which chips, RAY_DEEPEP_BUILD_JOBS how
-many compilers run at once.
+Plain pybind11, no torch headers. RAY_DEEPEP_CORES=0 builds nothing (``setup.py build_ext --inplace`` does it later).
+RAY_DEEPEP_CUDA=0 leaves the CUDA core and NVSHMEM out, =1 insists on the CUDA core. RAY_DEEPEP_CUDA_ARCHS="90" or
+"80;90;100" says for which chips, RAY_DEEPEP_BUILD_JOBS how many compilers run at once.
 """
 
 from __future__ import annotations
 
 import concurrent.futures
+import importlib.util
 import os
 import pathlib
 import re
@@ -49,6 +50,16 @@ def cuda_home(nvcc: str) -> pathlib.Path:
     return found[-1].parents[1]
 
 
+def find_nvshmem() -> pathlib.Path | None:
+    """Headers and libraries of the wheel nvidia-nvshmem-cu13."""
+    try:
+        spec = importlib.util.find_spec("nvidia.nvshmem")
+    except ModuleNotFoundError:
+        return None
+    homes = [pathlib.Path(place) for place in (spec.submodule_search_locations or [])] if spec else []
+    return next((home for home in homes if (home / "include/nvshmem_host.h").exists()), None)
+
+
 def extensions() -> list[Extension]:
     """What can be built here; what cannot is said in one line."""
     if os.environ.get("RAY_DEEPEP_CORES") == "0":
@@ -65,7 +76,11 @@ def extensions() -> list[Extension]:
     cuda = Extension(
         "ray_deepep._cuda", sources(*SHARED_FOLDERS, "cuda", "bindings_cuda") + translation, depends=depends
     )
-    return [cpu, cuda]
+    if not find_nvshmem():
+        print("ray_deepep: without NVSHMEM (pip install nvidia-nvshmem-cu13==3.4.5 and build again to have it)")
+        return [cpu, cuda]
+    nvshmem_sources = sources("common", "nvshmem", "bindings_nvshmem") + translation
+    return [cpu, cuda, Extension("ray_deepep._nvshmem", nvshmem_sources, depends=depends)]
 
 
 class Build(build_ext):
@@ -74,8 +89,9 @@ class Build(build_ext):
     def build_extension(self, ext: Extension) -> None:
         target = pathlib.Path(self.get_ext_fullpath(ext.name))
         newest_header = max(os.path.getmtime(ROOT / header) for header in [*ext.depends, "setup.py"])
-        nvcc = find_nvcc() if ext.name.endswith("_cuda") else None
+        nvcc = find_nvcc() if ext.name != "ray_deepep._core" else None
         home = cuda_home(nvcc) if nvcc else None
+        nvshmem = find_nvshmem() if ext.name == "ray_deepep._nvshmem" else None
         commands, objects = [], []
         for source in ext.sources:
             output = pathlib.Path(self.build_temp) / ext.name / f"{source}.o"
@@ -83,15 +99,32 @@ class Build(build_ext):
             if output.exists() and output.stat().st_mtime > max(newest_header, os.path.getmtime(ROOT / source)):
                 continue
             output.parent.mkdir(parents=True, exist_ok=True)
-            commands.append(self._compile_command(source, str(output), nvcc, home))
+            command = self._compile_command(source, str(output), nvcc, home)
+            if nvshmem:
+                # As headers of the system: their warnings are not ours.
+                command += ["-isystem", f"{nvshmem}/include", "-isystem", f"{home}/include/cccl"]
+            commands.append(command)
         with concurrent.futures.ThreadPoolExecutor(max(JOBS, 1)) as pool:
             list(pool.map(self.spawn, commands))
         target.parent.mkdir(parents=True, exist_ok=True)
         # Unlinked first: a process may have the old file mapped.
         target.unlink(missing_ok=True)
         libraries = [f"-L{home}/lib64", f"-L{home}/lib", "-lcudart_static", "-ldl", "-lrt"] if home else []
+        if nvshmem:
+            libraries += self._nvshmem_link_flags(nvshmem)
         link = ["-shared", "-pthread", "-Wl,--no-undefined-version", *objects, *libraries, "-o", str(target)]
         self.spawn([self._cxx(), *link])
+
+    def _nvshmem_link_flags(self, nvshmem: pathlib.Path) -> list[str]:
+        # torch's own NVSHMEM library is in the process too: only the module's entry is visible.
+        exports = pathlib.Path(self.build_temp) / "nvshmem_exports.map"
+        exports.write_text("{ global: PyInit__nvshmem; local: *; };\n")
+        return [
+            f"-L{nvshmem}/lib",
+            "-l:libnvshmem_host.so.3",
+            "-Wl,-rpath,$ORIGIN/../nvidia/nvshmem/lib",
+            f"-Wl,--version-script={exports}",
+        ]
 
     def _cxx(self) -> str:
         return os.environ.get("CXX") or shutil.which("c++") or "g++"

@@ -3,7 +3,7 @@
 from .autograd import combine, dispatch
 from .buffer import Buffer
 from .communicator import Communicator
-from .config import CommConfig
+from .config import CommConfig, NvshmemConfig
 from .errors import (
     BootstrapError,
     ClosedError,
@@ -13,6 +13,7 @@ from .errors import (
     InvalidArgumentError,
     InvalidTypeError,
     MismatchError,
+    NvshmemError,
     RayDeepEPError,
     ReceiveOverflowError,
     SharedGpuError,
@@ -44,6 +45,8 @@ __all__ = [
     "InvalidArgumentError",
     "InvalidTypeError",
     "MismatchError",
+    "NvshmemConfig",
+    "NvshmemError",
     "Padded",
     "RayDeepEPError",
     "ReceiveOverflowError",

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import torch.distributed as dist
 
-from . import cuda, rendezvous, shm
+from . import cuda, nvshmem, rendezvous, shm
 from .config import CommConfig
 from .errors import (
     ClosedError,
@@ -35,7 +35,8 @@ logger = logging.getLogger("ray_deepep")
 
 Exchange = Callable[[str, bytes], list[bytes]]
 """``exchange(phase, payload)`` returns the payloads of all ranks in rank order. It must raise ``BootstrapError``
-naming the missing ranks when its own deadline expires. Called the same number of times on every rank."""
+naming the missing ranks when its own deadline expires. Called the same number of times on every rank; after bootstrap
+only with ``heap_provider="nvshmem"``, when buffers are made and when NVSHMEM is finalized."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -85,10 +86,13 @@ class Communicator:
         self._fault: FaultRecord | None = None
         self._buffers: list[Buffer] = []
         self._domain: shm.ShmDomain | None = None
+        self._nvshmem: nvshmem.NvshmemRuntime | None = None
         self.peers = self._meet(exchange)
         self.transport, self.transport_reason = choose_transport(self.config.transport, self.peers)
         if self.transport in ("shm", "cuda"):
             self._domain = shm.ShmDomain(exchange, peers=self.peers, rank=rank, config=self.config)
+        if self.transport == "cuda" and self.config.heap_provider == "nvshmem":
+            self._nvshmem = self._bring_up_nvshmem(exchange)
         log = logger.info if rank == 0 else logger.debug
         log("transport %s for %d ranks: %s", self.transport, num_ranks, self.transport_reason)
         if rank == 0 and self.transport == "cuda" and not self.config.allow_shared_gpus:
@@ -144,16 +148,21 @@ class Communicator:
         if self._fault is None:
             self._fault = record
             logger.error("%s", record)
+            if self._nvshmem is not None:
+                self._nvshmem.abandon(str(record))
 
     def make_transport(self, geometry: BufferGeometry) -> Transport:
         """A transport for one buffer; collective."""
         self.check_usable("allocate")
         if self.transport == "cuda":
+            if self.config.heap_provider == "nvshmem" and self._nvshmem is None:
+                raise ClosedError("allocate: NVSHMEM was finalized; make a new communicator")
             return cuda.CudaTransport(
                 self._domain,
                 geometry,
                 num_sms=self.config.num_sms,
                 heap_provider=self.config.heap_provider,
+                nvshmem=self._nvshmem,
                 on_fault=self.mark_fault,
             )
         if self.transport == "shm":
@@ -179,11 +188,50 @@ class Communicator:
         if self._domain is not None:
             self._domain.close()
 
+    def finalize_nvshmem(self) -> str:
+        """End NVSHMEM in this process, so that it can serve another group of ranks later; collective.
+
+        ``close()`` does not, for it waits for nobody, and a process that ends need not. Call it before ``close()``,
+        when no buffer is open on any rank and nobody else in the process uses NVSHMEM with these ranks.
+
+        Returns:
+            Empty, also where NVSHMEM is not in use; or why it was abandoned instead: a rank failed, is dead, or did
+            not come. Then only a new process can use NVSHMEM.
+
+        Raises:
+            ClosedError: after ``close()``.
+            InvalidArgumentError: a buffer is open.
+            BootstrapError: NVSHMEM did not come back before ``config.bootstrap_deadline_s``; it is abandoned.
+        """
+        if self._closed:
+            raise ClosedError("finalize_nvshmem: the communicator is closed")
+        if self._nvshmem is None:
+            return ""
+        if self._buffers:
+            raise InvalidArgumentError("buffers", f"{len(self._buffers)} open", "must be closed first")
+        runtime, self._nvshmem = self._nvshmem, None
+        return runtime.finalize(fault="" if self._fault is None else str(self._fault))
+
     def __enter__(self) -> Communicator:
         return self
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _bring_up_nvshmem(self, exchange: Exchange) -> nvshmem.NvshmemRuntime:
+        others = [rank for rank in range(self.num_ranks) if rank != self.rank]
+        try:
+            return nvshmem.NvshmemRuntime(
+                exchange,
+                rank=self.rank,
+                num_ranks=self.num_ranks,
+                device=cuda.gpu_index(),
+                config=self.config,
+                gone=lambda: [rank for rank in others if self._domain.core_domain.peer_is_gone(rank)],
+            )
+        except BaseException:
+            self._domain.close()
+            raise
 
     def _meet(self, exchange: Exchange) -> tuple[RankInfo, ...]:
         version, problem = shm.core_version()

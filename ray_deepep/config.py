@@ -3,12 +3,74 @@
 from __future__ import annotations
 
 import dataclasses
+import re
+from collections.abc import Callable
 
 from . import env
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, InvalidTypeError
 
 TRANSPORTS = ("auto", "cuda", "shm", "reference")
-HEAP_PROVIDERS = ("auto", "vmm", "ipc")
+HEAP_PROVIDERS = ("auto", "vmm", "ipc", "nvshmem")
+MAX_SERVICE_LEVEL = 15
+"""InfiniBand has 16 service levels."""
+_HCA = re.compile(r"[A-Za-z0-9_.\-]+(:[0-9]+)?")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NvshmemConfig:
+    """Settings that NVSHMEM reads from the environment when it comes up; used with ``heap_provider="nvshmem"``.
+
+    A variable that is set already keeps its value, which is logged. None: NVSHMEM's own default.
+    """
+
+    service_level: int | None = None
+    """InfiniBand service level of its traffic, 0 to 15 (``NVSHMEM_IB_SL``)."""
+    hca_list: tuple[str, ...] = ()
+    """Network adapters to use, each as ``name`` or ``name:port`` (``NVSHMEM_HCA_LIST``); empty: all."""
+    ibgda: bool | None = None
+    """Whether GPUs drive the network adapters themselves (``NVSHMEM_IB_ENABLE_IBGDA``)."""
+    qp_depth: int | None = None
+    """Requests that a queue pair holds (``NVSHMEM_QP_DEPTH``), a power of two."""
+    symmetric_bytes: int | None = None
+    """Bytes of each rank's symmetric heap (``NVSHMEM_SYMMETRIC_SIZE``)."""
+    nvls: bool = False
+    """Whether NVSHMEM may use NVLink multicast (``NVSHMEM_DISABLE_NVLS``). Off: it fails on hosts that are shared."""
+
+    def __post_init__(self) -> None:
+        self._check_integer("service_level", lambda v: 0 <= v <= MAX_SERVICE_LEVEL, f"in [0, {MAX_SERVICE_LEVEL}]")
+        self._check_integer("qp_depth", lambda v: v >= 1 and v & (v - 1) == 0, "a power of two")
+        self._check_integer("symmetric_bytes", lambda v: v >= 1, ">= 1")
+        for name in ("ibgda", "nvls"):
+            value = getattr(self, name)
+            if not isinstance(value, bool) and not (name == "ibgda" and value is None):
+                raise InvalidTypeError(name, value, "must be a bool" + (" or None" if name == "ibgda" else ""))
+        if not isinstance(self.hca_list, tuple | list):
+            raise InvalidTypeError("hca_list", self.hca_list, "must be a tuple of str")
+        object.__setattr__(self, "hca_list", tuple(self.hca_list))
+        for hca in self.hca_list:
+            if not isinstance(hca, str) or not _HCA.fullmatch(hca):
+                raise InvalidArgumentError("hca_list", hca, "entries must be name or name:port, such as mlx5_0:1")
+
+    def _check_integer(self, name: str, fits: Callable[[int], bool], rule: str) -> None:
+        value = getattr(self, name)
+        if value is None:
+            return
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise InvalidTypeError(name, value, "must be an int or None")
+        if not fits(value):
+            raise InvalidArgumentError(name, value, f"must be {rule}")
+
+    def variables(self) -> dict[str, str]:
+        """Environment variables that say what these settings say."""
+        wanted = {
+            env.NVSHMEM_IB_SL: self.service_level,
+            env.NVSHMEM_HCA_LIST: ",".join(self.hca_list) or None,
+            env.NVSHMEM_IB_ENABLE_IBGDA: None if self.ibgda is None else int(self.ibgda),
+            env.NVSHMEM_QP_DEPTH: self.qp_depth,
+            env.NVSHMEM_SYMMETRIC_SIZE: self.symmetric_bytes,
+            env.NVSHMEM_DISABLE_NVLS: int(not self.nvls),
+        }
+        return {name: str(value) for name, value in wanted.items() if value is not None}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,8 +88,11 @@ class CommConfig:
     """Copy threads of this rank; 0: cores of the host divided by the ranks on it."""
     num_sms: int = dataclasses.field(default_factory=env.num_sms)
     """Multiprocessors that row-moving kernels of transport ``cuda`` may use."""
-    heap_provider: str = "auto"
-    """How GPU memory is shared: ``vmm`` (file descriptors), ``ipc`` (CUDA IPC), or ``auto`` (vmm where supported)."""
+    heap_provider: str = dataclasses.field(default_factory=env.heap_provider)
+    """How GPU memory is shared: ``vmm`` (file descriptors), ``ipc`` (CUDA IPC), ``nvshmem`` (NVSHMEM's symmetric heap),
+    or ``auto`` (vmm where supported, else ipc)."""
+    nvshmem: NvshmemConfig = dataclasses.field(default_factory=NvshmemConfig)
+    """Settings of NVSHMEM; only used with ``heap_provider="nvshmem"``. A dict of its fields will do as well."""
     device_heap_gib: float = dataclasses.field(default_factory=env.device_heap_gib)
     """GPU memory that DeepSpeed's swap asks for, per buffer, GiB. It is used at once, unlike ``heap_gib``."""
     heap_gib: float = dataclasses.field(default_factory=env.heap_gib)
@@ -38,6 +103,11 @@ class CommConfig:
     and a run on Ray refuses them."""
 
     def __post_init__(self) -> None:
+        if isinstance(self.nvshmem, dict):
+            # As dataclasses.asdict leaves it.
+            object.__setattr__(self, "nvshmem", NvshmemConfig(**self.nvshmem))
+        if not isinstance(self.nvshmem, NvshmemConfig):
+            raise InvalidTypeError("nvshmem", self.nvshmem, "must be an NvshmemConfig")
         if self.transport not in TRANSPORTS:
             raise InvalidArgumentError("transport", self.transport, f"must be one of {', '.join(TRANSPORTS)}")
         for name in ("deadline_s", "bootstrap_deadline_s", "heap_gib", "device_heap_gib"):

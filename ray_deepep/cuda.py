@@ -14,7 +14,7 @@ import importlib
 import threading
 from collections.abc import Callable
 from types import ModuleType
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
@@ -29,6 +29,9 @@ from .symm_pool import SymmPool
 from .transport import BufferGeometry, CombineOutput, CombineRequest, DispatchOutput, DispatchRequest
 from .version import __version__
 from .work import Work
+
+if TYPE_CHECKING:
+    from .nvshmem import NvshmemRuntime, SymmBlock
 
 R = TypeVar("R")
 
@@ -57,6 +60,11 @@ def cuda_problem() -> str:
     if problem:
         return f"no CUDA core ({problem})"
     return "" if torch.cuda.is_available() else "torch sees no GPU"
+
+
+def gpu_index() -> int:
+    """Index of the current GPU."""
+    return torch.cuda.current_device()
 
 
 def gpu_uuid() -> str:
@@ -89,6 +97,7 @@ class CudaTransport:
         *,
         num_sms: int,
         heap_provider: str,
+        nvshmem: NvshmemRuntime | None,
         on_fault: Callable[[FaultRecord], None],
     ) -> None:
         self._geometry, self._core, self._num_sms = geometry, _load(), num_sms
@@ -107,16 +116,42 @@ class CudaTransport:
         self._reduces = domain.core.Reduce
         self._kinds = domain.core.LayoutKind
         sizes = self._sizes(domain.rank)
-        vmm = heap_provider == "vmm" or (heap_provider == "auto" and self._core.vmm_supported(self.device.index))
-        with self._errors:
-            self._buffer = self._core.DeviceBuffer(
-                domain.core_domain,
-                sizes,
-                provider=self._core.HeapProvider.VMM if vmm else self._core.HeapProvider.IPC,
-                bootstrap_deadline_s=domain.config.bootstrap_deadline_s,
-                deadline_s=domain.config.deadline_s,
-            )
+        self._nvshmem, self._block = nvshmem, self._allocate(nvshmem, sizes)
+        try:
+            with self._errors:
+                self._buffer = self._core.DeviceBuffer(
+                    domain.core_domain,
+                    sizes,
+                    provider=self._provider(heap_provider),
+                    segments=list(self._block.segments) if self._block else [],
+                    bootstrap_deadline_s=domain.config.bootstrap_deadline_s,
+                    deadline_s=domain.config.deadline_s,
+                )
+        except BaseException:
+            self._release_block()
+            raise
         self._pool = SymmPool(self._buffer.symm_address, self._buffer.symm_bytes)
+
+    def _provider(self, heap_provider: str):
+        kinds = self._core.HeapProvider
+        if self._block is not None:
+            return kinds.GIVEN
+        vmm = heap_provider == "vmm" or (heap_provider == "auto" and self._core.vmm_supported(self.device.index))
+        return kinds.VMM if vmm else kinds.IPC
+
+    def _allocate(self, nvshmem: NvshmemRuntime | None, sizes) -> SymmBlock | None:
+        """The heap's memory, where NVSHMEM gives it; collective."""
+        if nvshmem is None:
+            return None
+        if nvshmem.device != self.device.index:
+            rule = f"must be GPU {nvshmem.device}, on which NVSHMEM was brought up"
+            raise InvalidArgumentError("device", self.device.index, rule)
+        return nvshmem.allocate(self._core.segment_bytes(sizes))
+
+    def _release_block(self) -> None:
+        if self._block is not None:
+            self._nvshmem.release(self._block)
+            self._block = None
 
     def _sizes(self, rank: int):
         """Room for the worst case: every rank sends all its tokens here.
@@ -264,6 +299,7 @@ class CudaTransport:
         """Free this rank's memory; waits for its kernels, which stop waiting for peers."""
         with self._lock:
             self._buffer.close()
+            self._release_block()
 
     def _combine(
         self, args, weights: torch.Tensor | None, handle: DispatchHandle, num_sms: int | None

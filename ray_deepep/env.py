@@ -4,6 +4,7 @@
 |---|---|---|
 | ``RAY_DEEPEP`` | ``0`` | ``1``: programs started by ``ray-deepep run`` swap DeepSpeed's MoE layers at import |
 | ``RAY_DEEPEP_TRANSPORT`` | ``auto`` | ``auto``, ``cuda``, ``shm`` or ``reference`` |
+| ``RAY_DEEPEP_HEAP_PROVIDER`` | ``auto`` | how GPU memory is shared: ``auto``, ``vmm``, ``ipc`` or ``nvshmem`` |
 | ``RAY_DEEPEP_NUM_SMS`` | ``24`` | multiprocessors that row-moving kernels may use |
 | ``RAY_DEEPEP_BULK_COPY`` | ``1`` | ``0``: plain vector copies also on GPUs that have bulk copies (sm_90 up) |
 | ``RAY_DEEPEP_DEADLINE_S`` | ``120`` | seconds that a collective waits for a peer before it reports a fault |
@@ -17,12 +18,16 @@
 | ``RAY_TRAIN_CALLBACKS`` | empty | Ray's own: callbacks of Train runs; ours are added to it |
 | ``RAY_DEEPEP_DEVICE_HEAP_GIB`` | ``4`` | GPU memory of one of DeepSpeed's buffers |
 | ``RAY_DEEPEP_HEAP_GIB`` | ``64`` | largest address space per rank and buffer; memory is used only where rows are |
+
+NVSHMEM reads variables of its own when it comes up. ``NvshmemConfig`` fills these in where they are not set:
+``NVSHMEM_IB_SL``, ``NVSHMEM_HCA_LIST``, ``NVSHMEM_IB_ENABLE_IBGDA``, ``NVSHMEM_QP_DEPTH``, ``NVSHMEM_SYMMETRIC_SIZE``,
+``NVSHMEM_DISABLE_NVLS``.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TypeVar
 
 from .errors import InvalidArgumentError
@@ -75,6 +80,16 @@ def transport() -> str:
         "auto",
         _choice("auto", "cuda", "shm", "reference"),
         "must be auto, cuda, shm or reference",
+    )
+
+
+def heap_provider() -> str:
+    """``RAY_DEEPEP_HEAP_PROVIDER``."""
+    return _read(
+        "RAY_DEEPEP_HEAP_PROVIDER",
+        "auto",
+        _choice("auto", "vmm", "ipc", "nvshmem"),
+        "must be auto, vmm, ipc or nvshmem",
     )
 
 
@@ -131,6 +146,24 @@ def heap_gib() -> float:
 def device_heap_gib() -> float:
     """``RAY_DEEPEP_DEVICE_HEAP_GIB``."""
     return _read("RAY_DEEPEP_DEVICE_HEAP_GIB", 4.0, _positive, "must be a positive number of GiB")
+
+
+NVSHMEM_IB_SL = "NVSHMEM_IB_SL"
+NVSHMEM_HCA_LIST = "NVSHMEM_HCA_LIST"
+NVSHMEM_IB_ENABLE_IBGDA = "NVSHMEM_IB_ENABLE_IBGDA"
+NVSHMEM_QP_DEPTH = "NVSHMEM_QP_DEPTH"
+NVSHMEM_SYMMETRIC_SIZE = "NVSHMEM_SYMMETRIC_SIZE"
+NVSHMEM_DISABLE_NVLS = "NVSHMEM_DISABLE_NVLS"
+
+
+def set_missing(values: Mapping[str, str]) -> dict[str, str]:
+    """Set the variables that are not set. Returns those that are, with their values, where they differ from ours."""
+    kept = {}
+    for name, value in values.items():
+        present = os.environ.setdefault(name, value)
+        if present != value:
+            kept[name] = present
+    return kept
 
 
 def ray_train_callbacks() -> list[str]:

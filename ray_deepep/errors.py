@@ -56,6 +56,22 @@ class TransportUnavailableError(RayDeepEPError, RuntimeError):
     """The asked transport cannot serve this group of ranks; the message says why and what would."""
 
 
+class NvshmemError(RayDeepEPError, RuntimeError):
+    """NVSHMEM cannot be used, or a call of it failed.
+
+    Attributes: ``step`` (``load``, ``bring_up``, ``init``, ``allocate``, ``addresses``, ``free`` or ``finalize``),
+    ``ranks`` (those where it failed), ``reason``.
+    """
+
+    def __init__(self, step: str, ranks: list[int], reason: str) -> None:
+        self.step, self.ranks, self.reason = step, list(ranks), reason
+        who = f" on rank{'s' if len(ranks) != 1 else ''} {', '.join(map(str, ranks))}" if ranks else ""
+        super().__init__(f"NVSHMEM {step}{who}: {reason}")
+
+    def __reduce__(self):
+        return type(self), (self.step, self.ranks, self.reason)
+
+
 class BootstrapError(RayDeepEPError, RuntimeError):
     """Ranks did not come together within the bootstrap deadline.
 

@@ -18,6 +18,7 @@ from ray_deepep.errors import (
     InvalidArgumentError,
     InvalidTypeError,
     MismatchError,
+    NvshmemError,
     RayDeepEPError,
     ReceiveOverflowError,
     SharedGpuError,
@@ -46,6 +47,11 @@ EXAMPLES = (
         MismatchError("dispatch", 2, "dtype", "float32", "bfloat16"),
         ValueError,
         "dispatch: rank 2 passed dtype=bfloat16, rank 0 passed dtype=float32",
+    ),
+    (
+        NvshmemError("bring_up", [0, 2], "NVSHMEM is up already"),
+        RuntimeError,
+        "NVSHMEM bring_up on ranks 0, 2: NVSHMEM is up already",
     ),
     (ReceiveOverflowError(2, 130, 128), RuntimeError, "max_recv_tokens: rank 2 needed 130 rows; got 128"),
     (

@@ -15,17 +15,19 @@ CPP_MAY_INCLUDE = {
     "heap": {"common", "heap"},
     "host": {"common", "heap", "host"},
     "cuda": {"common", "heap", "cuda"},
+    "nvshmem": {"common", "nvshmem"},
     "bindings": {"common", "heap", "host", "bindings"},
     "bindings_cuda": {"common", "heap", "cuda", "bindings", "bindings_cuda"},
+    "bindings_nvshmem": {"common", "nvshmem", "bindings", "bindings_nvshmem"},
 }
 
 # From the bottom: a module imports only from lower rows and from its own.
 PYTHON_LAYERS = [
     {"version", "errors", "env", "config"},
-    {"handle", "telemetry", "float8", "work", "symm_pool"},
+    {"handle", "telemetry", "float8", "work", "symm_pool", "nvshmem_decisions"},
     {"transport"},
     {"checks", "rendezvous", "core_errors", "fixed_shapes", "streams"},
-    {"shm", "cuda", "reference", "reference_group", "plan_reference", "communicator"},
+    {"shm", "cuda", "nvshmem", "reference", "reference_group", "plan_reference", "communicator"},
     {"buffer"},
     {"autograd"},
     {"__init__"},

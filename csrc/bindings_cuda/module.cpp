@@ -94,16 +94,22 @@ DevicePlan make_plan(const DeviceBuffer& buffer, uintptr_t address, int num_toke
 
 void register_buffer(py::module_& module) {
     using Release = py::call_guard<py::gil_scoped_release>;
-    py::enum_<HeapProvider>(module, "HeapProvider").value("VMM", HeapProvider::kVmm).value("IPC", HeapProvider::kIpc);
+    py::enum_<HeapProvider>(module, "HeapProvider")
+        .value("VMM", HeapProvider::kVmm)
+        .value("IPC", HeapProvider::kIpc)
+        .value("GIVEN", HeapProvider::kGiven);
+    module.def(
+        "segment_bytes", [](const DeviceSizes& sizes) { return make_segment_layout(sizes).bytes; }, py::arg("sizes"));
     module.def("vmm_supported", &vmm_supported, py::arg("device"));
     py::class_<DeviceBuffer>(module, "DeviceBuffer")
         .def(py::init([](std::shared_ptr<Domain> domain, const DeviceSizes& sizes, HeapProvider provider,
-                         double bootstrap_deadline_s, double deadline_s) {
-                 return std::make_unique<DeviceBuffer>(std::move(domain), sizes, provider, bootstrap_deadline_s,
+                         std::vector<uintptr_t> segments, double bootstrap_deadline_s, double deadline_s) {
+                 const HeapSource source{provider, std::move(segments)};
+                 return std::make_unique<DeviceBuffer>(std::move(domain), sizes, source, bootstrap_deadline_s,
                                                        deadline_s, run_signal_handlers);
              }),
-             py::arg("domain"), py::arg("sizes"), py::arg("provider"), py::arg("bootstrap_deadline_s"),
-             py::arg("deadline_s"), Release())
+             py::arg("domain"), py::arg("sizes"), py::arg("provider"), py::arg("segments"),
+             py::arg("bootstrap_deadline_s"), py::arg("deadline_s"), Release())
         .def_property_readonly("segment_bytes", &DeviceBuffer::segment_bytes)
         .def_property_readonly("symm_address", &DeviceBuffer::symm_address)
         .def_property_readonly("symm_bytes", &DeviceBuffer::symm_bytes)

@@ -7,7 +7,7 @@
 
 namespace ray_deepep {
 
-DeviceBuffer::DeviceBuffer(std::shared_ptr<Domain> domain, const DeviceSizes& sizes, HeapProvider provider,
+DeviceBuffer::DeviceBuffer(std::shared_ptr<Domain> domain, const DeviceSizes& sizes, const HeapSource& source,
                            double bootstrap_deadline_s, double deadline_s, Interrupt interrupt)
     : domain_(std::move(domain)),
       sizes_(sizes),
@@ -20,7 +20,7 @@ DeviceBuffer::DeviceBuffer(std::shared_ptr<Domain> domain, const DeviceSizes& si
                              {static_cast<uint64_t>(sizes.num_experts), static_cast<uint64_t>(sizes.hidden),
                               static_cast<uint64_t>(sizes.num_topk), static_cast<uint64_t>(sizes.max_tokens),
                               static_cast<uint64_t>(sizes.max_rows)}};
-    heap_ = allocate_device_heap(*domain_, provider, device, layout_.bytes, agreed, bootstrap_deadline_s);
+    heap_ = allocate_device_heap(*domain_, source, device, layout_.bytes, agreed, bootstrap_deadline_s);
 
     const int num_local = sizes.num_local_experts();
     check_cuda(cudaMalloc(reinterpret_cast<void**>(&control_), sizeof(DeviceControl)), "cudaMalloc");

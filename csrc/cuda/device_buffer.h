@@ -49,7 +49,7 @@ struct PlanCounts {
 
 class DeviceBuffer {
   public:
-    DeviceBuffer(std::shared_ptr<Domain> domain, const DeviceSizes& sizes, HeapProvider provider,
+    DeviceBuffer(std::shared_ptr<Domain> domain, const DeviceSizes& sizes, const HeapSource& source,
                  double bootstrap_deadline_s, double deadline_s, Interrupt interrupt);
     ~DeviceBuffer() { close(); }
 

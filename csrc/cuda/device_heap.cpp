@@ -4,10 +4,14 @@
 #include <string>
 #include <utility>
 
+#include "common/fault.h"
 #include "cuda/driver.h"
 
 namespace ray_deepep {
 namespace {
+
+// What the layout of a segment counts on.
+constexpr uintptr_t kSegmentAlignment = 256;
 
 CUmemAllocationProp allocation_properties(int device) {
     CUmemAllocationProp properties{};
@@ -103,6 +107,30 @@ std::unique_ptr<DeviceSegment> create_ipc(size_t bytes, HeapOffer* offer) {
     return segment;
 }
 
+// Memory of someone else's.
+class GivenSegment : public DeviceSegment {
+  public:
+    explicit GivenSegment(uintptr_t address) : data_(reinterpret_cast<std::byte*>(address)) {}
+    std::byte* data() const override { return data_; }
+
+  private:
+    std::byte* data_;
+};
+
+void check_given(const HeapSource& source, int num_ranks) {
+    const bool given = source.provider == HeapProvider::kGiven;
+    if (static_cast<int>(source.segments.size()) != (given ? num_ranks : 0)) {
+        throw ArgumentError("segments", std::to_string(source.segments.size()) + " addresses",
+                            given ? "must be one per rank, " + std::to_string(num_ranks) : "go with given memory only");
+    }
+    for (const uintptr_t address : source.segments) {
+        if (address == 0 || address % kSegmentAlignment != 0) {
+            throw ArgumentError("segments", std::to_string(address),
+                                "must be aligned to " + std::to_string(kSegmentAlignment) + " bytes, and not 0");
+        }
+    }
+}
+
 std::unique_ptr<DeviceSegment> open_peer(HeapProvider provider, int device, size_t bytes, const HeapOffer& offer) {
     if (provider == HeapProvider::kVmm) return import_vmm(device, bytes, offer.fd.get());
     cudaIpcMemHandle_t handle;
@@ -121,8 +149,10 @@ bool vmm_supported(int device) {
     return supported != 0;
 }
 
-DeviceHeap allocate_device_heap(Domain& domain, HeapProvider provider, int device, size_t bytes, AgreedSizes sizes,
+DeviceHeap allocate_device_heap(Domain& domain, const HeapSource& source, int device, size_t bytes, AgreedSizes sizes,
                                 double deadline_s) {
+    const HeapProvider provider = source.provider;
+    check_given(source, domain.num_ranks());
     DeviceHeap heap;
     heap.provider = provider;
     heap.segments.resize(domain.num_ranks());
@@ -135,17 +165,21 @@ DeviceHeap allocate_device_heap(Domain& domain, HeapProvider provider, int devic
                      "cuMemGetAllocationGranularity");
         bytes = (bytes + granularity - 1) / granularity * granularity;
         heap.segments[domain.rank()] = create_vmm(device, bytes, &own.fd);
+    } else if (provider == HeapProvider::kGiven) {
+        for (int rank = 0; rank < domain.num_ranks(); ++rank) {
+            heap.segments[rank] = std::make_unique<GivenSegment>(source.segments[rank]);
+        }
     } else {
         heap.segments[domain.rank()] = create_ipc(bytes, &own);
     }
-    // Zero before any peer can reach it: signals start at 0.
+    // Zero before any peer reaches it, which none does before the exchange: signals start at 0.
     check_cuda(cudaMemset(heap.segments[domain.rank()]->data(), 0, bytes), "cudaMemset of the heap");
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
     sizes.names.insert(sizes.names.end(), {"heap_bytes", "heap_provider"});
     sizes.values.insert(sizes.values.end(), {bytes, static_cast<uint64_t>(provider)});
     const std::vector<HeapOffer> offers = domain.exchange_offers(own, sizes, deadline_s);
     for (int peer = 0; peer < domain.num_ranks(); ++peer) {
-        if (peer == domain.rank()) continue;
+        if (heap.segments[peer] != nullptr) continue;
         try {
             heap.segments[peer] = open_peer(provider, device, bytes, offers[peer]);
         } catch (const CudaError& error) {

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 #include <vector>
 
@@ -9,13 +10,21 @@
 
 namespace ray_deepep {
 
-enum class HeapProvider : int { kVmm = 0, kIpc = 1 };
+// kGiven: memory of someone else's, such as NVSHMEM, who also frees it.
+enum class HeapProvider : int { kVmm = 0, kIpc = 1, kGiven = 2 };
 
 // A rank's own segment or a peer's, mapped here; unmaps itself.
 class DeviceSegment {
   public:
     virtual ~DeviceSegment() = default;
     virtual std::byte* data() const = 0;
+};
+
+// Where a heap comes from. With kGiven, `segments` are the ranks' segments as this GPU reaches them, each of at least
+// the bytes asked for, and outlive the heap.
+struct HeapSource {
+    HeapProvider provider = HeapProvider::kVmm;
+    std::vector<uintptr_t> segments;
 };
 
 struct DeviceHeap {
@@ -26,9 +35,9 @@ struct DeviceHeap {
 // Whether this GPU can share memory through file descriptors.
 bool vmm_supported(int device);
 
-// `bytes` of zeros per rank on `device`; collective over the domain. Throws as Domain::exchange_offers, and CudaError
-// naming the peer whose memory this GPU cannot reach.
-DeviceHeap allocate_device_heap(Domain& domain, HeapProvider provider, int device, size_t bytes, AgreedSizes sizes,
+// `bytes` of zeros per rank on `device`; collective over the domain. Throws as Domain::exchange_offers, ArgumentError
+// for segments that are not one per rank, and CudaError naming the peer whose memory this GPU cannot reach.
+DeviceHeap allocate_device_heap(Domain& domain, const HeapSource& source, int device, size_t bytes, AgreedSizes sizes,
                                 double deadline_s);
 
 }  // namespace ray_deepep
