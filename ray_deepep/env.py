@@ -14,9 +14,9 @@
 | ``RAY_DEEPEP_NUM_THREADS`` | ``0`` | copy threads of a rank's CPU core; 0: cores of the host / ranks on it |
 | ``RAY_DEEPEP_LAYOUT`` | ``padded`` | rows that DeepSpeed's experts see: ``padded`` (as stock) or ``compact`` |
 | ``RAY_DEEPEP_COMBINE`` | ``exact`` | ``exact`` (bit-equal to stock) or ``fast`` (expert side first) |
-| ``CUDA_MPS_PIPE_DIRECTORY`` | ``/tmp/nvidia-mps`` | CUDA's own: where the MPS daemon is found |
 | ``RAY_TRAIN_CALLBACKS`` | empty | Ray's own: callbacks of Train runs; ours are added to it |
 | ``RAY_DEEPEP_DEVICE_HEAP_GIB`` | ``4`` | GPU memory of one of DeepSpeed's buffers |
+| ``CUDA_MPS_PIPE_DIRECTORY`` | ``/tmp/nvidia-mps`` | CUDA's own: where the MPS daemon is found |
 | ``RAY_DEEPEP_HEAP_GIB`` | ``64`` | largest address space per rank and buffer; memory is used only where rows are |
 
 NVSHMEM reads variables of its own when it comes up. ``NvshmemConfig`` fills these in where they are not set:

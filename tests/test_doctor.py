@@ -35,6 +35,7 @@ def test_eight_healthy_gpus_have_nothing_to_complain_of():
     assert {finding.status for finding in found.values()} <= {Status.OK, Status.NOT_APPLICABLE}
     assert found["GPUs"].value == "8 x NVIDIA H100 80GB HBM3, 79.6 GiB"
     assert found["driver"].value == "580.159.04"
+    assert found["GPU UUIDs"].value.count("GPU-") == 8
     assert found["NVLink"].value == "18 links x 26.562 GB/s = 478 GB/s per GPU and direction"
     assert found["peer access"].value == "all 28 pairs"
     assert found["IB devices"].value == "8 x 400 Gb/sec (4X NDR) InfiniBand"

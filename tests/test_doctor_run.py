@@ -63,7 +63,7 @@ def test_rows_go_between_all_pairs_of_three_ranks():
 def test_the_deadline_ends_the_test_and_names_who_is_late():
     begin = time.monotonic()
     outcome = measure_pairs(PairTest(num_ranks=2, deadline_s=0.3), num_gpus=0)
-    assert time.monotonic() - begin < 5.0
+    assert time.monotonic() - begin < 20.0
     assert outcome.problem == "ranks 0, 1 did not end within 0.3 s"
     assert judge_pairs(outcome).status is Status.PROBLEM
 
@@ -124,7 +124,9 @@ def test_json_for_programs_and_the_exit_code(monkeypatch, capsys):
     sick = machine(software=software_readings(cpu_core=Output(problem="gone")))
     monkeypatch.setattr("ray_deepep.doctor.report.read_machine", lambda: sick)
     assert cli.main(["doctor"]) == 1
-    assert "problem  CPU core" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert "problem  CPU core" in text
+    assert text.endswith("\n\n1 problem, 0 warnings\n")
 
 
 def test_the_command_on_this_machine():

@@ -30,7 +30,7 @@ from ..config import CommConfig
 from ..errors import InvalidArgumentError
 from .pairs import PairOutcome, PairSpeed
 
-_NUM_BATCHES, _CALLS_PER_BATCH = 5, 10
+_NUM_BATCHES, _CALLS_PER_BATCH = 3, 6
 _MAX_CPU_RANKS = 4
 
 

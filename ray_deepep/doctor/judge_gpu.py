@@ -37,6 +37,7 @@ def judge_gpus(gpu: GpuReadings, software: SoftwareReadings) -> list[Finding]:
     return [
         judge_driver(found),
         judge_names(found),
+        judge_uuids(found),
         judge_torch(gpu, software, len(found)),
         judge_modes(found),
         judge_nvlink(gpu, len(found)),
@@ -64,14 +65,20 @@ def judge_driver(found: list[parsing.Gpu]) -> Finding:
 
 
 def judge_names(found: list[parsing.Gpu]) -> Finding:
-    """How many GPUs of which kind, with their UUIDs."""
+    """How many GPUs of which kind."""
     kinds = collections.Counter((gpu.name, gpu.memory_mib) for gpu in found)
     value = ", ".join(f"{count} x {name}, {mib / 1024:.1f} GiB" for (name, mib), count in kinds.items())
     if len(kinds) > 1:
         return warning("GPUs", value, "ranks wait for the slowest GPU: use equal ones in one EP group")
-    if len({gpu.uuid for gpu in found}) < len(found):
-        return problem("GPUs", value, "two GPUs have the same UUID: the driver's list is wrong")
     return ok("GPUs", value)
+
+
+def judge_uuids(found: list[parsing.Gpu]) -> Finding:
+    """By which GPUs are told apart in fault reports and at bootstrap."""
+    value = ", ".join(f"{gpu.index}: {gpu.uuid}" for gpu in found)
+    if len({gpu.uuid for gpu in found}) < len(found):
+        return problem("GPU UUIDs", value, "two GPUs have the same UUID: the driver's list is wrong")
+    return ok("GPU UUIDs", value)
 
 
 def judge_torch(gpu: GpuReadings, software: SoftwareReadings, num_gpus: int) -> Finding:

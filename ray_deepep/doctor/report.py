@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import shutil
@@ -45,13 +46,21 @@ def run(*, as_json: bool = False, bandwidth: PairTest | None = None) -> int:
     if as_json:
         print(json.dumps(dataclasses.asdict(report), indent=1))
     else:
-        write(finding_lines(report.findings, **terminal(sys.stdout)) + pair_lines(report.pairs))
+        lines = finding_lines(report.findings, **terminal(sys.stdout))
+        write([*lines, *pair_lines(report.pairs), "", summary(report.findings)])
     return exit_code(report.findings)
 
 
 def exit_code(findings: Iterable[Finding]) -> int:
     """1 if there is a problem."""
     return 1 if worst(findings) is Status.PROBLEM else 0
+
+
+def summary(findings: Iterable[Finding]) -> str:
+    """Such as ``1 problem, 2 warnings``."""
+    counts = collections.Counter(finding.status for finding in findings)
+    parts = ((counts[status], status) for status in (Status.PROBLEM, Status.WARNING))
+    return ", ".join(f"{count} {status}{'' if count == 1 else 's'}" for count, status in parts)
 
 
 def write(lines: Iterable[str]) -> None:
