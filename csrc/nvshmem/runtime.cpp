@@ -74,8 +74,9 @@ void NvshmemRuntime::init(const NvshmemUniqueId& unique_id, int rank, int num_ra
         throw ArgumentError("rank", std::to_string(rank), "must be in [0, " + std::to_string(num_ranks) + ")");
     }
     check_not_abandoned("init");
-    if (nvshmem_status() == kNvshmemBootstrapped)
+    if (nvshmem_status() == kNvshmemBootstrapped) {
         fail("init", 0, "an earlier attempt failed half way; start a new process");
+    }
     auto arguments = std::make_shared<InitArguments>();
     {
         const std::lock_guard<std::mutex> lock(mutex_);
@@ -246,6 +247,8 @@ void NvshmemRuntime::run(const char* step, double deadline_s, const Interrupt& i
         throw;
     }
     if (done) return;
+    // A kernel of NVSHMEM's barriers may spin on the GPU too; then a synchronisation with the whole GPU does not end
+    // either.
     abandon(std::string(step) + " did not return");
     throw BootstrapError(std::string("nvshmem_") + step, {}, deadline_s,
                          "a thread is stuck inside NVSHMEM and cannot be ended, so this process cannot use NVSHMEM any "
