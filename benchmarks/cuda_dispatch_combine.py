@@ -22,6 +22,7 @@ import torch.distributed as dist
 from tqdm import tqdm
 
 from ray_deepep import CommConfig, Communicator
+from ray_deepep.config import HEAP_PROVIDERS
 
 from .cuda_timing import Stopwatch, kernel_times
 from .cuda_traffic import ROUTINGS, Case, Inputs, Traffic
@@ -144,7 +145,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--only", default="", help="variants whose name holds this, such as 'fp8' or 'cached, in heap'")
     parser.add_argument("--profile", action="store_true", help="kernel times of each variant too")
-    parser.add_argument("--heap-provider", choices=("auto", "vmm", "ipc"), default="auto")
+    parser.add_argument("--heap-provider", choices=HEAP_PROVIDERS, default="auto")
     parser.add_argument("--out", type=Path, default=RESULTS_PATH, help="results file to append to")
     return parser.parse_args(argv)
 
