@@ -5,6 +5,8 @@ VENV ?= .venv
 # The torch to install first; "torch==2.13.0" of your index may be a CUDA build of several GB. A CPU build serves too:
 # make demo TORCH="--index-url <index with CPU builds> torch==2.13.0"
 TORCH ?= torch==2.13.0
+# More extras to install, each after a comma: EXTRAS=,nvshmem builds NVSHMEM's part too, where nvcc is.
+EXTRAS ?=
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*) setup.py ray_deepep/version.py
 
@@ -25,7 +27,7 @@ $(VENV)/.packages: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 1; }
 	$(BIN)/pip install -q --upgrade "pip>=24" "setuptools>=77,<90" wheel "pybind11>=2.13,<4"
 	$(BIN)/pip install -q $(TORCH)
-	RAY_DEEPEP_CORES=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[train,test,lint]'
+	RAY_DEEPEP_CORES=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[train,test,lint$(EXTRAS)]'
 	touch $@
 
 $(VENV)/.core: $(VENV)/.packages $(SOURCES)
