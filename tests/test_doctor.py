@@ -1,4 +1,4 @@
-"""The doctor's judgements, on recorded readings of machines that are well or sick in one way."""
+"""The doctor's judgements, on readings of machines that are well or sick in one way."""
 
 from __future__ import annotations
 

@@ -10,7 +10,8 @@ import sys
 import time
 
 import pytest
-from doctor_cases import machine, software_readings
+import torch
+from doctor_cases import FOLDER, gpu_readings, machine, software_readings
 from harness import shm_problem
 
 from ray_deepep import InvalidArgumentError, cli
@@ -19,7 +20,7 @@ from ray_deepep.doctor import bandwidth as bandwidth_module
 from ray_deepep.doctor.commands import run
 from ray_deepep.doctor.findings import Finding, Status
 from ray_deepep.doctor.pairs import PairOutcome, PairSpeed
-from ray_deepep.doctor.probes import read_machine
+from ray_deepep.doctor.probes import read_gpus, read_machine
 from ray_deepep.doctor.readings import Output
 
 # The test between pairs
@@ -103,6 +104,33 @@ def test_the_probes_of_this_machine_agree_with_it():
     assert "torch" in readings.software.packages
     assert any(line.startswith("torch>=") or line.startswith("torch<") for line in readings.software.requirements)
     assert worst(diagnose(readings)) is not Status.PROBLEM or readings.gpu.has_nvidia_smi or shm_problem()
+
+
+OLD_DRIVER = """\
+#!/bin/sh
+case "$*" in
+*clocks_event_reasons*) echo "Field \\"clocks_event_reasons.active\\" is not a valid field to query."; exit 2 ;;
+*clocks_throttle_reasons*) cat {folder}/clocks.csv ;;
+*ecc.errors*) cat {folder}/ecc.csv ;;
+*remapped-rows*) cat {folder}/remapped_rows.csv ;;
+*--query-gpu=*) cat {folder}/gpus.csv ;;
+nvlink*) cat {folder}/nvlink.txt ;;
+topo*) echo "no such command"; exit 3 ;;
+esac
+"""
+
+
+def test_an_old_driver_is_asked_in_its_own_words(monkeypatch, tmp_path):
+    stand_in = tmp_path / "nvidia-smi"
+    stand_in.write_text(OLD_DRIVER.format(folder=FOLDER / "h100x8"))
+    stand_in.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    readings = read_gpus()
+    known = gpu_readings("h100x8")
+    for reading in ("gpus", "clocks", "ecc", "remapped_rows", "nvlink"):
+        assert getattr(readings, reading) == getattr(known, reading), reading
+    assert readings.peer_access == Output(problem="no such command")
+    assert json.loads(readings.torch.text)["num_gpus"] == torch.cuda.device_count()
 
 
 def test_lines_are_coloured_only_if_asked_and_wrapped_only_in_a_terminal():

@@ -1,4 +1,4 @@
-"""From GPU readings to findings. Pure functions; ``tests/test_doctor.py`` runs them on recorded readings."""
+"""From GPU readings to findings. Pure functions; ``tests/test_doctor.py`` shows them well and sick machines."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the probes read, as they read it: plain text and numbers, so that recorded readings serve as test fixtures."""
+"""What the probes read, as they read it: plain text and numbers, so that tests can show them any machine."""
 
 from __future__ import annotations
 
