@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import concurrent.futures
-import importlib
 import importlib.metadata
 import importlib.util
 import os
@@ -19,7 +18,7 @@ from collections.abc import Iterable
 
 import torch
 
-from .. import cuda, env, shm
+from .. import cuda, env, nvshmem, shm
 from ..version import __version__
 from .commands import entries, first_that_works, last_line, read, run
 from .readings import (
@@ -174,8 +173,8 @@ def _nvshmem_core() -> Output:
     if importlib.util.find_spec("ray_deepep._nvshmem") is None:
         return Output()
     try:
-        return Output(text=importlib.import_module("ray_deepep._nvshmem").built_version())
-    except ImportError as error:
+        return Output(text=nvshmem.load().built_version())
+    except (ImportError, OSError) as error:
         return Output(problem=str(error))
 
 
