@@ -26,16 +26,19 @@ class Worker:
     def pid(self) -> int:
         return os.getpid()
 
+    def open(self) -> None:
+        """Make a buffer; collective, as bootstrap was."""
+        sizes = {"num_experts": NUM_EXPERTS, "hidden": HIDDEN, "num_topk": NUM_TOPK, "max_tokens": NUM_TOKENS}
+        self.buffer = Buffer(current().communicator, **sizes)
+
     def exchange(self) -> str:
         """Tokens to their experts and back; the experts here return what they get."""
         state = current()
         comm = state.communicator
-        sizes = {"num_experts": NUM_EXPERTS, "hidden": HIDDEN, "num_topk": NUM_TOPK, "max_tokens": NUM_TOKENS}
-        with Buffer(comm, **sizes) as buffer:
-            x = torch.full((NUM_TOKENS, HIDDEN), 1.0 + state.world_rank)
-            topk_idx = torch.tensor([[0, 2], [1, 3]]).repeat(NUM_TOKENS // 2, 1)
-            arrived = buffer.dispatch(x, topk_idx)
-            out = buffer.combine(arrived.x, arrived.handle).x
+        x = torch.full((NUM_TOKENS, HIDDEN), 1.0 + state.world_rank)
+        topk_idx = torch.tensor([[0, 2], [1, 3]]).repeat(NUM_TOKENS // 2, 1)
+        arrived = self.buffer.dispatch(x, topk_idx)
+        out = self.buffer.combine(arrived.x, arrived.handle).x
         return (
             f"world rank {state.world_rank} is rank {comm.rank} of ranks {state.ranks}, transport {comm.transport}: "
             f"{arrived.x.shape[0]} rows arrived, its tokens came home as {out[0, 0].item():g}"
@@ -50,13 +53,19 @@ class Worker:
             return str(fault)
 
 
+def start(actors: list) -> None:
+    """Bring the actors together, with a buffer each."""
+    bootstrap(actors, ep_size=2)
+    ray.get([actor.open.remote() for actor in actors])
+
+
 def main() -> None:
     if "RAY_ADDRESS" in os.environ:
         ray.init(log_to_driver=False)  # a cluster that runs; the rest of this example wants it on this machine
     else:
         ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
     actors = [Worker.remote() for _ in range(4)]
-    bootstrap(actors, ep_size=2)
+    start(actors)
     for line in ray.get([actor.exchange.remote() for actor in actors]):
         print(line)
 
@@ -68,7 +77,7 @@ def main() -> None:
     print(f"\nkilled world rank 3 (pid {pid}); world rank 2 says:\n  {ray.get(suffering)}\n")
 
     actors[3] = Worker.remote()
-    bootstrap(actors, ep_size=2)
+    start(actors)
     print(f"with a replacement: {ray.get([actor.exchange.remote() for actor in actors])[3]}")
     ray.shutdown()
 
