@@ -208,9 +208,10 @@ def test_allocation(ranks: Ranks, num_ranks: int) -> None:
     ranks.run(num_ranks, allocation)
 
 
-def over_ipc(context: RankContext, cases: list[Case]) -> None:
+def over_provider(context: RankContext, heap_provider: str, cases: list[Case]) -> None:
+    """Ordinary cases, and tensors in the heap, on memory of this provider."""
     device_cases.use_gpu(context.rank)
-    with context.new_communicator("cuda", heap_provider="ipc") as comm:
+    with context.new_communicator("cuda", heap_provider=heap_provider) as comm:
         alone = dataclasses.replace(context, communicators={"cuda": comm})
         for case in cases:
             check_case(alone, "cuda", case)
@@ -218,11 +219,14 @@ def over_ipc(context: RankContext, cases: list[Case]) -> None:
         overwritten(alone, make_case(context.num_ranks, TokenMajor()), True)
 
 
-@pytest.mark.parametrize("num_ranks", (1, 2, 4))
-def test_ipc_provider(ranks: Ranks, num_ranks: int) -> None:
-    cases = [
+def provider_cases(num_ranks: int) -> list[Case]:
+    return [
         make_case(num_ranks, layout, dtype=dtype, hidden=128, routing="sparse")
         for layout in (TokenMajor(), ExpertMajor(8), PADDED)
         for dtype in (torch.float32, torch.bfloat16, FLOAT8)
     ]
-    ranks.run(num_ranks, over_ipc, cases, deadline_s=120.0)
+
+
+@pytest.mark.parametrize("num_ranks", (1, 2, 4))
+def test_ipc_provider(ranks: Ranks, num_ranks: int) -> None:
+    ranks.run(num_ranks, over_provider, "ipc", provider_cases(num_ranks), deadline_s=120.0)

@@ -16,11 +16,10 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.distributed._symmetric_memory as symmetric_memory
-from cases import FLOAT8, PADDED, check_case
 from harness import RankContext, RankPool, Ranks, error_of
-from test_cuda_heap import make_buffer, make_case, overwritten, residents
+from test_cuda_heap import make_buffer, make_case, over_provider, provider_cases
 
-from ray_deepep import CommConfig, CommFaultError, Communicator, ExpertMajor, NvshmemError, TokenMajor, nvshmem
+from ray_deepep import CommConfig, CommFaultError, Communicator, NvshmemError, TokenMajor, nvshmem
 from ray_deepep.cuda import cuda_problem
 
 
@@ -42,23 +41,9 @@ def new_communicator(context: RankContext) -> Communicator:
     return context.new_communicator("cuda", heap_provider="nvshmem")
 
 
-def same_results(context: RankContext, cases: list) -> None:
-    with new_communicator(context) as comm:
-        alone = dataclasses.replace(context, communicators={"cuda": comm})
-        for case in cases:
-            check_case(alone, "cuda", case)
-        residents(alone, make_case(context.num_ranks, ExpertMajor(8)), True)
-        overwritten(alone, make_case(context.num_ranks, TokenMajor()), True)
-
-
 @pytest.mark.parametrize("num_ranks", (1, 2, 4))
 def test_same_results(ranks: Ranks, num_ranks: int) -> None:
-    cases = [
-        make_case(num_ranks, layout, dtype=dtype, hidden=128, routing="sparse")
-        for layout in (TokenMajor(), ExpertMajor(8), PADDED)
-        for dtype in (torch.float32, torch.bfloat16, FLOAT8)
-    ]
-    ranks.run(num_ranks, same_results, cases, deadline_s=180.0)
+    ranks.run(num_ranks, over_provider, "nvshmem", provider_cases(num_ranks), deadline_s=180.0)
 
 
 def again(context: RankContext) -> None:
