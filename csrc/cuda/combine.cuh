@@ -92,7 +92,7 @@ __device__ inline void pull_row_weights(const CombineParams& p, uint32_t sequenc
 
 // Sum of a received token's local experts, into the area.
 template <typename T>
-__device__ void stage_sum(const CombineParams& p, uint32_t sequence, int64_t row, uint4* room) {
+__device__ void stage_sum(const CombineParams& p, uint32_t sequence, int64_t row, PieceRing& ring) {
     const unsigned all = 0xffffffffu;
     const int lane = threadIdx.x % 32, num_topk = p.plan.num_topk;
     const int64_t row_bytes = p.hidden * sizeof(T);
@@ -108,23 +108,24 @@ __device__ void stage_sum(const CombineParams& p, uint32_t sequence, int64_t row
     const float its_weight = __shfl_sync(all, weight, from);
     auto* area = p.peers.in_area<std::byte>(p.peers.rank, sequence, p.peers.layout.area.rows_at);
     const RowSum to{area + row * row_bytes, nullptr, nullptr, 0, static_cast<int>(row_bytes / 16), p.weighted};
-    sum_rows<T, false>(to, RowList{p.staging.rows + its_slot * row_bytes, its_weight, from, __popc(held)}, room);
+    sum_rows<T, false>(to, RowList{p.staging.rows + its_slot * row_bytes, its_weight, from, __popc(held)}, ring);
 }
 
-// Not inlined, for its registers. Rows that peers will read: per-rank sums, in the segments of all other sources by
-// turns; else every filled slot.
+// Not inlined, for its registers; the ring comes back by value, to stay in registers too. Rows that peers will read:
+// per-rank sums, in the segments of all other sources by turns; else every filled slot.
 template <typename T, bool kFast>
-__device__ __noinline__ void stage_combine(const CombineParams& p, uint32_t sequence, uint4* room) {
+__device__ __noinline__ PieceRing stage_combine(const CombineParams& p, uint32_t sequence, PieceRing ring) {
     const DevicePlan& plan = p.plan;
     const int rank = p.peers.rank, others = p.peers.num_ranks - 1;
     if (!p.by_rank) {
         const int64_t pieces = (p.staging.num_rows + kReadyRows - 1) / kReadyRows;
-        return stage_rows(
+        stage_rows(
             p.peers, p.staging, sequence, pieces, [](int64_t i) { return i; },
             [&](int64_t row) {
                 if (plan.slot_row[row] < 0 || plan.recv_source[plan.slot_row[row]] == rank) return;
                 stage_row(p.peers, p.staging, sequence, row);
             });
+        return ring;
     }
     int most = 0;
     for (int source = 0; source <= others; ++source) {
@@ -140,10 +141,11 @@ __device__ __noinline__ void stage_combine(const CombineParams& p, uint32_t sequ
     stage_rows(p.peers, p.staging, sequence, (most / kReadyRows + 2) * int64_t{others}, piece_at, [&](int64_t row) {
         if ((row >= own_start && row < own_end) || row >= plan.source_start[others + 1]) return;
         if constexpr (kFast) {
-            return stage_sum<T>(p, sequence, row, room);
+            return stage_sum<T>(p, sequence, row, ring);
         }
         stage_row(p.peers, p.staging, sequence, row);
     });
+    return ring;
 }
 
 __device__ inline void clear_missing_routes(const CombineParams& p, int64_t token, int64_t row_bytes) {
@@ -154,9 +156,20 @@ __device__ inline void clear_missing_routes(const CombineParams& p, int64_t toke
     }
 }
 
+// Whole warp: false if the operation has failed.
+__device__ inline bool wait_entries_ready(const CombineParams& p, const Sources& sources, const Entry& entry,
+                                          uint32_t sequence) {
+    const bool staged = entry.keep && sources.staged[entry.dest];
+    if (!__any_sync(0xffffffffu, staged)) return true;
+    const bool ok = !staged || wait_rows_ready(p.peers, p.publication, entry.dest, entry.at, sequence);
+    const bool all_ok = __all_sync(0xffffffffu, ok);
+    __syncwarp();
+    return all_ok;
+}
+
 // A warp takes one token after the other; what it needs to know about the next is loaded while it adds.
 template <typename T, bool kFast>
-__device__ void combine_tokens(const CombineParams& p, const Sources& sources, uint32_t sequence, uint4* room) {
+__device__ void combine_tokens(const CombineParams& p, const Sources& sources, uint32_t sequence, PieceRing& ring) {
     const int lane = threadIdx.x % 32, num_warps = gridDim.x * blockDim.x / 32;
     const int64_t row_bytes = p.hidden * sizeof(T);
     uint32_t* counter = &p.peers.control->next_token;
@@ -170,11 +183,7 @@ __device__ void combine_tokens(const CombineParams& p, const Sources& sources, u
         const Route next_route = load_route(p, next);
         const Entry entry = make_entry(p, route);
         const RowList list = order_rows(p, sources, route, entry);
-        bool ok = true;
-        if (entry.keep && sources.staged[entry.dest]) {
-            ok = wait_rows_ready(p.peers, p.publication, entry.dest, entry.at, sequence);
-        }
-        if (__any_sync(0xffffffffu, !ok)) return;
+        if (!wait_entries_ready(p, sources, entry, sequence)) return;
         const int64_t at = token * row_bytes;
         const RowSum to{p.out + at,
                         p.bias == nullptr ? nullptr : p.bias + at,
@@ -182,7 +191,7 @@ __device__ void combine_tokens(const CombineParams& p, const Sources& sources, u
                         p.plan.num_tokens * row_bytes,
                         static_cast<int>(row_bytes / 16),
                         p.weighted};
-        sum_rows<T, kFast>(to, list, room);
+        sum_rows<T, kFast>(to, list, ring);
         if (p.routes != nullptr) clear_missing_routes(p, token, row_bytes);
         token = next;
         route = next_route;
@@ -190,19 +199,32 @@ __device__ void combine_tokens(const CombineParams& p, const Sources& sources, u
     }
 }
 
+// Every warp: go on when the first one has found the sources. Those that stage come later than the others, who do not
+// wait for them, unless the first is one of them.
+__device__ inline void share_sources(int staging_threads) {
+    const int first = kCombineThreads - staging_threads;
+    if (first == 0 || staging_threads == 0) return sync_warps(BlockBarrier::kSources, kCombineThreads);
+    const int late = staging_threads + 32;
+    if (static_cast<int>(threadIdx.x) >= first) return sync_warps(BlockBarrier::kLateSources, late);
+    sync_warps(BlockBarrier::kSources, first);
+    if (threadIdx.x < 32) arrive_warps(BlockBarrier::kLateSources, late);
+}
+
 template <typename T, bool kFast>
 __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __grid_constant__ CombineParams p) {
     extern __shared__ __align__(16) uint4 room[];
     __shared__ Sources sources;
-    const uint32_t sequence = begin_operation(p.peers, p.publication, &sources);
-    if (p.staging.num_warps > 0 && threadIdx.x / 32 >= kCombineThreads / 32 - p.staging.num_warps) {
-        stage_combine<T, kFast>(p, sequence, room);
-    }
-    if (threadIdx.x < 32)
+    PieceRing ring(room);
+    const uint32_t sequence = begin_operation(p.peers, p.publication);
+    const int staging = p.staging.num_warps * 32;
+    if (threadIdx.x >= kCombineThreads - staging) ring = stage_combine<T, kFast>(p, sequence, ring);
+    if (threadIdx.x < 32) {
         find_sources(p.peers, p.publication, sequence, p.own_rows, nullptr, p.plan.source_start, &sources);
-    if (await_sources(&sources)) {
+    }
+    share_sources(staging);
+    if (sources.ok) {
         if (p.topk_weights != nullptr) pull_row_weights(p, sequence);
-        if (p.has_rows) combine_tokens<T, kFast>(p, sources, sequence, room);
+        if (p.has_rows) combine_tokens<T, kFast>(p, sources, sequence, ring);
     }
     end_operation(p.peers, p.publication, sequence);
 }

@@ -41,13 +41,23 @@ struct Sources {
     const std::byte* scales[kMaxRanks];
     bool staged[kMaxRanks];
     int starts[kMaxRanks + 1];  // first row from each source, of the plan
-    volatile int state;         // 0: not known yet, 1: known, 2: the operation has failed
+    bool ok;                    // false: the operation has failed
 };
 
+// Named barriers of a block; 0 is __syncthreads().
+enum class BlockBarrier : int { kSources = 1, kStaging = 2, kLateSources = 3 };
+
+// Threads of whole warps, `threads` of them in all.
+__device__ inline void sync_warps(BlockBarrier barrier, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(static_cast<int>(barrier)), "r"(threads) : "memory");
+}
+__device__ inline void arrive_warps(BlockBarrier barrier, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(static_cast<int>(barrier)), "r"(threads) : "memory");
+}
+
 // Whole block, first thing in a kernel. Returns the operation's sequence number.
-__device__ inline uint32_t begin_operation(const Peers& peers, const Publication& publication, Sources* sources) {
+__device__ inline uint32_t begin_operation(const Peers& peers, const Publication& publication) {
     const uint32_t sequence = load_volatile(&peers.control->sequence) + (publication.by_main ? 1 : 0);
-    if (threadIdx.x == 0) sources->state = 0;
     if (publication.by_main && blockIdx.x == 0 && load_volatile(&peers.control->failed) == 0) {
         if (threadIdx.x == 0) peers.control->published = 1;
         announce(peers, publication, sequence);
@@ -56,7 +66,8 @@ __device__ inline uint32_t begin_operation(const Peers& peers, const Publication
     return sequence;
 }
 
-// One warp of each block. Rows of this rank are read where they are, if given. `source_start` is the plan's.
+// One warp of each block; the others see the answer after a barrier. Rows of this rank are read where they are, if
+// given. `source_start` is the plan's.
 __device__ inline void find_sources(const Peers& peers, const Publication& publication, uint32_t sequence,
                                     const std::byte* own_rows, const float* own_scales, const int32_t* source_start,
                                     Sources* sources) {
@@ -70,18 +81,7 @@ __device__ inline void find_sources(const Peers& peers, const Publication& publi
             own ? reinterpret_cast<const std::byte*>(own_scales) : peers.segments[rank] + header->scales_at;
         sources->staged[rank] = !own && header->staged != 0;
     }
-    __threadfence_block();
-    __syncwarp();
-    if (threadIdx.x % 32 == 0) sources->state = ok ? 1 : 2;
-}
-
-// Every warp that reads rows, before it does; false if the operation cannot go on.
-__device__ inline bool await_sources(const Sources* sources) {
-    while (sources->state == 0) {
-    }
-    __threadfence();
-    fence_bulk_copies();
-    return sources->state == 1;
+    if (threadIdx.x % 32 == 0) sources->ok = ok;
 }
 
 __device__ inline bool rows_ready(const Peers& peers, int source, int64_t row, uint32_t sequence) {

@@ -104,6 +104,8 @@ __global__ void __launch_bounds__(kThreads) publish_kernel(const __grid_constant
     __syncthreads();
     if (threadIdx.x == 0) peers.control->sequence = sequence;
     announce(peers, p.publication, sequence);
+    // This block waits, not the plan's hundreds: on a GPU that ranks share they would leave a peer no room to publish.
+    if (p.has_routing) wait_for_peers(peers, p.publication.operation, sequence, p.publication.signature);
 }
 
 __global__ void release_kernel(const __grid_constant__ Peers peers) {

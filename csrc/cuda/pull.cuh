@@ -43,6 +43,16 @@ __device__ inline bool is_staging_warp(const Staging& staging) {
     return staging.num_warps > 0 && threadIdx.x / 32 >= blockDim.x / 32 - staging.num_warps;
 }
 
+// Every warp that pulls.
+__device__ inline bool learn_sources(const PullParams& p, uint32_t sequence, Sources* sources) {
+    if (threadIdx.x < 32) {
+        find_sources(p.peers, p.publication, sequence, p.own_rows, p.own_scales, p.plan.source_start, sources);
+    }
+    sync_warps(BlockBarrier::kSources, p.num_warps * 32);
+    fence_bulk_copies();
+    return sources->ok;
+}
+
 __device__ inline void stage_dispatch(const PullParams& p, uint32_t sequence) {
     const int64_t pieces = (p.staging.num_rows + kReadyRows - 1) / kReadyRows;
     stage_rows(

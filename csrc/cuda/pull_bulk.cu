@@ -233,13 +233,11 @@ __global__ void __launch_bounds__((kMaxWarps + kStagingWarps) * 32, 1)
         for (uint64_t& barrier : warps[local].barriers) init_barrier(&barrier);
         fence_barrier_init();
     }
-    const uint32_t sequence = begin_operation(p.peers, p.publication, &sources);
+    const uint32_t sequence = begin_operation(p.peers, p.publication);
     if (is_staging_warp(p.staging)) {
         stage_dispatch(p, sequence);
     } else {
-        if (local == 0)
-            find_sources(p.peers, p.publication, sequence, p.own_rows, p.own_scales, p.plan.source_start, &sources);
-        if (await_sources(&sources)) {
+        if (learn_sources(p, sequence, &sources)) {
             const int64_t size = kStages * stage_bytes(p, min(p.row_bytes, int64_t{kMaxPiece}));
             Walk walk(p, sources, sequence, shared + local * size, &warps[local], warp);
             pull_rows(walk);

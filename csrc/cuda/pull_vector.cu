@@ -97,14 +97,12 @@ template <typename T>
 __global__ void __launch_bounds__((kWarps + kStagingWarps) * 32)
     pull_vector_kernel(const __grid_constant__ PullParams p) {
     __shared__ Sources sources;
-    const uint32_t sequence = begin_operation(p.peers, p.publication, &sources);
+    const uint32_t sequence = begin_operation(p.peers, p.publication);
     const int local = threadIdx.x / 32;
     if (is_staging_warp(p.staging)) {
         stage_dispatch(p, sequence);
     } else {
-        if (local == 0)
-            find_sources(p.peers, p.publication, sequence, p.own_rows, p.own_scales, p.plan.source_start, &sources);
-        if (await_sources(&sources)) {
+        if (learn_sources(p, sequence, &sources)) {
             pull_rows<T>(p, sources, sequence, blockIdx.x * p.num_warps + local, gridDim.x * p.num_warps);
         }
     }

@@ -118,7 +118,7 @@ __device__ void stage_rows(const Peers& peers, const Staging& staging, uint32_t 
         if (piece < 0) continue;
         const int64_t first = piece * kReadyRows, last = min(first + kReadyRows, staging.num_rows);
         for (int64_t row = first + thread / 32; row < last; row += staging.num_warps) stage(row);
-        asm volatile("bar.sync 2, %0;" ::"r"(threads) : "memory");
+        sync_warps(BlockBarrier::kStaging, threads);
         if (thread >= peers.num_ranks) continue;
         __threadfence_system();
         for (int peer = thread; peer < peers.num_ranks; peer += threads) {

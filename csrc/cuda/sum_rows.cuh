@@ -35,151 +35,140 @@ __device__ inline int lane_at_position(bool taken, int position, int num_lanes) 
     return found;
 }
 
-// One vector's sum.
-template <typename T, bool kGroup>
-struct Sum {
-    Accumulator<T> all;
-    Accumulator<T> group;
+// Pieces of rows on their way into shared memory, a ring of them for each warp, so that loads go on while sums are
+// made. Each lane copies what it will add itself, so that lanes need not wait for each other: bulk copies would be
+// fewer instructions only for longer pieces, and must not overwrite what another lane's load may still read.
+inline constexpr int kRingDepth = 6;
+inline constexpr int kPieceWidth = 4;  // vectors of a piece that each lane adds
+inline constexpr int kPieceVectors = 32 * kPieceWidth;
+inline constexpr int kPieceBytes = 16 * kPieceVectors;
 
-    // The n-th row of the list.
-    __device__ void add(const RowSum& to, const RowList& list, int n, const Vec<T>& v, float weight) {
-        const bool in_group = kGroup && n >= list.group_begin && n < list.group_end;
-        if (!in_group) {
-            add_to(all, v, weight, to.weighted && !kGroup);
-            return;
-        }
-        add_to(group, v, weight, to.weighted);
-        if (n + 1 == list.group_end) all.add(group.value());
-    }
-    __device__ static void add_to(Accumulator<T>& sum, const Vec<T>& v, float weight, bool weighted) {
-        if (weighted) {
-            sum.add_scaled(v, weight);
-        } else {
-            sum.add(v);
-        }
-    }
-    __device__ void finish(const RowSum& to, int i) {
-        if (i >= to.vectors) return;
-        if (to.bias != nullptr) all.add(load_vec<T>(to.bias, i));
-        store_vec(to.out, i, all.value());
-    }
-};
+inline constexpr int sum_shared_bytes(int threads) { return kRingDepth * kPieceWidth * 16 * threads; }
 
-// Each thread copies what it will add itself, some steps ahead, so that loads go on while sums are made. A step is
-// eight vectors a thread: kWidth of each of kRows rows.
-inline constexpr int kSumDepth = 3;
-inline constexpr int kSumVectors = 8;
-
-inline constexpr int sum_shared_bytes(int threads) { return kSumDepth * kSumVectors * 16 * threads; }
-
-__device__ inline void copy_async(uint4* shared, const std::byte* global) {
-    asm volatile(
-        "cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(static_cast<uint32_t>(__cvta_generic_to_shared(shared))),
-        "l"(global)
-        : "memory");
+template <typename T>
+__device__ inline Vec<T> load_shared(uint32_t address) {
+    Vec<T> v;
+    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.bits.x), "=r"(v.bits.y), "=r"(v.bits.z), "=r"(v.bits.w)
+                 : "r"(address)
+                 : "memory");
+    return v;
 }
 
-// One warp. kMany: lists may be longer than kRows, and are added kRows at a time.
-template <typename T, int kRows, bool kGroup, bool kMany>
-struct SumPipe {
-    static constexpr int kWidth = kSumVectors / kRows;
-    static constexpr unsigned kAllLanes = 0xffffffffu;
-    const RowSum& to;
-    const RowList& list;
-    uint4* room;  // of the block, [kSumDepth, kSumVectors, threads]
-    int groups, steps;
-    const std::byte* rows[kRows];
-    float weights[kRows];
+__device__ inline void copy_async(uint32_t to, const std::byte* from) {
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to), "l"(from) : "memory");
+}
 
-    __device__ SumPipe(const RowSum& to, const RowList& list, uint4* room) : to(to), list(list), room(room) {
-        groups = kMany ? max(1, (list.count + kRows - 1) / kRows) : 1;
-        steps = (to.vectors + 32 * kWidth - 1) / (32 * kWidth) * groups;
-        if (!kMany) pass_round(0);
-    }
-    // What the lanes hold about rows [first, first + kRows).
-    __device__ void pass_round(int first) {
+struct PieceRing {
+    uint32_t lane_room;  // this lane's first vector of piece 0, an address in shared memory
+    uint32_t slot = 0;   // in bytes; of the next piece to take, where then the piece kRingDepth later goes
+
+    __device__ explicit PieceRing(const uint4* of_block)
+        : lane_room(static_cast<uint32_t>(__cvta_generic_to_shared(of_block)) +
+                    threadIdx.x / 32 * kRingDepth * kPieceBytes + threadIdx.x % 32 * 16) {}
+
+    // This lane's part of `vectors` vectors at `from`, its first one.
+    __device__ void put(const std::byte* from, int vectors) const {
+        const uint32_t to = lane_room + slot;
+        if (vectors >= kPieceVectors) {
 #pragma unroll
-        for (int n = 0; n < kRows; ++n) {
-            const int from = (first + n) & 31;
-            rows[n] =
-                reinterpret_cast<const std::byte*>(__shfl_sync(kAllLanes, reinterpret_cast<uint64_t>(list.row), from));
-            weights[n] = __shfl_sync(kAllLanes, list.weight, from);
+            for (int j = 0; j < kPieceWidth; ++j) copy_async(to + j * 512, from + j * 512);
+            return;
+        }
+        for (int j = 0; j * 32 + static_cast<int>(threadIdx.x % 32) < vectors; ++j) {
+            copy_async(to + j * 512, from + j * 512);
         }
     }
-    __device__ uint4* slot(int stage, int n, int j) const {
-        return room + (stage * kSumVectors + n * kWidth + j) * blockDim.x + threadIdx.x;
-    }
-    __device__ int vector_of(int step, int j) const {
-        return step / groups * 32 * kWidth + j * 32 + static_cast<int>(threadIdx.x % 32);
-    }
-    __device__ void fetch(int step, int stage) {
-        if (step < steps) {
-            const int first = kMany ? step % groups * kRows : 0;
-            if (kMany) pass_round(first);
-#pragma unroll
-            for (int n = 0; n < kRows; ++n) {
-#pragma unroll
-                for (int j = 0; j < kWidth; ++j) {
-                    const int i = vector_of(step, j);
-                    if (first + n < list.count && i < to.vectors) {
-                        copy_async(slot(stage, n, j), rows[n] + int64_t{i} * 16);
-                    }
-                }
-            }
-        }
+    // After each put(), and where one would be if there is nothing left to put.
+    __device__ void advance() {
         asm volatile("cp.async.commit_group;" ::: "memory");
+        slot = slot + kPieceBytes == kRingDepth * kPieceBytes ? 0 : slot + kPieceBytes;
     }
-    __device__ void add(int step, int stage, Sum<T, kGroup>* sums) {
-        const int first = kMany ? step % groups * kRows : 0;
-        if (kMany) pass_round(first);
+    template <typename T>
+    __device__ void take(Vec<T>* into) const {
+        asm volatile("cp.async.wait_group %0;" ::"n"(kRingDepth - 1) : "memory");
 #pragma unroll
-        for (int n = 0; n < kRows; ++n) {
-            const int k = to.routes != nullptr ? __shfl_sync(kAllLanes, list.k, (first + n) & 31) : 0;
-            if (first + n >= list.count) continue;
+        for (int j = 0; j < kPieceWidth; ++j) into[j] = load_shared<T>(lane_room + slot + j * 512);
+    }
+};
+
+// Sums of one piece of a token's rows.
+template <typename T, bool kGroup>
+struct PieceSum {
+    Accumulator<T> all[kPieceWidth];
+    Accumulator<T> group[kGroup ? kPieceWidth : 1];
+
+    // The n-th row of the list.
+    __device__ void add(const RowSum& to, const RowList& list, int n, const Vec<T>* v, float weight) {
+        if (!kGroup || n < list.group_begin || n >= list.group_end) {
+            return add_to(all, v, weight, to.weighted && !kGroup);
+        }
+        add_to(group, v, weight, to.weighted);
+        if (n + 1 < list.group_end) return;
 #pragma unroll
-            for (int j = 0; j < kWidth; ++j) {
-                Vec<T> v;
-                v.bits = *slot(stage, n, j);
-                sums[j].add(to, list, first + n, v, weights[n]);
-                const int i = vector_of(step, j);
-                if (to.routes != nullptr && i < to.vectors) store_vec(to.routes + k * to.route_stride, i, v);
-            }
+        for (int j = 0; j < kPieceWidth; ++j) all[j].add(group[j % (kGroup ? kPieceWidth : 1)].value());
+    }
+    __device__ static void add_to(Accumulator<T>* sums, const Vec<T>* v, float weight, bool weighted) {
+        if (weighted) {
+#pragma unroll
+            for (int j = 0; j < kPieceWidth; ++j) sums[j].add_scaled(v[j], weight);
+        } else {
+#pragma unroll
+            for (int j = 0; j < kPieceWidth; ++j) sums[j].add(v[j]);
         }
     }
-    __device__ void run() {
-        Sum<T, kGroup> sums[kWidth];
-        int stage = 0, ahead = kSumDepth - 1;
+    __device__ void finish(const RowSum& to, int first) {
 #pragma unroll
-        for (int step = 0; step < kSumDepth - 1; ++step) fetch(step, step);
-#pragma unroll 1
-        for (int step = 0; step < steps; ++step) {
-            fetch(step + kSumDepth - 1, ahead);
-            asm volatile("cp.async.wait_group %0;" ::"n"(kSumDepth - 1) : "memory");
-            add(step, stage, sums);
-            if (!kMany || step % groups == groups - 1) {
-#pragma unroll
-                for (int j = 0; j < kWidth; ++j) {
-                    sums[j].finish(to, vector_of(step, j));
-                    sums[j] = Sum<T, kGroup>();
-                }
-            }
-            stage = stage + 1 == kSumDepth ? 0 : stage + 1;
-            ahead = ahead + 1 == kSumDepth ? 0 : ahead + 1;
+        for (int j = 0; j < kPieceWidth; ++j) {
+            const int i = first + j * 32 + threadIdx.x % 32;
+            if (i >= to.vectors) return;
+            if (to.bias != nullptr) all[j].add(load_vec<T>(to.bias, i));
+            store_vec(to.out, i, all[j].value());
         }
     }
 };
 
-// One warp. `room` is the block's, of sum_shared_bytes().
+template <typename T>
+__device__ void keep_piece(const RowSum& to, int k, int first, const Vec<T>* v) {
+    std::byte* row = to.routes + k * to.route_stride;
+#pragma unroll
+    for (int j = 0; j < kPieceWidth; ++j) {
+        const int i = first + j * 32 + threadIdx.x % 32;
+        if (i < to.vectors) store_vec(row, i, v[j]);
+    }
+}
+
+// One warp: piece by piece, the sum over all rows of the list.
 template <typename T, bool kGroup>
-__device__ void sum_rows(const RowSum& to, const RowList& list, uint4* room) {
-    if (list.count <= 2) {
-        SumPipe<T, 2, kGroup, false>(to, list, room).run();
-    } else if (list.count <= 4) {
-        SumPipe<T, 4, kGroup, false>(to, list, room).run();
-    } else if (list.count <= 8) {
-        SumPipe<T, 8, kGroup, false>(to, list, room).run();
-    } else {
-        SumPipe<T, 8, kGroup, true>(to, list, room).run();
+__device__ void sum_rows(const RowSum& to, const RowList& list, PieceRing& ring) {
+    constexpr unsigned kAllLanes = 0xffffffffu;
+    const auto own_row = reinterpret_cast<uint64_t>(list.row);
+    int keep = to.routes != nullptr ? 1 : 0;
+    asm volatile("" : "+r"(keep));  // or it is worked out again for every piece
+    int put_first = 0, put_n = 0;
+    const auto put_next = [&] {
+        if (put_first < to.vectors) {
+            const auto row = reinterpret_cast<const std::byte*>(__shfl_sync(kAllLanes, own_row, put_n));
+            ring.put(row + (put_first + static_cast<int>(threadIdx.x % 32)) * int64_t{16}, to.vectors - put_first);
+            const bool last = ++put_n == list.count;
+            put_n = last ? 0 : put_n;
+            put_first += last ? kPieceVectors : 0;
+        }
+        ring.advance();
+    };
+    if (list.count == 0) put_first = to.vectors;
+    for (int i = 0; i < kRingDepth; ++i) put_next();
+    for (int first = 0; first < to.vectors; first += kPieceVectors) {
+        PieceSum<T, kGroup> sum;
+#pragma unroll 1
+        for (int n = 0; n < list.count; ++n) {
+            Vec<T> v[kPieceWidth];
+            ring.take(v);
+            sum.add(to, list, n, v, __shfl_sync(kAllLanes, list.weight, n));
+            if (keep != 0) keep_piece(to, __shfl_sync(kAllLanes, list.k, n), first, v);
+            put_next();
+        }
+        sum.finish(to, first);
     }
 }
 

@@ -52,6 +52,24 @@ __device__ inline void store_vec(std::byte* row, int64_t i, const Vec<T>& v) {
     reinterpret_cast<uint4*>(row)[i] = v.bits;
 }
 
+// Elements as float32, two at a time where that is one instruction each.
+__device__ inline void widen_all(const Vec<float>& v, float* out) {
+#pragma unroll
+    for (int j = 0; j < Vec<float>::kCount; ++j) out[j] = v.items[j];
+}
+__device__ inline void widen_all(const Vec<__nv_bfloat16>& v, float* out) {
+    const uint32_t words[4] = {v.bits.x, v.bits.y, v.bits.z, v.bits.w};
+#pragma unroll
+    for (int j = 0; j < 4; ++j) {
+        out[2 * j] = __uint_as_float(words[j] << 16);
+        out[2 * j + 1] = __uint_as_float(words[j] & 0xffff0000u);
+    }
+}
+__device__ inline void widen_all(const Vec<__half>& v, float* out) {
+#pragma unroll
+    for (int j = 0; j < Vec<__half>::kCount; ++j) out[j] = __half2float(v.items[j]);
+}
+
 // float32 sums of one vector.
 template <typename T>
 struct Accumulator {
@@ -61,12 +79,16 @@ struct Accumulator {
         for (float& sum : sums) sum = 0.0f;
     }
     __device__ void add(const Vec<T>& v) {
+        float values[Vec<T>::kCount];
+        widen_all(v, values);
 #pragma unroll
-        for (int j = 0; j < Vec<T>::kCount; ++j) sums[j] = __fadd_rn(sums[j], widen(v.items[j]));
+        for (int j = 0; j < Vec<T>::kCount; ++j) sums[j] = __fadd_rn(sums[j], values[j]);
     }
     __device__ void add_scaled(const Vec<T>& v, float weight) {
+        float values[Vec<T>::kCount];
+        widen_all(v, values);
 #pragma unroll
-        for (int j = 0; j < Vec<T>::kCount; ++j) sums[j] = __fadd_rn(sums[j], __fmul_rn(weight, widen(v.items[j])));
+        for (int j = 0; j < Vec<T>::kCount; ++j) sums[j] = __fadd_rn(sums[j], __fmul_rn(weight, values[j]));
     }
     __device__ Vec<T> value() const {
         Vec<T> v;

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Build the CUDA core for the GPU that is here, start MPS so that several ranks share it, and run the GPU tests.
-#   tests/gpu/run.sh [pytest arguments]
+#   tests/gpu/run.sh [pytest arguments]      without a path among them: all of tests/gpu
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export CPLUS_INCLUDE_PATH=${CPLUS_INCLUDE_PATH:-/usr/local/cuda/include/cccl}
@@ -14,4 +14,5 @@ mps=$(mktemp -d)
 export CUDA_MPS_PIPE_DIRECTORY=$mps/pipe CUDA_MPS_LOG_DIRECTORY=$mps/log
 mkdir -p "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"
 nvidia-cuda-mps-control -d && trap 'echo quit | nvidia-cuda-mps-control; rm -rf "$mps"' EXIT
-DS_ACCELERATOR=${DS_ACCELERATOR:-cuda} python3 -m pytest -q --durations=8 tests/gpu "$@"
+[[ " $* " == *" tests/"* ]] || set -- tests/gpu "$@"
+DS_ACCELERATOR=${DS_ACCELERATOR:-cuda} python3 -m pytest -q --durations=8 "$@"
