@@ -164,6 +164,7 @@ __device__ inline bool wait_entries_ready(const CombineParams& p, const Sources&
     const bool ok = !staged || wait_rows_ready(p.peers, p.publication, entry.dest, entry.at, sequence);
     const bool all_ok = __all_sync(0xffffffffu, ok);
     __syncwarp();
+    fence_bulk_copies();
     return all_ok;
 }
 
@@ -212,9 +213,10 @@ __device__ inline void share_sources(int staging_threads) {
 
 template <typename T, bool kFast>
 __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __grid_constant__ CombineParams p) {
-    extern __shared__ __align__(16) uint4 room[];
+    extern __shared__ __align__(128) uint4 room[];
     __shared__ Sources sources;
-    PieceRing ring(room);
+    __shared__ uint64_t barriers[kCombineThreads / 32 * kRingDepth];
+    PieceRing ring(room, barriers);
     const uint32_t sequence = begin_operation(p.peers, p.publication);
     const int staging = p.staging.num_warps * 32;
     if (threadIdx.x >= kCombineThreads - staging) ring = stage_combine<T, kFast>(p, sequence, ring);
@@ -222,6 +224,7 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
         find_sources(p.peers, p.publication, sequence, p.own_rows, nullptr, p.plan.source_start, &sources);
     }
     share_sources(staging);
+    fence_bulk_copies();
     if (sources.ok) {
         if (p.topk_weights != nullptr) pull_row_weights(p, sequence);
         if (p.has_rows) combine_tokens<T, kFast>(p, sources, sequence, ring);

@@ -136,8 +136,8 @@ struct Walk {
             held.offset = offset;
             held.bytes = bytes;
             held.scales = sources.scales[source] + token * p.scale_bytes;
-            uint64_t* barrier = &shared->barriers[stage];
-            std::byte* to = stages + stage * stage_size;
+            const uint32_t barrier = shared_address(&shared->barriers[stage]);
+            const uint32_t to = shared_address(stages + stage * stage_size);
             expect_bytes(barrier, bytes + with_scales);
             bulk_load(to, sources.rows[source] + token * p.row_bytes + offset, bytes, barrier);
             if (with_scales > 0) bulk_load(to + piece, held.scales, with_scales, barrier);
@@ -179,7 +179,7 @@ __device__ void pull_rows(Walk& walk) {
     while (loaded < kStages - 1 && walk.load(loaded)) ++loaded;
     for (; stored < loaded; ++stored) {
         const int stage = stored % kStages;
-        wait_barrier(&walk.shared->barriers[stage], stored / kStages & 1);
+        wait_barrier(shared_address(&walk.shared->barriers[stage]), stored / kStages & 1);
         walk.store(stage);
         if (lane == 0) {
             commit_stores();
@@ -230,7 +230,7 @@ __global__ void __launch_bounds__((kMaxWarps + kStagingWarps) * 32, 1)
     __shared__ WarpShared warps[kMaxWarps];
     const int local = threadIdx.x / 32, warp = blockIdx.x * p.num_warps + local;
     if (local < p.num_warps && threadIdx.x % 32 == 0) {
-        for (uint64_t& barrier : warps[local].barriers) init_barrier(&barrier);
+        for (uint64_t& barrier : warps[local].barriers) init_barrier(shared_address(&barrier));
         fence_barrier_init();
     }
     const uint32_t sequence = begin_operation(p.peers, p.publication);
