@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import device_cases
 import device_oracle
 import torch
@@ -9,6 +11,12 @@ from cases import Case
 from device_oracle import World
 
 from ray_deepep import Buffer, CombineResult, DispatchResult, TokenMajor
+
+
+def new_graph() -> torch.cuda.CUDAGraph:
+    """A graph to capture into. Graphs that nobody holds go first: one that goes amid a capture spoils it."""
+    gc.collect()
+    return torch.cuda.CUDAGraph()
 
 
 class Mlp:
@@ -63,7 +71,7 @@ class CapturedLayer:
                 self.run()
         torch.cuda.current_stream().wait_stream(side)
         torch.cuda.synchronize()
-        self.graph = torch.cuda.CUDAGraph()
+        self.graph = new_graph()
         with torch.cuda.graph(self.graph):
             self.run()
 

@@ -11,7 +11,7 @@ import device_cases
 import device_oracle
 import pytest
 import torch
-from captured import CapturedLayer
+from captured import CapturedLayer, new_graph
 from cases import FLOAT8, LAYOUTS, PADDED, ROUTINGS, Case
 from device_cases import make_buffer, worlds_of
 from device_oracle import World
@@ -243,7 +243,7 @@ def captured_gradients(context: RankContext, case: Case) -> None:
         with torch.cuda.stream(side):
             gradients(room)
         torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
+        graph = new_graph()
         with torch.cuda.graph(graph):
             static = gradients(room)
         for world in worlds:

@@ -90,6 +90,7 @@ def beside_torch(context: RankContext) -> None:
 
 
 @pytest.mark.skipif(not symmetric_memory.is_nvshmem_available(), reason="torch was built without NVSHMEM")
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="torch makes teams, which NVSHMEM refuses on a shared GPU")
 def test_beside_torchs_symmetric_memory() -> None:
     with RankPool(2) as pool:
         pool.run(beside_torch, deadline_s=120.0)
