@@ -306,8 +306,10 @@ def choose_transport(wanted: str, peers: tuple[RankInfo, ...]) -> tuple[str, str
     without_cuda = [p for p in peers if p.cuda_problem]
     no_cuda = problem or (f"rank {without_cuda[0].rank}: {without_cuda[0].cuda_problem}" if without_cuda else "")
     has_group = all(p.has_group for p in peers)
-    if wanted == "cuda" and no_cuda:
-        raise TransportUnavailableError(f"transport cuda: {no_cuda}")
+    if wanted in ("cuda", "nvshmem") and no_cuda:
+        raise TransportUnavailableError(f"transport {wanted}: {no_cuda}")
+    if wanted == "nvshmem":
+        return "cuda", "asked for, on NVSHMEM's symmetric heap"
     if wanted == "cuda" or (wanted == "auto" and not no_cuda):
         return "cuda", "asked for" if wanted == "cuda" else f"all {len(peers)} ranks have GPUs of {peers[0].host}"
     if wanted == "reference" or (wanted == "auto" and problem and has_group):

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from . import env
 from .errors import InvalidArgumentError, InvalidTypeError
 
-TRANSPORTS = ("auto", "cuda", "shm", "reference")
+TRANSPORTS = ("auto", "cuda", "nvshmem", "shm", "reference")
 HEAP_PROVIDERS = ("auto", "vmm", "ipc", "nvshmem")
 MAX_SERVICE_LEVEL = 15
 """InfiniBand has 16 service levels."""
@@ -78,8 +78,10 @@ class CommConfig:
     """Settings of a :class:`~ray_deepep.Communicator`; the same on every rank."""
 
     transport: str = dataclasses.field(default_factory=env.transport)
-    """``cuda``: the CUDA core (GPUs of one NVLink domain); ``shm``: the CPU core over shared memory (one host);
-    ``reference``: torch.distributed (any hosts); ``auto``: the first of these that serves all ranks."""
+    """``cuda``: the CUDA core (GPUs of one NVLink domain); ``nvshmem``: the same on NVSHMEM's symmetric heap (sets
+    ``heap_provider``; the communicator's transport is then ``cuda``); ``shm``: the CPU core over shared memory (one
+    host); ``reference``: torch.distributed (any hosts); ``auto``: cuda, shm or reference, the first that serves all
+    ranks."""
     deadline_s: float = dataclasses.field(default_factory=env.deadline_s)
     """Seconds that one wait inside an operation may last."""
     bootstrap_deadline_s: float = dataclasses.field(default_factory=env.bootstrap_deadline_s)
@@ -117,6 +119,10 @@ class CommConfig:
             raise InvalidArgumentError(
                 "heap_provider", self.heap_provider, f"must be one of {', '.join(HEAP_PROVIDERS)}"
             )
+        if self.transport == "nvshmem":
+            if self.heap_provider not in ("auto", "nvshmem"):
+                raise InvalidArgumentError("heap_provider", self.heap_provider, "must be auto with transport nvshmem")
+            object.__setattr__(self, "heap_provider", "nvshmem")
         if self.num_sms < 1:
             raise InvalidArgumentError("num_sms", self.num_sms, "must be >= 1")
         if self.num_threads < 0:

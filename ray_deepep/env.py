@@ -78,8 +78,8 @@ def transport() -> str:
     return _read(
         "RAY_DEEPEP_TRANSPORT",
         "auto",
-        _choice("auto", "cuda", "shm", "reference"),
-        "must be auto, cuda, shm or reference",
+        _choice("auto", "cuda", "nvshmem", "shm", "reference"),
+        "must be auto, cuda, nvshmem, shm or reference",
     )
 
 

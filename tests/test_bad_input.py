@@ -41,7 +41,7 @@ def test_bad_size(ranks: Ranks, transport: str, name: str) -> None:
     (
         (lambda: ExpertMajor(0), "alignment: must be >= 1; got 0"),
         (lambda: Padded(-1), "capacity: must be >= 0; got -1"),
-        (lambda: CommConfig(transport="tcp"), "transport: must be one of auto, cuda, shm, reference; got 'tcp'"),
+        (lambda: CommConfig(transport="tcp"), "transport: must be one of auto, cuda, nvshmem, shm, reference; got 'tcp'"),
         (lambda: CommConfig(deadline_s=0.0), "deadline_s: must be > 0; got 0.0"),
         (lambda: CommConfig(bootstrap_deadline_s=-1), "bootstrap_deadline_s: must be > 0; got -1"),
         (lambda: CommConfig(heap_gib=0), "heap_gib: must be > 0; got 0"),
@@ -55,7 +55,7 @@ def test_bad_settings(make: Callable[[], Any], message: str) -> None:
 
 BAD_ENVIRONMENT = {
     "RAY_DEEPEP": ("yes", env.enabled, "must be 0 or 1"),
-    "RAY_DEEPEP_TRANSPORT": ("tcp", CommConfig, "must be auto, cuda, shm or reference"),
+    "RAY_DEEPEP_TRANSPORT": ("tcp", CommConfig, "must be auto, cuda, nvshmem, shm or reference"),
     "RAY_DEEPEP_DEADLINE_S": ("0", CommConfig, "must be a positive number of seconds"),
     "RAY_DEEPEP_BOOTSTRAP_DEADLINE_S": ("soon", CommConfig, "must be a positive number of seconds"),
     "RAY_DEEPEP_NUM_THREADS": ("1.5", CommConfig, "must be an integer >= 0"),

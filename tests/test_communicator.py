@@ -60,6 +60,12 @@ CHOICES = {
         "shm",
         "all 2 ranks share the memory",
     ),
+    "nvshmem asked for": (
+        "nvshmem",
+        [peer(0, cuda_problem="", gpu="u"), peer(1, cuda_problem="", gpu="v")],
+        "cuda",
+        "on NVSHMEM's symmetric heap",
+    ),
     "reference asked for": ("reference", [peer(0), peer(1)], "reference", "asked for"),
     "two hosts": (
         "auto",
@@ -95,6 +101,11 @@ REFUSALS = {
         "cuda",
         [peer(0, cuda_problem="", gpu="u"), peer(1, cuda_problem="no driver")],
         "transport cuda: rank 1: no driver",
+    ),
+    "nvshmem without GPU": (
+        "nvshmem",
+        [peer(0, cuda_problem="", gpu="u"), peer(1, cuda_problem="no driver")],
+        "transport nvshmem: rank 1: no driver",
     ),
     "cuda on two hosts": (
         "cuda",

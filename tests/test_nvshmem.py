@@ -244,3 +244,10 @@ def test_the_environment_may_name_the_provider(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("RAY_DEEPEP_HEAP_PROVIDER", "shmem")
     with pytest.raises(InvalidArgumentError, match="RAY_DEEPEP_HEAP_PROVIDER: must be auto, vmm, ipc or nvshmem"):
         CommConfig()
+
+
+def test_transport_nvshmem_sets_the_heap_provider() -> None:
+    config = CommConfig(transport="nvshmem")
+    assert config.heap_provider == "nvshmem" and CommConfig(**dataclasses.asdict(config)) == config
+    with pytest.raises(InvalidArgumentError, match="heap_provider: must be auto with transport nvshmem; got 'vmm'"):
+        CommConfig(transport="nvshmem", heap_provider="vmm")
