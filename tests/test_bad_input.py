@@ -41,7 +41,10 @@ def test_bad_size(ranks: Ranks, transport: str, name: str) -> None:
     (
         (lambda: ExpertMajor(0), "alignment: must be >= 1; got 0"),
         (lambda: Padded(-1), "capacity: must be >= 0; got -1"),
-        (lambda: CommConfig(transport="tcp"), "transport: must be one of auto, cuda, nvshmem, shm, reference; got 'tcp'"),
+        (
+            lambda: CommConfig(transport="tcp"),
+            "transport: must be one of auto, cuda, nvshmem, shm, reference; got 'tcp'",
+        ),
         (lambda: CommConfig(deadline_s=0.0), "deadline_s: must be > 0; got 0.0"),
         (lambda: CommConfig(bootstrap_deadline_s=-1), "bootstrap_deadline_s: must be > 0; got -1"),
         (lambda: CommConfig(heap_gib=0), "heap_gib: must be > 0; got 0"),
