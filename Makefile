@@ -8,6 +8,7 @@ TORCH ?= torch==2.13.0
 # More extras to install, each after a comma: EXTRAS=,nvshmem builds NVSHMEM's part too, where nvcc is.
 EXTRAS ?=
 NVSHMEM := $(if $(findstring nvshmem,$(EXTRAS)),$(shell sed -n 's/^nvshmem = \["\(.*\)"\]/\1/p' pyproject.toml))
+# Two recipes at once: the cores, which need no torch, compile while the packages come.
 MAKEFLAGS += -j2
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*) setup.py ray_deepep/version.py
@@ -35,7 +36,6 @@ $(VENV)/.packages: $(VENV)/.tools pyproject.toml constraints.txt
 	RAY_DEEPEP_CORES=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[train,test,lint$(EXTRAS)]'
 	touch $@
 
-# Needs no torch: the cores compile while the packages come.
 $(VENV)/.core: $(VENV)/.tools $(SOURCES)
 	@echo 'building the compiled cores (a minute or two)'
 	$(BIN)/python setup.py -q build_ext --inplace > build.log 2>&1 || { tail -40 build.log; exit 1; }
