@@ -7,6 +7,9 @@ VENV ?= .venv
 TORCH ?= torch==2.13.0
 # More extras to install, each after a comma: EXTRAS=,nvshmem builds NVSHMEM's part too, where nvcc is.
 EXTRAS ?=
+NVSHMEM := $(if $(findstring nvshmem,$(EXTRAS)),$(shell sed -n 's/^nvshmem = \["\(.*\)"\]/\1/p' pyproject.toml))
+# Two recipes at once: the cores, which need no torch, compile while the packages come.
+MAKEFLAGS += -j2
 BIN := $(VENV)/bin
 SOURCES := $(wildcard csrc/*/*) setup.py ray_deepep/version.py
 
@@ -19,18 +22,21 @@ demo: install
 test: install
 	$(BIN)/python -m pytest $(ARGS)
 
-install: $(VENV)/.core
+install: $(VENV)/.packages $(VENV)/.core
 
-$(VENV)/.packages: pyproject.toml constraints.txt
+$(VENV)/.tools:
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 13); sys.exit(None if ok else "ray_deepep needs Python 3.11 or 3.12, $(PYTHON) is %d.%d; call make with PYTHON=..." % sys.version_info[:2])'
 	@command -v $${CXX:-c++} >/dev/null || { echo "ray_deepep needs a C++17 compiler: apt-get install g++"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 1; }
-	$(BIN)/pip install -q --upgrade "pip>=24" "setuptools>=77,<90" wheel "pybind11>=2.13,<4"
+	$(BIN)/pip install -q --upgrade "pip>=24" "setuptools>=77,<90" wheel "pybind11>=2.13,<4" $(NVSHMEM)
+	touch $@
+
+$(VENV)/.packages: $(VENV)/.tools pyproject.toml constraints.txt
 	$(BIN)/pip install -q $(TORCH)
 	RAY_DEEPEP_CORES=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[train,test,lint$(EXTRAS)]'
 	touch $@
 
-$(VENV)/.core: $(VENV)/.packages $(SOURCES)
+$(VENV)/.core: $(VENV)/.tools $(SOURCES)
 	@echo 'building the compiled cores (a minute or two)'
 	$(BIN)/python setup.py -q build_ext --inplace > build.log 2>&1 || { tail -40 build.log; exit 1; }
 	@grep '^ray_deepep:' build.log || true

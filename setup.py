@@ -23,6 +23,8 @@ ROOT = pathlib.Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "ray_deepep/version.py").read_text()).group(1)
 JOBS = int(os.environ.get("RAY_DEEPEP_BUILD_JOBS", "2"))
 SHARED_FOLDERS = ("common", "heap")
+CUDA_FOLDERS = ("cuda", "bindings_cuda")
+NVSHMEM_FOLDERS = ("nvshmem", "bindings_nvshmem")
 # No fused multiply-add: results carry the same bits on every processor, and the bits that torch gives.
 CXX_FLAGS = ["-std=c++17", "-O3", "-ffp-contract=off", "-fno-math-errno", "-fvisibility=hidden", "-Wall", "-Wextra"]
 
@@ -73,47 +75,56 @@ def extensions() -> list[Extension]:
         print(f"ray_deepep: CPU core only ({'RAY_DEEPEP_CUDA=0' if wanted == '0' else 'no nvcc'})")
         return [cpu]
     translation = ["csrc/bindings/error_translation.cpp"]
-    cuda = Extension(
-        "ray_deepep._cuda", sources(*SHARED_FOLDERS, "cuda", "bindings_cuda") + translation, depends=depends
-    )
+    cuda = Extension("ray_deepep._cuda", sources(*SHARED_FOLDERS, *CUDA_FOLDERS) + translation, depends=depends)
     if not find_nvshmem():
         print("ray_deepep: without NVSHMEM (pip install nvidia-nvshmem-cu13==3.4.5 and build again to have it)")
         return [cpu, cuda]
-    nvshmem_sources = sources("common", "nvshmem", "bindings_nvshmem") + translation
+    nvshmem_sources = sources("common", *NVSHMEM_FOLDERS) + translation
     return [cpu, cuda, Extension("ray_deepep._nvshmem", nvshmem_sources, depends=depends)]
 
 
 class Build(build_ext):
-    """Compiles .cpp with the C++ compiler and .cu with nvcc, several at once, only what changed."""
+    """Compiles .cpp with the C++ compiler and .cu with nvcc, several at once, only what changed.
 
-    def build_extension(self, ext: Extension) -> None:
-        target = pathlib.Path(self.get_ext_fullpath(ext.name))
-        newest_header = max(os.path.getmtime(ROOT / header) for header in [*ext.depends, "setup.py"])
-        nvcc = find_nvcc() if ext.name != "ray_deepep._core" else None
-        home = cuda_home(nvcc) if nvcc else None
-        nvshmem = find_nvshmem() if ext.name == "ray_deepep._nvshmem" else None
-        commands, objects = [], []
-        for source in ext.sources:
-            output = pathlib.Path(self.build_temp) / ext.name / f"{source}.o"
-            objects.append(str(output))
+    A source that several cores share is compiled once: how follows from its folder alone.
+    """
+
+    def build_extensions(self) -> None:
+        """All objects in one go, so that no compiler idles between cores; then each core is linked."""
+        depends = {header for ext in self.extensions for header in ext.depends}
+        newest_header = max(os.path.getmtime(ROOT / header) for header in [*depends, "setup.py"])
+        commands = []
+        # CUDA sources take longest, so they go first.
+        every = {source for ext in self.extensions for source in ext.sources}
+        for source in sorted(every, key=lambda source: (not source.endswith(".cu"), source)):
+            output = self._object(source)
             if output.exists() and output.stat().st_mtime > max(newest_header, os.path.getmtime(ROOT / source)):
                 continue
             output.parent.mkdir(parents=True, exist_ok=True)
-            command = self._compile_command(source, str(output), nvcc, home)
-            if nvshmem:
-                # As headers of the system: their warnings are not ours.
-                command += ["-isystem", f"{nvshmem}/include", "-isystem", f"{home}/include/cccl"]
-            commands.append(command)
+            commands.append(self._compile_command(source, str(output)))
         with concurrent.futures.ThreadPoolExecutor(max(JOBS, 1)) as pool:
             list(pool.map(self.spawn, commands))
+        for ext in self.extensions:
+            self.build_extension(ext)
+
+    def build_extension(self, ext: Extension) -> None:
+        """Link one core."""
+        target = pathlib.Path(self.get_ext_fullpath(ext.name))
         target.parent.mkdir(parents=True, exist_ok=True)
         # Unlinked first: a process may have the old file mapped.
         target.unlink(missing_ok=True)
-        libraries = [f"-L{home}/lib64", f"-L{home}/lib", "-lcudart_static", "-ldl", "-lrt"] if home else []
-        if nvshmem:
-            libraries += self._nvshmem_link_flags(nvshmem)
+        libraries = []
+        if ext.name != "ray_deepep._core":
+            home = cuda_home(find_nvcc())
+            libraries += [f"-L{home}/lib64", f"-L{home}/lib", "-lcudart_static", "-ldl", "-lrt"]
+        if ext.name == "ray_deepep._nvshmem":
+            libraries += self._nvshmem_link_flags(find_nvshmem())
+        objects = [str(self._object(source)) for source in ext.sources]
         link = ["-shared", "-pthread", "-Wl,--no-undefined-version", *objects, *libraries, "-o", str(target)]
         self.spawn([self._cxx(), *link])
+
+    def _object(self, source: str) -> pathlib.Path:
+        return pathlib.Path(self.build_temp) / f"{source}.o"
 
     def _nvshmem_link_flags(self, nvshmem: pathlib.Path) -> list[str]:
         # torch's own NVSHMEM library is in the process too: only the module's entry is visible.
@@ -129,16 +140,20 @@ class Build(build_ext):
     def _cxx(self) -> str:
         return os.environ.get("CXX") or shutil.which("c++") or "g++"
 
-    def _compile_command(self, source: str, output: str, nvcc: str | None, home: pathlib.Path | None) -> list[str]:
-        includes = ["-Icsrc"]
+    def _compile_command(self, source: str, output: str) -> list[str]:
+        folder, includes = pathlib.Path(source).parent.name, ["-Icsrc"]
+        if folder in NVSHMEM_FOLDERS:
+            # As headers of the system: their warnings are not ours.
+            cccl = cuda_home(find_nvcc()) / "include/cccl"
+            includes += ["-isystem", f"{find_nvshmem()}/include", "-isystem", str(cccl)]
         if source.endswith(".cu"):
             archs = os.environ.get("RAY_DEEPEP_CUDA_ARCHS", "80;90;100").split(";")
             code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             options = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-            return [nvcc, *options, *code, *includes, "-c", source, "-o", output]
+            return [find_nvcc(), *options, *code, *includes, "-c", source, "-o", output]
         includes += [f"-I{path}" for path in (pybind11.get_include(), self.python_include())]
-        if home:
-            includes += [f"-I{home}/include"]
+        if folder in CUDA_FOLDERS + NVSHMEM_FOLDERS:
+            includes.append(f"-I{cuda_home(find_nvcc())}/include")
         macro = f'-DRAY_DEEPEP_VERSION="{VERSION}"'
         return [self._cxx(), *CXX_FLAGS, "-fPIC", "-pthread", macro, *includes, "-c", source, "-o", output]
 

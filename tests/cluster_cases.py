@@ -20,7 +20,7 @@ from ray_deepep import Buffer, CommFaultError
 from ray_deepep.cluster import current
 
 ROOT = Path(__file__).parents[1]
-TINY = ("--preset", "tiny", "--workers", "2", "--backend", "ray_deepep", "--set", "data.max_bytes=65536")
+TINY = ("--preset", "tiny", "--workers", "2", "--backend", "ray_deepep")
 
 
 class Worker:
@@ -99,11 +99,6 @@ class Run:
 
     def lines(self, word: str) -> list[str]:
         return [line for line in self.text.splitlines() if word in line]
-
-    @property
-    def losses(self) -> list[tuple]:
-        records = [json.loads(line) for line in (self.out / "metrics.jsonl").read_text().splitlines()]
-        return [(r["step"], r["loss"], r["aux_loss"], r.get("val_loss")) for r in records]
 
 
 class SharedMemoryWatch:

@@ -1,7 +1,7 @@
 """Runs a function on N ranks, each a process of its own, many times over.
 
-Processes are forked from a server that has torch and ray_deepep imported, and stay for the whole test run, so that a
-case costs milliseconds. A function is given by reference (top level of a test module) and called as
+Processes are forked from a server that has the large packages imported, and stay for the whole test run, so that a case
+costs milliseconds. A function is given by reference (top level of a test module) and called as
 ``function(rank_context, *args)``; its value, or its exception with the traceback, comes back. After an error or a
 missed deadline the processes of that pool are out of step: they are killed, and the next case starts new ones.
 """
@@ -28,6 +28,8 @@ import torch.distributed as dist
 from ray_deepep import Buffer, CommConfig, Communicator, shm
 
 TRANSPORTS = ("reference", "shm")
+PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "ray_deepep", "deepspeed", "pytest"]
+"""Imported once, for all ranks of all cases; what is not installed is left out."""
 
 
 def shm_problem() -> str:
@@ -90,7 +92,7 @@ class RankPool:
 
     def __init__(self, num_ranks: int, *, init_group: bool = True, env: Mapping[str, str] | None = None) -> None:
         context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torch", "torch.distributed", "ray_deepep"])
+        context.set_forkserver_preload(PRELOADED)
         self.num_ranks = num_ranks
         # Hosted here, so that the store outlives whichever rank a case kills.
         self._store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

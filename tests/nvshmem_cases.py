@@ -11,7 +11,7 @@ from typing import Any
 from ray_deepep import BootstrapError, CommConfig
 from ray_deepep.nvshmem import NvshmemRuntime
 
-DEADLINE_S = 2.0
+DEADLINE_S = 1.0
 UNIQUE_ID = bytes(range(128))
 
 

@@ -20,6 +20,7 @@ import ray
 from cluster_cases import FakeWorkerGroup, Run, SharedMemoryWatch, attempt_details, new_actor
 from ray.train import RunConfig
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
+from train_cases import losses, tiny, train
 
 from ray_deepep import BootstrapError, CommConfig, InvalidArgumentError, InvalidTypeError
 from ray_deepep.cluster import (
@@ -210,16 +211,16 @@ def test_a_stopped_worker_is_found_where_no_deadline_would_find_it(actors):
 
 
 @pytest.fixture(scope="module")
-def undisturbed(cluster, tmp_path_factory) -> Run:
-    run = Run(cluster, tmp_path_factory.mktemp("runs") / "undisturbed")
-    assert run.status == 0, run.text
-    return run
+def undisturbed(ranks, tmp_path_factory) -> Path:
+    """The folder of the same run on two processes without Ray. Undisturbed runs on Ray: test_demo.py."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    ranks.run(2, train, tiny(out, **{"run.backend": "ray_deepep"}).to_json(), deadline_s=120)
+    return out
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_faults_are_named_and_do_not_change_the_losses(cluster, undisturbed, tmp_path):
-    assert undisturbed.faults == []
     with SharedMemoryWatch() as watch:
         run = Run(
             cluster,
@@ -231,8 +232,8 @@ def test_faults_are_named_and_do_not_change_the_losses(cluster, undisturbed, tmp
     assert run.status == 0, run.text
     named = [(fault["attempt"], fault["rank"], fault["cause"]) for fault in run.faults]
     assert named == [(1, 1, "died"), (2, 1, "stopped"), (3, 0, "raised"), (4, 1, "late")]
-    assert run.losses == undisturbed.losses
-    assert [step for step, *_ in run.losses] == list(range(1, 9))
+    assert losses(run.out) == losses(undisturbed)
+    assert [step for step, *_ in losses(run.out)] == list(range(1, 9))
     assert not [name for name in watch.names if "deepep" in name]
     pids = [fault["pid"] for fault in run.faults]
     assert all(not Path(f"/proc/{pid}").exists() for pid in pids), "a culprit's process was left behind"
@@ -247,7 +248,7 @@ def failed(cluster, undisturbed, tmp_path_factory) -> dict[str, Run]:
     options = ("--max-failures", "0", "--inject", "kill:rank=0,step=1")
     with ThreadPoolExecutor() as pool:
         killed = pool.submit(Run, cluster, tmp_path_factory.mktemp("runs") / "killed", *options)
-        refused = pool.submit(Run, cluster, undisturbed.out)
+        refused = pool.submit(Run, cluster, undisturbed)
         return {"killed": killed.result(), "refused": refused.result()}
 
 
@@ -335,11 +336,11 @@ def test_example_of_a_train_run(examples):
     assert done.returncode == 0, done.stdout + done.stderr
     (fault,) = re.findall(r"RAY_DEEPEP_FAULT (\{.*\})", done.stdout + done.stderr)
     assert (json.loads(fault)["rank"], json.loads(fault)["cause"]) == (1, "died")
-    losses: dict[int, set[str]] = {}
+    by_step: dict[int, set[str]] = {}
     printed = re.findall(r"step (\d): loss ([\d.]+)", done.stdout)
     for step, loss in printed:
-        losses.setdefault(int(step), set()).add(loss)
-    assert sorted(losses) == list(range(6))
-    assert all(len(same) == 1 for same in losses.values()), "a repeated step must give the same loss"
+        by_step.setdefault(int(step), set()).add(loss)
+    assert sorted(by_step) == list(range(6))
+    assert all(len(same) == 1 for same in by_step.values()), "a repeated step must give the same loss"
     assert [step for step, _ in printed].count("0") == 1, "the second attempt must go on from a checkpoint"
-    assert f"last loss {losses[5].pop()}" in done.stdout
+    assert f"last loss {by_step[5].pop()}" in done.stdout

@@ -17,7 +17,7 @@ from harness import RankContext, Ranks
 
 from ray_deepep.deepspeed import SwapConfig, enable
 
-NUM_STEPS = 5
+NUM_STEPS = 3
 NUM_CLASSES = 11
 
 

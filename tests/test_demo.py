@@ -241,6 +241,7 @@ def test_demo_runs_both_backends_and_compares(tmp_path):
         assert word in text
     assert re.search(r"ray_deepep: time from submission to the first step [\d.]+ s \(job start", text)
     assert "dashboard, while it ran: http://127.0.0.1:" in text
+    assert "RAY_DEEPEP_FAULT" not in text
     for name in ("loss.png", "ray_deepep/loss.png", "ray_deepep/metrics.jsonl", "stock/metrics.jsonl"):
         assert (demo.out / name).stat().st_size > 0
     losses = [

@@ -37,6 +37,8 @@ def nodes():
     # A folder of its own, so that no other Ray of this machine takes the cluster's address for its own.
     with tempfile.TemporaryDirectory(prefix="rd") as folder, pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_TMPDIR", folder)
+        patch.setenv("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        patch.setenv("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
         cluster = Cluster()
         try:
             head = {"include_dashboard": False, "_system_config": {"prestart_worker_first_driver": False}}
