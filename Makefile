@@ -58,4 +58,4 @@ benchmark: install
 	$(BIN)/python -m benchmarks.table
 
 clean:
-	rm -rf build build.log dist *.egg-info ray_deepep/*.so
+	rm -rf build build.log dist *.egg-info ray_deepep/*.so $(VENV)/.core

@@ -71,3 +71,23 @@ def test_wheel_works_away_from_the_sources(wheel: pathlib.Path, tmp_path: pathli
     )
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.strip() == "shm"
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="there is no make")
+def test_cores_are_built_again_after_clean(tmp_path: pathlib.Path) -> None:
+    for name in ("Makefile", "pyproject.toml", "constraints.txt", "setup.py"):
+        shutil.copy2(ROOT / name, tmp_path)
+    (tmp_path / ".venv").mkdir()
+    (tmp_path / "ray_deepep").mkdir()
+    shutil.copy2(ROOT / "ray_deepep/version.py", tmp_path / "ray_deepep")
+    for stamp in (".tools", ".packages", ".core"):
+        (tmp_path / ".venv" / stamp).touch()
+    builds = "setup.py -q build_ext"
+
+    def make(*arguments: str) -> str:
+        command = ["make", *arguments]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True, timeout=60).stdout
+
+    assert builds not in make("-n", "install")
+    make("clean")
+    assert builds in make("-n", "install")
