@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 
 from . import env
 from .errors import InvalidArgumentError, InvalidTypeError
@@ -14,6 +15,10 @@ HEAP_PROVIDERS = ("auto", "vmm", "ipc", "nvshmem")
 MAX_SERVICE_LEVEL = 15
 """InfiniBand has 16 service levels."""
 _HCA = re.compile(r"[A-Za-z0-9_.\-]+(:[0-9]+)?")
+# Months, and nearly a PiB: a wait without an end is never meant, and compiled cores count nanoseconds and bytes.
+_LARGEST: Mapping[str, float] = MappingProxyType(
+    {"deadline_s": 1e7, "bootstrap_deadline_s": 1e7, "heap_gib": 1e6, "device_heap_gib": 1e6}
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -112,9 +117,7 @@ class CommConfig:
             raise InvalidTypeError("nvshmem", self.nvshmem, "must be an NvshmemConfig")
         if self.transport not in TRANSPORTS:
             raise InvalidArgumentError("transport", self.transport, f"must be one of {', '.join(TRANSPORTS)}")
-        for name in ("deadline_s", "bootstrap_deadline_s", "heap_gib", "device_heap_gib"):
-            if not getattr(self, name) > 0:
-                raise InvalidArgumentError(name, getattr(self, name), "must be > 0")
+        self._check_numbers()
         if self.heap_provider not in HEAP_PROVIDERS:
             raise InvalidArgumentError(
                 "heap_provider", self.heap_provider, f"must be one of {', '.join(HEAP_PROVIDERS)}"
@@ -123,7 +126,21 @@ class CommConfig:
             if self.heap_provider not in ("auto", "nvshmem"):
                 raise InvalidArgumentError("heap_provider", self.heap_provider, "must be auto with transport nvshmem")
             object.__setattr__(self, "heap_provider", "nvshmem")
-        if self.num_sms < 1:
-            raise InvalidArgumentError("num_sms", self.num_sms, "must be >= 1")
-        if self.num_threads < 0:
-            raise InvalidArgumentError("num_threads", self.num_threads, "must be >= 0")
+        if not isinstance(self.allow_shared_gpus, bool):
+            raise InvalidTypeError("allow_shared_gpus", self.allow_shared_gpus, "must be a bool")
+
+    def _check_numbers(self) -> None:
+        for name, largest in _LARGEST.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise InvalidTypeError(name, value, "must be a number")
+            if not value > 0:
+                raise InvalidArgumentError(name, value, "must be > 0")
+            if value > largest:
+                raise InvalidArgumentError(name, value, f"must be at most {largest:g}")
+        for name, least in (("num_sms", 1), ("num_threads", 0)):
+            value = getattr(self, name)
+            if type(value) is not int:
+                raise InvalidTypeError(name, value, "must be an int")
+            if value < least:
+                raise InvalidArgumentError(name, value, f"must be >= {least}")

@@ -3,7 +3,7 @@
 | variable | default | meaning |
 |---|---|---|
 | ``RAY_DEEPEP`` | ``0`` | ``1``: programs started by ``ray-deepep run`` swap DeepSpeed's MoE layers at import |
-| ``RAY_DEEPEP_TRANSPORT`` | ``auto`` | ``auto``, ``cuda``, ``shm`` or ``reference`` |
+| ``RAY_DEEPEP_TRANSPORT`` | ``auto`` | ``auto``, ``cuda``, ``nvshmem``, ``shm`` or ``reference`` |
 | ``RAY_DEEPEP_HEAP_PROVIDER`` | ``auto`` | how GPU memory is shared: ``auto``, ``vmm``, ``ipc`` or ``nvshmem`` |
 | ``RAY_DEEPEP_NUM_SMS`` | ``24`` | multiprocessors that row-moving kernels may use |
 | ``RAY_DEEPEP_BULK_COPY`` | ``1`` | ``0``: plain vector copies also on GPUs that have bulk copies (sm_90 up) |
@@ -26,6 +26,7 @@ NVSHMEM reads variables of its own when it comes up. ``NvshmemConfig`` fills the
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Mapping
 from typing import TypeVar
@@ -56,16 +57,19 @@ def _choice(*allowed: str) -> Callable[[str], str]:
 
 def _positive(text: str) -> float:
     value = float(text)
-    if not value > 0:
+    if not 0 < value < math.inf:
         raise ValueError(text)
     return value
 
 
-def _count(text: str) -> int:
-    value = int(text)
-    if value < 0:
-        raise ValueError(text)
-    return value
+def _at_least(least: int) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        value = int(text)
+        if value < least:
+            raise ValueError(text)
+        return value
+
+    return parse
 
 
 def enabled() -> bool:
@@ -115,17 +119,17 @@ def allow_shared_gpus() -> bool:
 
 def num_threads() -> int:
     """``RAY_DEEPEP_NUM_THREADS``."""
-    return _read("RAY_DEEPEP_NUM_THREADS", 0, _count, "must be an integer >= 0")
+    return _read("RAY_DEEPEP_NUM_THREADS", 0, _at_least(0), "must be an integer >= 0")
 
 
 def num_sms() -> int:
     """``RAY_DEEPEP_NUM_SMS``."""
-    return _read("RAY_DEEPEP_NUM_SMS", 24, _count, "must be an integer >= 1")
+    return _read("RAY_DEEPEP_NUM_SMS", 24, _at_least(1), "must be an integer >= 1")
 
 
 def bulk_copy() -> bool:
     """``RAY_DEEPEP_BULK_COPY``."""
-    return _read("RAY_DEEPEP_BULK_COPY", 1, _count, "must be 0 or 1") != 0
+    return _read("RAY_DEEPEP_BULK_COPY", "1", _choice("0", "1"), "must be 0 or 1") == "1"
 
 
 def layout() -> str:

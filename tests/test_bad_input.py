@@ -11,7 +11,16 @@ from bad_calls import GEOMETRY, IDX, H, K, X, token_major
 from cases import PADDED, Case, assert_dispatched, check_still_works, dispatch, make_world
 from harness import RankContext, Ranks, error_of
 
-from ray_deepep import ClosedError, CommConfig, DispatchHandle, ExpertMajor, InvalidArgumentError, Padded, env
+from ray_deepep import (
+    ClosedError,
+    CommConfig,
+    DispatchHandle,
+    ExpertMajor,
+    InvalidArgumentError,
+    InvalidTypeError,
+    Padded,
+    env,
+)
 
 BAD_SIZES = {
     "num_experts": (3, "must be a positive multiple of the 2 ranks; got 3"),
@@ -50,10 +59,26 @@ def test_bad_size(ranks: Ranks, transport: str, name: str) -> None:
         (lambda: CommConfig(heap_gib=0), "heap_gib: must be > 0; got 0"),
         (lambda: CommConfig(num_threads=-1), "num_threads: must be >= 0; got -1"),
         (lambda: CommConfig(deadline_s=float("nan")), "deadline_s: must be > 0; got nan"),
+        (lambda: CommConfig(deadline_s=float("inf")), "deadline_s: must be at most 1e+07; got inf"),
+        (lambda: CommConfig(heap_gib=1e300), "heap_gib: must be at most 1e+06; got 1e+300"),
     ),
 )
 def test_bad_settings(make: Callable[[], Any], message: str) -> None:
     assert str(error_of(InvalidArgumentError, make)) == message
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    (
+        (lambda: CommConfig(deadline_s="5"), "deadline_s: must be a number; got '5'"),
+        (lambda: CommConfig(heap_gib=None), "heap_gib: must be a number; got None"),
+        (lambda: CommConfig(num_sms=1.5), "num_sms: must be an int; got 1.5"),
+        (lambda: CommConfig(num_threads=True), "num_threads: must be an int; got True"),
+        (lambda: CommConfig(allow_shared_gpus="no"), "allow_shared_gpus: must be a bool; got 'no'"),
+    ),
+)
+def test_settings_of_another_type(make: Callable[[], Any], message: str) -> None:
+    assert str(error_of(InvalidTypeError, make)) == message
 
 
 BAD_ENVIRONMENT = {
@@ -62,6 +87,9 @@ BAD_ENVIRONMENT = {
     "RAY_DEEPEP_DEADLINE_S": ("0", CommConfig, "must be a positive number of seconds"),
     "RAY_DEEPEP_BOOTSTRAP_DEADLINE_S": ("soon", CommConfig, "must be a positive number of seconds"),
     "RAY_DEEPEP_NUM_THREADS": ("1.5", CommConfig, "must be an integer >= 0"),
+    "RAY_DEEPEP_NUM_SMS": ("0", CommConfig, "must be an integer >= 1"),
+    "RAY_DEEPEP_BULK_COPY": ("2", env.bulk_copy, "must be 0 or 1"),
+    "RAY_DEEPEP_DEVICE_HEAP_GIB": ("inf", CommConfig, "must be a positive number of GiB"),
     "RAY_DEEPEP_HEAP_GIB": ("-1", CommConfig, "must be a positive number of GiB"),
     "RAY_DEEPEP_LAYOUT": ("dense", env.layout, "must be padded or compact"),
     "RAY_DEEPEP_COMBINE": ("quick", env.combine, "must be exact or fast"),
