@@ -34,6 +34,11 @@ class Buffer:
         max_capacity: largest capacity of a ``Padded`` layout; 0 if there is none.
         symm_bytes: bytes of this rank's heap for tensors of :meth:`symm_empty`, the same on every rank; only used
             on GPUs.
+        max_rows: most rows S that a dispatch may bring to any rank; None: the worst case, all tokens of all ranks on
+            one. GPUs set memory aside for them, twice ``S * H * max_element_size`` bytes; a dispatch that brings more
+            raises ``ReceiveOverflowError`` on every rank. CPUs take memory as it is needed, and any number of rows.
+            Not with ``max_capacity``, which says how many rows there are.
+        max_element_size: bytes of the largest element that sent rows may have: 4, 2 (bfloat16, float16, float8), or 1.
 
     Raises:
         InvalidArgumentError: a size breaks its rule.
@@ -50,6 +55,8 @@ class Buffer:
         max_tokens: int,
         max_capacity: int = 0,
         symm_bytes: int = 0,
+        max_rows: int | None = None,
+        max_element_size: int = 4,
     ) -> None:
         self.comm = comm
         self.geometry = BufferGeometry(
@@ -59,6 +66,8 @@ class Buffer:
             max_tokens=max_tokens,
             max_capacity=max_capacity,
             symm_bytes=symm_bytes,
+            max_rows=max_rows,
+            max_element_size=max_element_size,
         )
         checks.geometry(self.geometry, comm.num_ranks)
         self.num_local_experts = num_experts // comm.num_ranks

@@ -32,6 +32,18 @@ def geometry(geometry: BufferGeometry, num_ranks: int) -> None:
         raise InvalidArgumentError("max_capacity", geometry.max_capacity, "must be >= 0")
     if geometry.symm_bytes < 0:
         raise InvalidArgumentError("symm_bytes", geometry.symm_bytes, "must be >= 0")
+    if geometry.max_element_size not in (1, 2, 4):
+        raise InvalidArgumentError("max_element_size", geometry.max_element_size, "must be 1, 2 or 4")
+    if geometry.max_rows is not None:
+        _at_least_one("max_rows", geometry.max_rows)
+        if geometry.max_capacity:
+            raise InvalidArgumentError("max_rows", geometry.max_rows, "must be left out with max_capacity")
+
+
+def _element_size(name: str, dtype: torch.dtype, geometry: BufferGeometry) -> None:
+    if dtype.itemsize > geometry.max_element_size:
+        rule = f"elements must have at most the buffer's max_element_size of {geometry.max_element_size} bytes"
+        raise InvalidTypeError(name, str(dtype).removeprefix("torch."), rule)
 
 
 def devices(wanted: torch.device | None, **tensors: object) -> None:
@@ -232,6 +244,7 @@ def dispatch_request(
 ) -> DispatchRequest:
     """Check the arguments of ``Buffer.dispatch`` and put them in the form that transports take."""
     x = _sent_rows(x, x_scales, cast, geometry)
+    _element_size("x", x.dtype if cast is None else FLOAT8, geometry)
     num_tokens = x.shape[0]
     if handle is not None:
         rule = "must be left out with handle="
@@ -248,6 +261,9 @@ def dispatch_request(
         layout = _layout(layout, locations, topk_idx, geometry)
         if max_recv_tokens is not None:
             _room(max_recv_tokens, layout)
+            if geometry.max_rows is not None and max_recv_tokens > geometry.max_rows:
+                rule = f"must be at most the buffer's max_rows of {geometry.max_rows}"
+                raise InvalidArgumentError("max_recv_tokens", max_recv_tokens, rule)
     if scale_by_weights and (isinstance(layout, TokenMajor) or x.dtype == FLOAT8 or cast is not None):
         raise InvalidArgumentError("scale_by_weights", True, "needs one row per route and rows that are not float8")
     return DispatchRequest(
@@ -281,6 +297,7 @@ def combine_request(
     """Check the arguments of ``Buffer.combine``."""
     handle = _check_handle(handle, owner)
     rows = _rows("rows", rows, COMBINE_DTYPES, geometry.hidden)
+    _element_size("rows", rows.dtype, geometry)
     if rows.shape[0] != handle.num_rows:
         raise InvalidArgumentError("rows", tuple(rows.shape), f"must have the handle's {handle.num_rows} rows")
     if reduce not in REDUCE_MODES:

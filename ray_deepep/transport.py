@@ -41,6 +41,10 @@ class BufferGeometry:
     """Largest capacity of a :class:`~ray_deepep.Padded` layout; 0: no such layout is used."""
     symm_bytes: int = 0
     """Bytes of each rank's heap for the user's own tensors (``Buffer.symm_empty``); GPU transports only."""
+    max_rows: int | None = None
+    """Most rows that a dispatch may bring to a rank; None: the worst case. GPU transports only."""
+    max_element_size: int = 4
+    """Bytes of the largest element that rows may have."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

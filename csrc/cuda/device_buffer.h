@@ -43,7 +43,8 @@ struct DeviceCombineArgs {
 struct PlanCounts {
     int64_t num_recv_tokens = 0;
     int64_t num_rows = 0;
-    bool overflow = false;
+    int overflow_rank = -1;  // on which it does not fit; -1: it fits everywhere
+    int64_t overflow_rows = 0;
     std::vector<int64_t> expert_count, expert_offset;
 };
 

@@ -56,7 +56,8 @@ PlanCounts DeviceBuffer::wait_counts() {
     PlanCounts result;
     result.num_recv_tokens = status_->num_recv_tokens;
     result.num_rows = status_->num_rows;
-    result.overflow = read_volatile(status_->overflow) != 0;
+    result.overflow_rank = static_cast<int>(status_->overflow) - 1;
+    result.overflow_rows = status_->overflow_rows;
     result.expert_count.assign(counts, counts + num_local);
     result.expert_offset.assign(counts + num_local, counts + 2 * num_local + 1);
     status_->overflow = 0;

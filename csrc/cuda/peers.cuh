@@ -36,8 +36,9 @@ struct HostStatus {
     uint32_t counts_ready;  // ticket of the dispatch whose counts are below
     int32_t num_recv_tokens;
     int32_t num_rows;
-    uint32_t overflow;   // 1: the dispatch does not fit the buffer
-    int32_t bad_expert;  // 1 + an expert id out of range that was seen; 0: none. Its route is dropped.
+    uint32_t overflow;      // 1 + a rank on which the dispatch does not fit the buffer; 0: it fits
+    int32_t overflow_rows;  // that it needs there
+    int32_t bad_expert;     // 1 + an expert id out of range that was seen; 0: none. Its route is dropped.
     // int32 expert_count[L] and expert_offset[L + 1] follow
 };
 
