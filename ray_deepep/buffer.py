@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -189,6 +190,7 @@ class Buffer:
         request = checks.combine_request(
             self.geometry,
             rows=rows,
+            expert_rows=(),
             handle=handle,
             owner=self._identity,
             topk_weights=topk_weights,
@@ -203,6 +205,51 @@ class Buffer:
             return self._transport.start(lambda: self._combine(request), inputs, after)
         if after is not None:
             self._transport.wait_for(after)
+        return self._combine(request)
+
+    def combine_experts(
+        self,
+        expert_rows: Sequence[torch.Tensor],
+        handle: DispatchHandle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        weighted: bool = False,
+        reduce: str = "exact",
+        keep_routes: bool = False,
+        bias: torch.Tensor | None = None,
+        num_sms: int | None = None,
+    ) -> CombineResult:
+        """As :meth:`combine`, from one tensor per local expert, so that nobody has to put them together; collective.
+
+        On CPUs rows are read from where they are. On other transports the buffer puts them together.
+
+        Args:
+            expert_rows: L tensors, float32, bfloat16 or float16, all of one dtype, contiguous: what ``handle.split``
+                cuts a tensor ``[S, H]`` into. Expert-major: ``[rows of the expert's group, H]``, its aligned tail
+                included. Padded: ``[N * capacity, H]``, by source rank. Not for token-major rows, and not with
+                ``max_recv_tokens``. Ranks may differ in which of the two methods they call.
+            handle, topk_weights, weighted, reduce, keep_routes, bias, num_sms: as for :meth:`combine`.
+
+        Raises:
+            As :meth:`combine`.
+        """
+        self._check_open("combine_experts")
+        checks.call_options(num_sms, None)
+        checks.expert_rows(self.geometry, expert_rows, handle=handle, owner=self._identity)
+        checks.devices(self._transport.device, expert_rows=expert_rows[0], topk_weights=topk_weights, bias=bias)
+        request = checks.combine_request(
+            self.geometry,
+            rows=None if self._transport.takes_expert_rows else handle.join(expert_rows),
+            expert_rows=tuple(expert_rows) if self._transport.takes_expert_rows else (),
+            handle=handle,
+            owner=self._identity,
+            topk_weights=topk_weights,
+            weighted=weighted,
+            reduce=reduce,
+            keep_routes=keep_routes,
+            bias=bias,
+            num_sms=num_sms,
+        )
         return self._combine(request)
 
     def combine_weights(
@@ -298,8 +345,9 @@ class Buffer:
     def _combine(self, request: CombineRequest) -> CombineResult:
         start = time.perf_counter()
         output = self._transport.combine(request)
-        rows = request.rows
-        self._recorder.add("combine", time.perf_counter() - start, rows.numel() * rows.element_size())
+        given = request.expert_rows or (request.rows,)
+        num_bytes = sum(rows.numel() for rows in given) * given[0].element_size()
+        self._recorder.add("combine", time.perf_counter() - start, num_bytes)
         return CombineResult(x=output.x, topk_weights=output.topk_weights, routes=output.routes)
 
     def _dispatch_result(self, request: DispatchRequest, output: DispatchOutput) -> DispatchResult:
@@ -309,6 +357,7 @@ class Buffer:
                 layout=request.layout,
                 num_tokens=request.x.shape[0],
                 num_topk=request.topk_idx.shape[1],
+                num_ranks=self.comm.num_ranks,
                 num_local_experts=self.num_local_experts,
                 num_recv_tokens=output.num_recv_tokens,
                 num_rows=output.x.shape[0],

@@ -123,6 +123,7 @@ class ShmTransport(BlockingTransport):
     """One buffer over shared memory; see :class:`~ray_deepep.transport.Transport`."""
 
     device = torch.device("cpu")
+    takes_expert_rows = True
 
     def __init__(self, domain: ShmDomain, geometry: BufferGeometry, *, on_fault: Callable[[FaultRecord], None]) -> None:
         self._geometry, self._core, self._empty = geometry, domain.core, domain.empty
@@ -168,9 +169,15 @@ class ShmTransport(BlockingTransport):
     def combine(self, request: CombineRequest) -> CombineOutput:
         """See :meth:`Transport.combine`."""
         handle, plan = request.handle, request.handle.plan
-        rows, weights = fit_rows(request.rows, plan.num_rows), self._row_weights(request.topk_weights, handle)
+        weights = self._row_weights(request.topk_weights, handle)
         args = self._core.CombineArgs()
-        args.rows, args.dtype, args.bias = rows.data_ptr(), self._dtypes[rows.dtype], address(request.bias)
+        if request.expert_rows:
+            rows = request.expert_rows[0]
+            args.expert_rows = [block.data_ptr() for block in request.expert_rows]
+        else:
+            rows = fit_rows(request.rows, plan.num_rows)
+            args.rows = rows.data_ptr()
+        args.dtype, args.bias = self._dtypes[rows.dtype], address(request.bias)
         args.weighted, args.reduce = request.weighted, getattr(self._core.Reduce, request.reduce)
         args.row_weights, args.has_row_weights = address(weights), weights is not None
         num_tokens, num_topk, hidden = handle.num_tokens, handle.num_topk, rows.shape[1]

@@ -89,8 +89,11 @@ class DispatchOutput:
 class CombineRequest:
     """A combine of rows laid out as ``handle`` says."""
 
-    rows: torch.Tensor
-    """``[S, H]`` contiguous."""
+    rows: torch.Tensor | None
+    """``[S, H]`` contiguous; None with ``expert_rows``."""
+    expert_rows: tuple[torch.Tensor, ...]
+    """Instead of ``rows`` a block per local expert, as in ``Buffer.combine_experts``, contiguous; only transports with
+    ``takes_expert_rows`` see it. Empty with ``rows``."""
     handle: DispatchHandle
     topk_weights: torch.Tensor | None
     """Row weights to carry back: ``[R, K]`` token-major, ``[S]`` otherwise, float32 contiguous."""
@@ -130,6 +133,8 @@ class Transport(Protocol):
     """Where all tensors must be; None: anywhere."""
     casts_rows: bool
     """Whether ``DispatchRequest.cast`` may be given."""
+    takes_expert_rows: bool
+    """Whether ``CombineRequest.expert_rows`` may be given."""
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput: ...
 
@@ -161,6 +166,7 @@ class BlockingTransport:
     """What transports share whose operations have ended when their calls return."""
 
     casts_rows = False
+    takes_expert_rows = False
     _geometry: BufferGeometry
 
     def start(

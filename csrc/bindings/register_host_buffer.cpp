@@ -61,6 +61,7 @@ void register_arguments(py::module_& module) {
     py::class_<CombineArgs>(module, "CombineArgs")
         .def(py::init())
         .def_readwrite("rows", &CombineArgs::rows)
+        .def_readwrite("expert_rows", &CombineArgs::expert_rows)
         .def_readwrite("row_weights", &CombineArgs::row_weights)
         .def_readwrite("bias", &CombineArgs::bias)
         .def_readwrite("dtype", &CombineArgs::dtype)

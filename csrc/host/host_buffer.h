@@ -14,6 +14,7 @@
 #include "heap/domain.h"
 #include "heap/symmetric_heap.h"
 #include "host/control.h"
+#include "host/output_rows.h"
 #include "host/thread_pool.h"
 #include "host/wait.h"
 
@@ -58,6 +59,8 @@ struct DispatchOutputs {
 
 struct CombineArgs {
     uintptr_t rows = 0, row_weights = 0, bias = 0;
+    // Instead of `rows`: one block per local expert, [rows of the expert, hidden] in the order of the layout.
+    std::vector<uintptr_t> expert_rows;
     DType dtype = DType::kFloat32;
     bool has_rows = true;
     bool has_row_weights = false;
@@ -104,6 +107,7 @@ class HostBuffer {
     void fill_unused(const Plan& plan, const DispatchArgs& args, const DispatchOutputs& out);
     void pull_routing(const HostPlan& plan, const DispatchOutputs& out);
 
+    OutputRows output_rows(const CombineArgs& args, const Plan& plan) const;
     void stage_outputs(const CombineArgs& args, const HostPlan& plan, OpHeader& header);
     void reduce_local(const CombineArgs& args, const HostPlan& plan, std::byte* staged);
     void pull_outputs(const CombineArgs& args, const HostPlan& plan, const CombineOutputs& out);
