@@ -33,8 +33,8 @@ class Buffer:
         num_topk: largest K, 1 to 32.
         max_tokens: largest T that any rank will dispatch.
         max_capacity: largest capacity of a ``Padded`` layout; 0 if there is none.
-        symm_bytes: bytes of this rank's heap for tensors of :meth:`symm_empty`, the same on every rank; only used
-            on GPUs.
+        symm_bytes: bytes of this rank's heap for tensors of :meth:`symm_empty`, the same on every rank; not used by
+            transport ``reference``.
 
     Raises:
         InvalidArgumentError: a size breaks its rule.
@@ -278,11 +278,12 @@ class Buffer:
     def symm_empty(self, num_rows: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """A tensor for rows that dispatch (``x``) or combine (``rows``) will send. Local.
 
-        On GPUs it lies in this rank's part of the heap, where peers read it: the call then needs no staging copy. It
-        is contiguous, not initialised, and takes room of the buffer's ``symm_bytes``, in blocks of 512 bytes, until
-        the last reference to it goes. As with torch's allocator the room may be given out again at once, which is
-        right on one stream: keep the tensor until every other stream that uses it is done. Operations with
-        ``async_op`` see to that themselves. On CPUs it is a plain tensor.
+        It lies in this rank's part of the heap, where peers read it: the call then needs no staging copy, and returns
+        when peers have read it. It is contiguous, not initialised, and takes room of the buffer's ``symm_bytes``, in
+        blocks of 512 bytes, until the last reference to it goes. On GPUs, as with torch's allocator, the room may be
+        given out again at once, which is right on one stream: keep the tensor until every other stream that uses it is
+        done. Operations with ``async_op`` see to that themselves. Transport ``reference``, and ``shm`` with
+        ``symm_bytes=0``, give a plain tensor.
 
         Args:
             num_rows: at least 0.

@@ -40,7 +40,7 @@ class BufferGeometry:
     max_capacity: int = 0
     """Largest capacity of a :class:`~ray_deepep.Padded` layout; 0: no such layout is used."""
     symm_bytes: int = 0
-    """Bytes of each rank's heap for the user's own tensors (``Buffer.symm_empty``); GPU transports only."""
+    """Bytes of each rank's heap for the user's own tensors (``Buffer.symm_empty``)."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -97,6 +97,7 @@ void HostBuffer::combine(const CombineArgs& args, const HostPlan& plan, const Co
     publish(own);
     if (args.has_rows) pull_outputs(args, plan, out);
     if (args.has_row_weights) pull_row_weights(plan.plan, out);
+    finish();
 }
 
 OutputRows HostBuffer::output_rows(const CombineArgs& args, const Plan& plan) const {
@@ -116,6 +117,12 @@ void HostBuffer::stage_outputs(const CombineArgs& args, const HostPlan& host_pla
     }
     if (own.operation == Operation::kCombineWeights) return;
     const bool reduced = args.reduce == Reduce::kFast && !token_major;
+    const int64_t in_heap = reduced ? 0 : symm_offset(args.rows);
+    if (in_heap != 0) {
+        own.in_place = 1;
+        own.rows_at = in_heap;
+        return;
+    }
     own.rows_at = reserve((reduced ? plan.num_recv_tokens() : plan.num_rows) * bytes);
     auto* staged = at<std::byte>(geometry_.rank, own.rows_at);
     if (reduced) return reduce_local(args, host_plan, staged);

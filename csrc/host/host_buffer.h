@@ -31,6 +31,7 @@ struct BufferSizes {
     int64_t max_tokens = 0;
     int64_t max_capacity = 0;
     int64_t max_segment_bytes = 0;
+    int64_t symm_bytes = 0;  // room for the caller's own tensors, behind the areas
     // Bytes of one area for these sizes, before the limit.
     int64_t area_bytes(int num_ranks) const;
 };
@@ -87,6 +88,15 @@ class HostBuffer {
     void combine(const CombineArgs& args, const HostPlan& plan, const CombineOutputs& out);
     void close();
 
+    // The room for the caller's own tensors: rows that lie in it are not staged. It stays mapped while someone holds
+    // it.
+    struct SymmRegion {
+        std::shared_ptr<const SharedHeap> heap;
+        std::byte* data = nullptr;
+        int64_t bytes = 0;
+    };
+    SymmRegion symm_region() const;
+
   private:
     const OpHeader& header(int rank) const { return *reinterpret_cast<const OpHeader*>(area(rank)); }
     std::byte* area(int rank) const;
@@ -94,10 +104,14 @@ class HostBuffer {
     int64_t reserve(int64_t bytes);
     OpHeader& open_operation(Operation operation);
     void publish(OpHeader& header);
+    // All rows are pulled; if peers read this rank's in place, wait for them.
+    void finish();
+    // Where `address` is in this rank's segment if it lies in the room for the caller's tensors; 0 if not.
+    int64_t symm_offset(uintptr_t address) const;
     void check_agreement() const;
     template <typename T>
     T* at(int rank, int64_t offset) const {
-        return reinterpret_cast<T*>(heap_.segments[rank].data() + offset);
+        return reinterpret_cast<T*>(heap_->segments[rank].data() + offset);
     }
 
     void stage_rows(const DispatchArgs& args, OpHeader& header, const int32_t* send_expert);
@@ -117,7 +131,7 @@ class HostBuffer {
     Geometry geometry_;
     BufferSizes sizes_;
     double deadline_s_;
-    SharedHeap heap_;
+    std::shared_ptr<const SharedHeap> heap_;
     int64_t area_bytes_ = 0, used_ = 0;
     uint32_t sequence_ = 0;
     std::unique_ptr<Signals> signals_;
