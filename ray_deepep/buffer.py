@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
+from collections.abc import Sequence
 
 import torch
 
@@ -32,8 +33,8 @@ class Buffer:
         num_topk: largest K, 1 to 32.
         max_tokens: largest T that any rank will dispatch.
         max_capacity: largest capacity of a ``Padded`` layout; 0 if there is none.
-        symm_bytes: bytes of this rank's heap for tensors of :meth:`symm_empty`, the same on every rank; only used
-            on GPUs.
+        symm_bytes: bytes of this rank's heap for tensors of :meth:`symm_empty`, the same on every rank; not used by
+            transport ``reference``.
         max_rows: most rows S that a dispatch may bring to any rank; None: the worst case, all tokens of all ranks on
             one. GPUs set memory aside for them, twice ``S * H * max_element_size`` bytes; a dispatch that brings more
             raises ``ReceiveOverflowError`` on every rank. CPUs take memory as it is needed, and any number of rows.
@@ -198,6 +199,7 @@ class Buffer:
         request = checks.combine_request(
             self.geometry,
             rows=rows,
+            expert_rows=(),
             handle=handle,
             owner=self._identity,
             topk_weights=topk_weights,
@@ -212,6 +214,51 @@ class Buffer:
             return self._transport.start(lambda: self._combine(request), inputs, after)
         if after is not None:
             self._transport.wait_for(after)
+        return self._combine(request)
+
+    def combine_experts(
+        self,
+        expert_rows: Sequence[torch.Tensor],
+        handle: DispatchHandle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        weighted: bool = False,
+        reduce: str = "exact",
+        keep_routes: bool = False,
+        bias: torch.Tensor | None = None,
+        num_sms: int | None = None,
+    ) -> CombineResult:
+        """As :meth:`combine`, from one tensor per local expert, so that nobody has to put them together; collective.
+
+        On CPUs rows are read from where they are. On other transports the buffer puts them together.
+
+        Args:
+            expert_rows: L tensors, float32, bfloat16 or float16, all of one dtype, contiguous: what ``handle.split``
+                cuts a tensor ``[S, H]`` into. Expert-major: ``[rows of the expert's group, H]``, its aligned tail
+                included. Padded: ``[N * capacity, H]``, by source rank. Not for token-major rows, and not with
+                ``max_recv_tokens``. Ranks may differ in which of the two methods they call.
+            handle, topk_weights, weighted, reduce, keep_routes, bias, num_sms: as for :meth:`combine`.
+
+        Raises:
+            As :meth:`combine`.
+        """
+        self._check_open("combine_experts")
+        checks.call_options(num_sms, None)
+        checks.expert_rows(self.geometry, expert_rows, handle=handle, owner=self._identity)
+        checks.devices(self._transport.device, expert_rows=expert_rows[0], topk_weights=topk_weights, bias=bias)
+        request = checks.combine_request(
+            self.geometry,
+            rows=None if self._transport.takes_expert_rows else handle.join(expert_rows),
+            expert_rows=tuple(expert_rows) if self._transport.takes_expert_rows else (),
+            handle=handle,
+            owner=self._identity,
+            topk_weights=topk_weights,
+            weighted=weighted,
+            reduce=reduce,
+            keep_routes=keep_routes,
+            bias=bias,
+            num_sms=num_sms,
+        )
         return self._combine(request)
 
     def combine_weights(
@@ -240,11 +287,12 @@ class Buffer:
     def symm_empty(self, num_rows: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """A tensor for rows that dispatch (``x``) or combine (``rows``) will send. Local.
 
-        On GPUs it lies in this rank's part of the heap, where peers read it: the call then needs no staging copy. It
-        is contiguous, not initialised, and takes room of the buffer's ``symm_bytes``, in blocks of 512 bytes, until
-        the last reference to it goes. As with torch's allocator the room may be given out again at once, which is
-        right on one stream: keep the tensor until every other stream that uses it is done. Operations with
-        ``async_op`` see to that themselves. On CPUs it is a plain tensor.
+        It lies in this rank's part of the heap, where peers read it: the call then needs no staging copy, and returns
+        when peers have read it. It is contiguous, not initialised, and takes room of the buffer's ``symm_bytes``, in
+        blocks of 512 bytes, until the last reference to it goes. On GPUs, as with torch's allocator, the room may be
+        given out again at once, which is right on one stream: keep the tensor until every other stream that uses it is
+        done. Operations with ``async_op`` see to that themselves. Transport ``reference``, and ``shm`` with
+        ``symm_bytes=0``, give a plain tensor.
 
         Args:
             num_rows: at least 0.
@@ -307,8 +355,9 @@ class Buffer:
     def _combine(self, request: CombineRequest) -> CombineResult:
         start = time.perf_counter()
         output = self._transport.combine(request)
-        rows = request.rows
-        self._recorder.add("combine", time.perf_counter() - start, rows.numel() * rows.element_size())
+        given = request.expert_rows or (request.rows,)
+        num_bytes = sum(rows.numel() for rows in given) * given[0].element_size()
+        self._recorder.add("combine", time.perf_counter() - start, num_bytes)
         return CombineResult(x=output.x, topk_weights=output.topk_weights, routes=output.routes)
 
     def _dispatch_result(self, request: DispatchRequest, output: DispatchOutput) -> DispatchResult:
@@ -318,6 +367,7 @@ class Buffer:
                 layout=request.layout,
                 num_tokens=request.x.shape[0],
                 num_topk=request.topk_idx.shape[1],
+                num_ranks=self.comm.num_ranks,
                 num_local_experts=self.num_local_experts,
                 num_recv_tokens=output.num_recv_tokens,
                 num_rows=output.x.shape[0],

@@ -281,10 +281,36 @@ def dispatch_request(
     )
 
 
+def expert_rows(geometry: BufferGeometry, blocks: object, *, handle: object, owner: int) -> None:
+    """Check the blocks of ``Buffer.combine_experts``."""
+    handle = _check_handle(handle, owner)
+    if isinstance(handle.layout, TokenMajor) or handle.max_recv_tokens is not None:
+        rule = "must be of an expert-major or padded dispatch without max_recv_tokens"
+        shown = "token-major" if isinstance(handle.layout, TokenMajor) else f"max_recv_tokens={handle.max_recv_tokens}"
+        raise InvalidArgumentError("handle", shown, rule)
+    if not isinstance(blocks, (tuple, list)):
+        raise InvalidTypeError("expert_rows", type(blocks).__name__, "must be a tuple or list of tensors")
+    sizes = handle.expert_sizes
+    if len(blocks) != len(sizes):
+        rule = f"must have one tensor for each of the {len(sizes)} local experts"
+        raise InvalidArgumentError("expert_rows", len(blocks), rule)
+    for i, (block, size) in enumerate(zip(blocks, sizes)):
+        _rows(f"expert_rows[{i}]", block, COMBINE_DTYPES, geometry.hidden)
+        _element_size(f"expert_rows[{i}]", block.dtype, geometry)
+        if block.shape[0] != size:
+            rule = f"must have the {size} rows of its expert"
+            raise InvalidArgumentError(f"expert_rows[{i}]", tuple(block.shape), rule)
+        if block.dtype != blocks[0].dtype or block.device != blocks[0].device:
+            rule = f"must be like expert_rows[0], {_names((blocks[0].dtype,))} on {blocks[0].device}"
+            raise InvalidTypeError(f"expert_rows[{i}]", f"{_names((block.dtype,))} on {block.device}", rule)
+
+
+# The keyword ``expert_rows`` of the request below hides it.
 def combine_request(
     geometry: BufferGeometry,
     *,
     rows: object,
+    expert_rows: tuple[torch.Tensor, ...],
     handle: object,
     owner: int,
     topk_weights: object,
@@ -296,9 +322,10 @@ def combine_request(
 ) -> CombineRequest:
     """Check the arguments of ``Buffer.combine``."""
     handle = _check_handle(handle, owner)
-    rows = _rows("rows", rows, COMBINE_DTYPES, geometry.hidden)
-    _element_size("rows", rows.dtype, geometry)
-    if rows.shape[0] != handle.num_rows:
+    if not expert_rows:
+        rows = _rows("rows", rows, COMBINE_DTYPES, geometry.hidden)
+        _element_size("rows", rows.dtype, geometry)
+    if rows is not None and rows.shape[0] != handle.num_rows:
         raise InvalidArgumentError("rows", tuple(rows.shape), f"must have the handle's {handle.num_rows} rows")
     if reduce not in REDUCE_MODES:
         raise InvalidArgumentError("reduce", reduce, f"must be one of {', '.join(REDUCE_MODES)}")
@@ -310,9 +337,11 @@ def combine_request(
     if topk_weights is not None:
         topk_weights = row_weights(topk_weights, handle)
     if bias is not None:
-        bias = _tensor("bias", bias, (rows.dtype,), (handle.num_tokens, geometry.hidden))
+        dtype = (expert_rows[0] if expert_rows else rows).dtype
+        bias = _tensor("bias", bias, (dtype,), (handle.num_tokens, geometry.hidden))
     return CombineRequest(
         rows=rows,
+        expert_rows=expert_rows,
         handle=handle,
         topk_weights=topk_weights,
         weighted=weighted,

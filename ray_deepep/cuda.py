@@ -89,6 +89,7 @@ class CudaTransport:
     """One buffer over the GPUs of a domain; see :class:`~ray_deepep.transport.Transport`."""
 
     casts_rows = True
+    takes_expert_rows = False
 
     def __init__(
         self,

@@ -40,7 +40,7 @@ class BufferGeometry:
     max_capacity: int = 0
     """Largest capacity of a :class:`~ray_deepep.Padded` layout; 0: no such layout is used."""
     symm_bytes: int = 0
-    """Bytes of each rank's heap for the user's own tensors (``Buffer.symm_empty``); GPU transports only."""
+    """Bytes of each rank's heap for the user's own tensors (``Buffer.symm_empty``)."""
     max_rows: int | None = None
     """Most rows that a dispatch may bring to a rank; None: the worst case. GPU transports only."""
     max_element_size: int = 4
@@ -93,8 +93,11 @@ class DispatchOutput:
 class CombineRequest:
     """A combine of rows laid out as ``handle`` says."""
 
-    rows: torch.Tensor
-    """``[S, H]`` contiguous."""
+    rows: torch.Tensor | None
+    """``[S, H]`` contiguous; None with ``expert_rows``."""
+    expert_rows: tuple[torch.Tensor, ...]
+    """Instead of ``rows`` a block per local expert, as in ``Buffer.combine_experts``, contiguous; only transports with
+    ``takes_expert_rows`` see it. Empty with ``rows``."""
     handle: DispatchHandle
     topk_weights: torch.Tensor | None
     """Row weights to carry back: ``[R, K]`` token-major, ``[S]`` otherwise, float32 contiguous."""
@@ -134,6 +137,8 @@ class Transport(Protocol):
     """Where all tensors must be; None: anywhere."""
     casts_rows: bool
     """Whether ``DispatchRequest.cast`` may be given."""
+    takes_expert_rows: bool
+    """Whether ``CombineRequest.expert_rows`` may be given."""
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput: ...
 
@@ -165,6 +170,7 @@ class BlockingTransport:
     """What transports share whose operations have ended when their calls return."""
 
     casts_rows = False
+    takes_expert_rows = False
     _geometry: BufferGeometry
 
     def start(

@@ -56,7 +56,7 @@ def test_dispatch_combine_lines(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
     path = tmp_path / "results.jsonl"
     found = tiny_dispatch_combine(path)
     assert [json.loads(line) for line in path.read_text().splitlines()] == found
-    assert len(found) == 13
+    assert len(found) == 14
     for record in found:
         assert record.keys() == RUN_FIELDS | VARIANT_FIELDS | {"kind", "rows", "bytes", "max_error"}
         assert record["p10_ms"] <= record["median_ms"] <= record["p90_ms"]
@@ -72,7 +72,7 @@ def test_dispatch_combine_lines(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
     moved = {(record["kind"], record["rows"]): record["bytes"] for record in found}
     assert moved["core", "pairs"] == moved["gloo", "pairs"] < moved["core", "routes"] == moved["gloo", "routes"]
     assert "core, expert-major exact" in capsys.readouterr().out
-    assert dispatch_combine.summary_table(found).count("\n") == 1 + 4
+    assert dispatch_combine.summary_table(found).count("\n") == 1 + 5
 
 
 @needs_core
