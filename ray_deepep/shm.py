@@ -196,6 +196,10 @@ class ShmTransport(BlockingTransport):
             self._buffer.combine(args, handle.plan, out)
         return home
 
+    def fault_record(self) -> FaultRecord | None:
+        """See :meth:`Transport.fault_record`."""
+        return self._errors.record(self._buffer.fault_record())
+
     def close(self) -> None:
         """Free this rank's mappings."""
         with self._lock:

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "common/dtype.h"
@@ -83,6 +84,8 @@ class HostBuffer {
     void pull_dispatch(const DispatchArgs& args, HostPlan& plan, const DispatchOutputs& out);
     void combine(const CombineArgs& args, const HostPlan& plan, const CombineOutputs& out);
     void close();
+    // The fault that ended this buffer, if one did. From any thread, also while another one waits in an operation.
+    std::optional<FaultRecord> fault_record() const { return fault_slot_.get(); }
 
   private:
     const OpHeader& header(int rank) const { return *reinterpret_cast<const OpHeader*>(area(rank)); }
@@ -116,6 +119,7 @@ class HostBuffer {
     SharedHeap heap_;
     int64_t area_bytes_ = 0, used_ = 0;
     uint32_t sequence_ = 0;
+    FaultSlot fault_slot_;
     std::unique_ptr<Signals> signals_;
     ThreadPool threads_;
 };
