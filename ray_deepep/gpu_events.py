@@ -11,7 +11,7 @@ import importlib
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
@@ -150,13 +150,13 @@ class GpuWatch(threading.Thread):
             nvml.nvmlEventSetFree(events)
 
 
-def watch_gpu(uuid: str) -> GpuWatch | None:
-    """A started watch over a GPU; None, and a log line that says why, where there is no NVML or no GPU."""
+def watch_gpu(uuid: str, *, log: Callable[[str], None] = logger.info) -> GpuWatch | None:
+    """A started watch over a GPU; None where there is none, and where NVML is missing, which ``log`` is told."""
     if not uuid:
         return None
     nvml = load_nvml()
     if nvml is None:
-        logger.info("GPU events are not watched: nvidia-ml-py is not installed (pip install ray-deepep[gpu])")
+        log("GPU events are not watched: nvidia-ml-py is not installed (pip install ray-deepep[gpu])")
         return None
     watch = GpuWatch(uuid, nvml)
     watch.start()

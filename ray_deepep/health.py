@@ -63,6 +63,7 @@ class HealthThread(threading.Thread):
         send: gets a report; called on this thread. It should not wait, and whatever it raises is logged once.
             None: nobody supervises; the thread only ends waits.
         gpu_watch: events of the worker's GPU, if somebody watches them.
+        send_every_s: how often to tell when there is nothing new.
     """
 
     def __init__(
@@ -71,9 +72,11 @@ class HealthThread(threading.Thread):
         send: Callable[[HealthReport], None] | None,
         *,
         gpu_watch: GpuWatch | None = None,
+        send_every_s: float = SEND_EVERY_S,
     ) -> None:
         super().__init__(daemon=True, name="ray_deepep health")
         self._communicator, self._send, self._gpu_watch = communicator, send, gpu_watch
+        self._send_every_s = send_every_s
         self._gpu = communicator.peers[communicator.rank].gpu
         self._ended = threading.Event()
         self._complained = False
@@ -86,7 +89,7 @@ class HealthThread(threading.Thread):
             report = self.report()
             news = (report.faults, report.gpu_events)
             if news != known or time.monotonic() >= next_send:
-                known, next_send = news, time.monotonic() + SEND_EVERY_S
+                known, next_send = news, time.monotonic() + self._send_every_s
                 self._tell(report)
         self._tell(self.report())
 

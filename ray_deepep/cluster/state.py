@@ -17,7 +17,7 @@ import torch.distributed as dist
 from ..communicator import Communicator
 from ..errors import FaultRecord, RayDeepEPError
 from ..gpu_events import watch_gpu
-from ..health import HealthReport, HealthThread
+from ..health import SEND_EVERY_S, HealthReport, HealthThread
 from ..progress import Progress
 
 if TYPE_CHECKING:
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger("ray_deepep")
 
+_REPORTS_PER_S = 1000
 _ATTRIBUTE = "_ray_deepep_state"
 
 
@@ -85,8 +86,11 @@ class WorkerState:
         """Start this worker's health thread, which gives its reports to ``send``; once."""
         with self._close_lock:
             if self._health is None and not self.communicator.closed:
-                watch = watch_gpu(self.communicator.peers[self.communicator.rank].gpu)
-                self._health = HealthThread(self.communicator, send, gpu_watch=watch)
+                uuid = self.communicator.peers[self.communicator.rank].gpu
+                watch = watch_gpu(uuid, log=logger.info if self.world_rank == 0 else logger.debug)
+                # The board takes some thousand reports a second.
+                every_s = max(SEND_EVERY_S, self.world_size / _REPORTS_PER_S)
+                self._health = HealthThread(self.communicator, send, gpu_watch=watch, send_every_s=every_s)
                 self._health.start()
 
     def close(self) -> None:
