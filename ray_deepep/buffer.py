@@ -15,7 +15,7 @@ import torch
 
 from . import checks
 from .communicator import Communicator
-from .errors import ClosedError
+from .errors import ClosedError, FaultRecord
 from .float8 import Float8Cast, quantize
 from .handle import CombineResult, DispatchHandle, DispatchResult, Layout
 from .telemetry import CommRecorder, CommStats
@@ -75,7 +75,10 @@ class Buffer:
         # Not id(self): handles outlive buffers, and a new buffer may take a freed one's place in memory.
         self._identity = secrets.randbits(63)
         self._recorder = CommRecorder()
+        self._progress = comm.progress
+        before, self._progress.phase = self._progress.phase, "allocate"
         self._transport = comm.make_transport(self.geometry)
+        self._progress.phase = before
         self._closed = False
         comm.adopt(self)
 
@@ -280,7 +283,9 @@ class Buffer:
         handle = checks.handle(handle, self._identity)
         topk_weights = checks.row_weights(topk_weights, handle)
         start = time.perf_counter()
+        before, self._progress.phase = self._progress.phase, "combine"
         home = self._transport.combine_weights(topk_weights, handle, num_sms)
+        self._progress.phase = before
         self._recorder.add("combine", time.perf_counter() - start, 0)
         return home
 
@@ -320,6 +325,17 @@ class Buffer:
         self._check_open("check")
         self._transport.check()
 
+    def fault_record(self) -> FaultRecord | None:
+        """The fault of an operation, also one that the thread which called it has not met yet; None if there is none.
+
+        For another thread, while that one waits, for a peer or for the GPU. Never raises, and waits for nobody.
+        """
+        return self._transport.fault_record()
+
+    def give_up_on_gone_peers(self) -> None:
+        """See :meth:`Communicator.give_up_on_gone_peers`."""
+        self._transport.give_up_on_gone_peers()
+
     @property
     def closed(self) -> bool:
         """Whether ``close()`` was called (here or through the communicator)."""
@@ -345,16 +361,20 @@ class Buffer:
 
     def _dispatch(self, request: DispatchRequest) -> DispatchResult:
         start = time.perf_counter()
+        before, self._progress.phase = self._progress.phase, "dispatch"
         if request.cast is not None and not self._transport.casts_rows:
             rows = quantize(request.x, request.cast)
             request = dataclasses.replace(request, x=rows.data, x_scales=rows.scales, cast=None)
         output = self._transport.dispatch(request)
+        self._progress.phase = before
         self._recorder.add("dispatch", time.perf_counter() - start, output.x.numel() * output.x.element_size())
         return self._dispatch_result(request, output)
 
     def _combine(self, request: CombineRequest) -> CombineResult:
         start = time.perf_counter()
+        before, self._progress.phase = self._progress.phase, "combine"
         output = self._transport.combine(request)
+        self._progress.phase = before
         given = request.expert_rows or (request.rows,)
         num_bytes = sum(rows.numel() for rows in given) * given[0].element_size()
         self._recorder.add("combine", time.perf_counter() - start, num_bytes)

@@ -305,6 +305,14 @@ class CudaTransport:
         with self._lock, self._errors:
             self._buffer.check()
 
+    def fault_record(self) -> FaultRecord | None:
+        """See :meth:`Transport.fault_record`. Not under ``_lock``: whoever waits for the GPU may hold it."""
+        return self._errors.record(self._buffer.fault_record())
+
+    def give_up_on_gone_peers(self) -> None:
+        """See :meth:`Transport.give_up_on_gone_peers`."""
+        self._buffer.give_up_on_gone_peers()
+
     def close(self) -> None:
         """Free this rank's memory; waits for its kernels, which stop waiting for peers."""
         with self._lock:

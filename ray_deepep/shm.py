@@ -217,6 +217,10 @@ class ShmTransport(BlockingTransport):
         held = self._region.bytes(block.address, num_bytes, owner=block)
         return torch.frombuffer(held, dtype=torch.uint8).view(dtype).view(shape)
 
+    def fault_record(self) -> FaultRecord | None:
+        """See :meth:`Transport.fault_record`."""
+        return self._errors.record(self._buffer.fault_record())
+
     def close(self) -> None:
         """Free this rank's mappings; that of the heap stays while tensors of ``symm_empty`` live."""
         with self._lock:

@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from .errors import InvalidArgumentError
+from .errors import FaultRecord, InvalidArgumentError
 from .float8 import Float8Cast
 from .handle import DispatchHandle, Layout
 from .work import Work
@@ -163,6 +163,15 @@ class Transport(Protocol):
     def check(self) -> None:
         """Raise the fault of an operation that ended after its call returned. Local."""
 
+    def fault_record(self) -> FaultRecord | None:
+        """The fault of an operation, seen or not yet seen by the thread that called it; None where there is none.
+
+        For another thread, while this one waits: never raises, waits for nobody and makes no CUDA call.
+        """
+
+    def give_up_on_gone_peers(self) -> None:
+        """End waits for ranks whose process is gone, where the waiting thread cannot see to that itself. Local."""
+
     def close(self) -> None: ...
 
 
@@ -191,3 +200,10 @@ class BlockingTransport:
 
     def check(self) -> None:
         """Nothing to do."""
+
+    def fault_record(self) -> FaultRecord | None:
+        """Nothing beside what operations raise, and the communicator then holds."""
+        return None
+
+    def give_up_on_gone_peers(self) -> None:
+        """Nothing to do: who waits here looks for itself."""

@@ -1,4 +1,5 @@
 #include "bindings/bindings.h"
+#include "bindings/error_translation.h"
 #include "host/host_buffer.h"
 
 #include <pybind11/stl.h>
@@ -128,6 +129,7 @@ void register_host_buffer(py::module_& module) {
         .def("pull_dispatch", &HostBuffer::pull_dispatch, py::arg("args"), py::arg("plan"), py::arg("out"), Release())
         .def("combine", &HostBuffer::combine, py::arg("args"), py::arg("plan"), py::arg("out"), Release())
         .def("symm_region", &HostBuffer::symm_region)
+        .def("fault_record", [](const HostBuffer& buffer) { return to_python(buffer.fault_record()); })
         .def("close", &HostBuffer::close, Release());
 }
 

@@ -140,6 +140,8 @@ void register_buffer(py::module_& module) {
                  buffer.check();
                  buffer.check_routing();
              })
+        .def("fault_record", [](const DeviceBuffer& buffer) { return to_python(buffer.fault_record()); })
+        .def("give_up_on_gone_peers", &DeviceBuffer::give_up_on_gone_peers, Release())
         .def("close", &DeviceBuffer::close, Release());
 }
 

@@ -59,9 +59,13 @@ void DeviceBuffer::close() {
 
 void DeviceBuffer::free_memory() {
     cudaFree(control_);
-    cudaFreeHost(status_);
     control_ = nullptr;
-    status_ = nullptr;
+    HostStatus* status = nullptr;
+    {
+        const std::lock_guard<std::mutex> lock(status_mutex_);
+        status = std::exchange(status_, nullptr);
+    }
+    cudaFreeHost(status);
 }
 
 }  // namespace ray_deepep

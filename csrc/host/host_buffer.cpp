@@ -47,7 +47,7 @@ HostBuffer::HostBuffer(std::shared_ptr<Domain> domain, const BufferSizes& sizes,
     heap_ = std::make_shared<SharedHeap>(allocate_shared_heap(*domain_, bytes, agreed, bootstrap_deadline_s));
     std::vector<ControlBlock*> blocks;
     for (const Segment& segment : heap_->segments) blocks.push_back(reinterpret_cast<ControlBlock*>(segment.data()));
-    signals_ = std::make_unique<Signals>(domain_.get(), std::move(blocks), std::move(interrupt));
+    signals_ = std::make_unique<Signals>(domain_.get(), std::move(blocks), &fault_slot_, std::move(interrupt));
 }
 
 void HostBuffer::close() {

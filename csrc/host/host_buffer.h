@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "common/dtype.h"
@@ -87,6 +88,8 @@ class HostBuffer {
     void pull_dispatch(const DispatchArgs& args, HostPlan& plan, const DispatchOutputs& out);
     void combine(const CombineArgs& args, const HostPlan& plan, const CombineOutputs& out);
     void close();
+    // The fault that ended this buffer, if one did. From any thread, also while another one waits in an operation.
+    std::optional<FaultRecord> fault_record() const { return fault_slot_.get(); }
 
     // The room for the caller's own tensors: rows that lie in it are not staged. It stays mapped while someone holds
     // it.
@@ -134,6 +137,7 @@ class HostBuffer {
     std::shared_ptr<const SharedHeap> heap_;
     int64_t area_bytes_ = 0, used_ = 0;
     uint32_t sequence_ = 0;
+    FaultSlot fault_slot_;
     std::unique_ptr<Signals> signals_;
     ThreadPool threads_;
 };

@@ -37,8 +37,12 @@ void cpu_pause() {
 
 }  // namespace
 
-Signals::Signals(const Domain* domain, std::vector<ControlBlock*> blocks, Interrupt interrupt)
-    : domain_(domain), blocks_(std::move(blocks)), own_(blocks_[domain->rank()]), interrupt_(std::move(interrupt)) {
+Signals::Signals(const Domain* domain, std::vector<ControlBlock*> blocks, FaultSlot* fault_slot, Interrupt interrupt)
+    : domain_(domain),
+      blocks_(std::move(blocks)),
+      own_(blocks_[domain->rank()]),
+      fault_slot_(fault_slot),
+      interrupt_(std::move(interrupt)) {
     own_->waiting_for.store(-1, std::memory_order_relaxed);
     own_->blamed_peer.store(-1, std::memory_order_relaxed);
 }
@@ -133,6 +137,7 @@ void Signals::check_peer(int peer, Signal signal, const FaultRecord& record) {
 void Signals::fail(FaultRecord record, int peer, Cause cause) {
     record.peer = peer;
     record.cause = cause;
+    fault_slot_->set(record);
     leave(RankState::kFailed, peer, cause);
     throw FaultError(std::move(record));
 }

@@ -13,7 +13,8 @@ namespace ray_deepep {
 
 class Signals {
   public:
-    Signals(const Domain* domain, std::vector<ControlBlock*> blocks, Interrupt interrupt);
+    // Faults go to `fault_slot` before they are thrown.
+    Signals(const Domain* domain, std::vector<ControlBlock*> blocks, FaultSlot* fault_slot, Interrupt interrupt);
 
     // Tell all peers that operation `sequence` of this rank is published.
     void raise(uint32_t sequence);
@@ -38,6 +39,7 @@ class Signals {
     const Domain* domain_;
     std::vector<ControlBlock*> blocks_;
     ControlBlock* own_;
+    FaultSlot* fault_slot_;
     Interrupt interrupt_;
 };
 
