@@ -80,7 +80,7 @@ class LayerVariant:
 
         self.name, self.layer = name, layer
         self._x, self._grad = x.clone().requires_grad_(), grad
-        self._clock = LayerClock(layer.deepspeed_moe)
+        self._clock = LayerClock(layer.deepspeed_moe, each_expert=name != "stock")
         self.out: Tensor | None = None
 
     def variants(self) -> list[Variant]:

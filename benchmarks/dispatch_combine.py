@@ -37,6 +37,7 @@ EXPLANATION = (
     "rounds in which all ways take turns. *gloo* is a dispatcher over `all_to_all_single` (sort, gather, exchange of "
     "counts, all-to-all-v there and back, `index_add_`): one that moves the same rows as ours, and the plain one that "
     "moves a row per route (token, expert); *all-to-all alone* is the two row exchanges without the rest, same rows. "
+    "*Rows in the heap*: tokens and expert outputs were made in tensors of `symm_empty`; elsewhere they are plain. "
     "*memcpy* copies as many bytes as dispatch delivers and combine takes, into memory that is ready or just allocated."
 )
 
@@ -95,6 +96,7 @@ class CaseRun:
             variants = [
                 self._ours("core, token-major", "pairs", core, TokenMajor()),
                 self._cached("core, token-major, cached plan", core),
+                self._in_heap("core, token-major, rows in the heap", core),
                 self._ours("core, expert-major exact", "routes", core, ExpertMajor(), reduce="exact"),
                 self._ours("core, expert-major fast", "routes", core, ExpertMajor(), reduce="fast"),
                 self._ours("reference, token-major", "pairs", reference, TokenMajor(), kind="reference"),
@@ -115,6 +117,8 @@ class CaseRun:
                 hidden=case.hidden,
                 num_topk=case.num_topk,
                 max_tokens=case.num_tokens,
+                # Room for the tokens, and for the rows of all ranks.
+                symm_bytes=(1 + case.num_ranks) * self.inputs.x.numel() * self.inputs.x.element_size() + (1 << 20),
             )
 
     def _variant(self, name: str, kind: str, rows: str, num_bytes: int, call: Callable[[], Tensor | None]) -> Variant:
@@ -148,6 +152,19 @@ class CaseRun:
 
         def call() -> Tensor:
             return buffer.combine(buffer.dispatch(inputs.x, handle=handle).x, handle).x
+
+        return self._variant(name, "core", "pairs", self._bytes_moved(buffer, call), call)
+
+    def _in_heap(self, name: str, buffer: Buffer) -> Variant:
+        """The layer before made the tokens in the heap, and the experts their outputs."""
+        inputs = self.inputs
+        x = buffer.symm_empty(inputs.x.shape[0], inputs.x.dtype).copy_(inputs.x)
+        arrived = buffer.dispatch(x, inputs.topk_idx, inputs.topk_weights).x
+        rows = buffer.symm_empty(arrived.shape[0], arrived.dtype).copy_(arrived)
+
+        def call() -> Tensor:
+            handle = buffer.dispatch(x, inputs.topk_idx, inputs.topk_weights).handle
+            return buffer.combine(rows, handle).x
 
         return self._variant(name, "core", "pairs", self._bytes_moved(buffer, call), call)
 

@@ -34,15 +34,20 @@ class _Mark:
 
 
 class LayerClock:
-    """Clocks each forward and backward of ``layer``; ``parts()`` tells of the last one."""
+    """Clocks each forward and backward of ``layer``; ``parts()`` tells of the last one.
 
-    def __init__(self, layer: MOELayer) -> None:
+    ``each_expert`` says that the layer's backend calls the experts itself.
+    """
+
+    def __init__(self, layer: MOELayer, *, each_expert: bool) -> None:
         self.aligned = False
         """Whether ranks meet before each span of communication; the same on every rank."""
         self._marks: dict[str, _Mark] = {}
         layer.register_forward_pre_hook(lambda *_: self._start())
         layer.gate.register_forward_hook(self._gate_ended)
-        for module in (layer.experts, *layer.experts.deepspeed_experts):
+        # A hook on the container makes a swapped layer call it.
+        container = () if each_expert else (layer.experts,)
+        for module in (*container, *layer.experts.deepspeed_experts):
             module.register_forward_pre_hook(self._experts_begin)
             module.register_forward_hook(self._experts_end)
         layer.register_forward_hook(self._layer_ended)

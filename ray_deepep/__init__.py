@@ -21,11 +21,13 @@ from .errors import (
 )
 from .float8 import Float8Cast, Float8Rows
 from .handle import CombineResult, DeviceCounts, DispatchHandle, DispatchResult, ExpertMajor, Padded, TokenMajor
+from .progress import Beacon, Progress
 from .telemetry import CommStats
 from .version import __version__
 from .work import Work
 
 __all__ = [
+    "Beacon",
     "BootstrapError",
     "Buffer",
     "ClosedError",
@@ -48,6 +50,7 @@ __all__ = [
     "NvshmemConfig",
     "NvshmemError",
     "Padded",
+    "Progress",
     "RayDeepEPError",
     "ReceiveOverflowError",
     "SharedGpuError",

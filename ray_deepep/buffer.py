@@ -9,12 +9,13 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
+from collections.abc import Sequence
 
 import torch
 
 from . import checks
 from .communicator import Communicator
-from .errors import ClosedError
+from .errors import ClosedError, FaultRecord
 from .float8 import Float8Cast, quantize
 from .handle import CombineResult, DispatchHandle, DispatchResult, Layout
 from .telemetry import CommRecorder, CommStats
@@ -32,8 +33,13 @@ class Buffer:
         num_topk: largest K, 1 to 32.
         max_tokens: largest T that any rank will dispatch.
         max_capacity: largest capacity of a ``Padded`` layout; 0 if there is none.
-        symm_bytes: bytes of this rank's heap for tensors of :meth:`symm_empty`, the same on every rank; only used
-            on GPUs.
+        symm_bytes: bytes of this rank's heap for tensors of :meth:`symm_empty`, the same on every rank; not used by
+            transport ``reference``.
+        max_rows: most rows S that a dispatch may bring to any rank; None: the worst case, all tokens of all ranks on
+            one. GPUs set memory aside for them, twice ``S * H * max_element_size`` bytes; a dispatch that brings more
+            raises ``ReceiveOverflowError`` on every rank. CPUs take memory as it is needed, and any number of rows.
+            Not with ``max_capacity``, which says how many rows there are.
+        max_element_size: bytes of the largest element that sent rows may have: 4, 2 (bfloat16, float16, float8), or 1.
 
     Raises:
         InvalidArgumentError: a size breaks its rule.
@@ -50,6 +56,8 @@ class Buffer:
         max_tokens: int,
         max_capacity: int = 0,
         symm_bytes: int = 0,
+        max_rows: int | None = None,
+        max_element_size: int = 4,
     ) -> None:
         self.comm = comm
         self.geometry = BufferGeometry(
@@ -59,13 +67,18 @@ class Buffer:
             max_tokens=max_tokens,
             max_capacity=max_capacity,
             symm_bytes=symm_bytes,
+            max_rows=max_rows,
+            max_element_size=max_element_size,
         )
         checks.geometry(self.geometry, comm.num_ranks)
         self.num_local_experts = num_experts // comm.num_ranks
         # Not id(self): handles outlive buffers, and a new buffer may take a freed one's place in memory.
         self._identity = secrets.randbits(63)
         self._recorder = CommRecorder()
+        self._progress = comm.progress
+        before, self._progress.phase = self._progress.phase, "allocate"
         self._transport = comm.make_transport(self.geometry)
+        self._progress.phase = before
         self._closed = False
         comm.adopt(self)
 
@@ -189,6 +202,7 @@ class Buffer:
         request = checks.combine_request(
             self.geometry,
             rows=rows,
+            expert_rows=(),
             handle=handle,
             owner=self._identity,
             topk_weights=topk_weights,
@@ -203,6 +217,51 @@ class Buffer:
             return self._transport.start(lambda: self._combine(request), inputs, after)
         if after is not None:
             self._transport.wait_for(after)
+        return self._combine(request)
+
+    def combine_experts(
+        self,
+        expert_rows: Sequence[torch.Tensor],
+        handle: DispatchHandle,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        weighted: bool = False,
+        reduce: str = "exact",
+        keep_routes: bool = False,
+        bias: torch.Tensor | None = None,
+        num_sms: int | None = None,
+    ) -> CombineResult:
+        """As :meth:`combine`, from one tensor per local expert, so that nobody has to put them together; collective.
+
+        On CPUs rows are read from where they are. On other transports the buffer puts them together.
+
+        Args:
+            expert_rows: L tensors, float32, bfloat16 or float16, all of one dtype, contiguous: what ``handle.split``
+                cuts a tensor ``[S, H]`` into. Expert-major: ``[rows of the expert's group, H]``, its aligned tail
+                included. Padded: ``[N * capacity, H]``, by source rank. Not for token-major rows, and not with
+                ``max_recv_tokens``. Ranks may differ in which of the two methods they call.
+            handle, topk_weights, weighted, reduce, keep_routes, bias, num_sms: as for :meth:`combine`.
+
+        Raises:
+            As :meth:`combine`.
+        """
+        self._check_open("combine_experts")
+        checks.call_options(num_sms, None)
+        checks.expert_rows(self.geometry, expert_rows, handle=handle, owner=self._identity)
+        checks.devices(self._transport.device, expert_rows=expert_rows[0], topk_weights=topk_weights, bias=bias)
+        request = checks.combine_request(
+            self.geometry,
+            rows=None if self._transport.takes_expert_rows else handle.join(expert_rows),
+            expert_rows=tuple(expert_rows) if self._transport.takes_expert_rows else (),
+            handle=handle,
+            owner=self._identity,
+            topk_weights=topk_weights,
+            weighted=weighted,
+            reduce=reduce,
+            keep_routes=keep_routes,
+            bias=bias,
+            num_sms=num_sms,
+        )
         return self._combine(request)
 
     def combine_weights(
@@ -224,18 +283,21 @@ class Buffer:
         handle = checks.handle(handle, self._identity)
         topk_weights = checks.row_weights(topk_weights, handle)
         start = time.perf_counter()
+        before, self._progress.phase = self._progress.phase, "combine"
         home = self._transport.combine_weights(topk_weights, handle, num_sms)
+        self._progress.phase = before
         self._recorder.add("combine", time.perf_counter() - start, 0)
         return home
 
     def symm_empty(self, num_rows: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """A tensor for rows that dispatch (``x``) or combine (``rows``) will send. Local.
 
-        On GPUs it lies in this rank's part of the heap, where peers read it: the call then needs no staging copy. It
-        is contiguous, not initialised, and takes room of the buffer's ``symm_bytes``, in blocks of 512 bytes, until
-        the last reference to it goes. As with torch's allocator the room may be given out again at once, which is
-        right on one stream: keep the tensor until every other stream that uses it is done. Operations with
-        ``async_op`` see to that themselves. On CPUs it is a plain tensor.
+        It lies in this rank's part of the heap, where peers read it: the call then needs no staging copy, and returns
+        when peers have read it. It is contiguous, not initialised, and takes room of the buffer's ``symm_bytes``, in
+        blocks of 512 bytes, until the last reference to it goes. On GPUs, as with torch's allocator, the room may be
+        given out again at once, which is right on one stream: keep the tensor until every other stream that uses it is
+        done. Operations with ``async_op`` see to that themselves. Transport ``reference``, and ``shm`` with
+        ``symm_bytes=0``, give a plain tensor.
 
         Args:
             num_rows: at least 0.
@@ -263,6 +325,17 @@ class Buffer:
         self._check_open("check")
         self._transport.check()
 
+    def fault_record(self) -> FaultRecord | None:
+        """The fault of an operation, also one that the thread which called it has not met yet; None if there is none.
+
+        For another thread, while that one waits, for a peer or for the GPU. Never raises, and waits for nobody.
+        """
+        return self._transport.fault_record()
+
+    def give_up_on_gone_peers(self) -> None:
+        """See :meth:`Communicator.give_up_on_gone_peers`."""
+        self._transport.give_up_on_gone_peers()
+
     @property
     def closed(self) -> bool:
         """Whether ``close()`` was called (here or through the communicator)."""
@@ -288,18 +361,23 @@ class Buffer:
 
     def _dispatch(self, request: DispatchRequest) -> DispatchResult:
         start = time.perf_counter()
+        before, self._progress.phase = self._progress.phase, "dispatch"
         if request.cast is not None and not self._transport.casts_rows:
             rows = quantize(request.x, request.cast)
             request = dataclasses.replace(request, x=rows.data, x_scales=rows.scales, cast=None)
         output = self._transport.dispatch(request)
+        self._progress.phase = before
         self._recorder.add("dispatch", time.perf_counter() - start, output.x.numel() * output.x.element_size())
         return self._dispatch_result(request, output)
 
     def _combine(self, request: CombineRequest) -> CombineResult:
         start = time.perf_counter()
+        before, self._progress.phase = self._progress.phase, "combine"
         output = self._transport.combine(request)
-        rows = request.rows
-        self._recorder.add("combine", time.perf_counter() - start, rows.numel() * rows.element_size())
+        self._progress.phase = before
+        given = request.expert_rows or (request.rows,)
+        num_bytes = sum(rows.numel() for rows in given) * given[0].element_size()
+        self._recorder.add("combine", time.perf_counter() - start, num_bytes)
         return CombineResult(x=output.x, topk_weights=output.topk_weights, routes=output.routes)
 
     def _dispatch_result(self, request: DispatchRequest, output: DispatchOutput) -> DispatchResult:
@@ -309,6 +387,7 @@ class Buffer:
                 layout=request.layout,
                 num_tokens=request.x.shape[0],
                 num_topk=request.topk_idx.shape[1],
+                num_ranks=self.comm.num_ranks,
                 num_local_experts=self.num_local_experts,
                 num_recv_tokens=output.num_recv_tokens,
                 num_rows=output.x.shape[0],

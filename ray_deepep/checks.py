@@ -32,6 +32,18 @@ def geometry(geometry: BufferGeometry, num_ranks: int) -> None:
         raise InvalidArgumentError("max_capacity", geometry.max_capacity, "must be >= 0")
     if geometry.symm_bytes < 0:
         raise InvalidArgumentError("symm_bytes", geometry.symm_bytes, "must be >= 0")
+    if geometry.max_element_size not in (1, 2, 4):
+        raise InvalidArgumentError("max_element_size", geometry.max_element_size, "must be 1, 2 or 4")
+    if geometry.max_rows is not None:
+        _at_least_one("max_rows", geometry.max_rows)
+        if geometry.max_capacity:
+            raise InvalidArgumentError("max_rows", geometry.max_rows, "must be left out with max_capacity")
+
+
+def _element_size(name: str, dtype: torch.dtype, geometry: BufferGeometry) -> None:
+    if dtype.itemsize > geometry.max_element_size:
+        rule = f"elements must have at most the buffer's max_element_size of {geometry.max_element_size} bytes"
+        raise InvalidTypeError(name, str(dtype).removeprefix("torch."), rule)
 
 
 def devices(wanted: torch.device | None, **tensors: object) -> None:
@@ -232,6 +244,7 @@ def dispatch_request(
 ) -> DispatchRequest:
     """Check the arguments of ``Buffer.dispatch`` and put them in the form that transports take."""
     x = _sent_rows(x, x_scales, cast, geometry)
+    _element_size("x", x.dtype if cast is None else FLOAT8, geometry)
     num_tokens = x.shape[0]
     if handle is not None:
         rule = "must be left out with handle="
@@ -248,6 +261,9 @@ def dispatch_request(
         layout = _layout(layout, locations, topk_idx, geometry)
         if max_recv_tokens is not None:
             _room(max_recv_tokens, layout)
+            if geometry.max_rows is not None and max_recv_tokens > geometry.max_rows:
+                rule = f"must be at most the buffer's max_rows of {geometry.max_rows}"
+                raise InvalidArgumentError("max_recv_tokens", max_recv_tokens, rule)
     if scale_by_weights and (isinstance(layout, TokenMajor) or x.dtype == FLOAT8 or cast is not None):
         raise InvalidArgumentError("scale_by_weights", True, "needs one row per route and rows that are not float8")
     return DispatchRequest(
@@ -265,10 +281,36 @@ def dispatch_request(
     )
 
 
+def expert_rows(geometry: BufferGeometry, blocks: object, *, handle: object, owner: int) -> None:
+    """Check the blocks of ``Buffer.combine_experts``."""
+    handle = _check_handle(handle, owner)
+    if isinstance(handle.layout, TokenMajor) or handle.max_recv_tokens is not None:
+        rule = "must be of an expert-major or padded dispatch without max_recv_tokens"
+        shown = "token-major" if isinstance(handle.layout, TokenMajor) else f"max_recv_tokens={handle.max_recv_tokens}"
+        raise InvalidArgumentError("handle", shown, rule)
+    if not isinstance(blocks, (tuple, list)):
+        raise InvalidTypeError("expert_rows", type(blocks).__name__, "must be a tuple or list of tensors")
+    sizes = handle.expert_sizes
+    if len(blocks) != len(sizes):
+        rule = f"must have one tensor for each of the {len(sizes)} local experts"
+        raise InvalidArgumentError("expert_rows", len(blocks), rule)
+    for i, (block, size) in enumerate(zip(blocks, sizes)):
+        _rows(f"expert_rows[{i}]", block, COMBINE_DTYPES, geometry.hidden)
+        _element_size(f"expert_rows[{i}]", block.dtype, geometry)
+        if block.shape[0] != size:
+            rule = f"must have the {size} rows of its expert"
+            raise InvalidArgumentError(f"expert_rows[{i}]", tuple(block.shape), rule)
+        if block.dtype != blocks[0].dtype or block.device != blocks[0].device:
+            rule = f"must be like expert_rows[0], {_names((blocks[0].dtype,))} on {blocks[0].device}"
+            raise InvalidTypeError(f"expert_rows[{i}]", f"{_names((block.dtype,))} on {block.device}", rule)
+
+
+# The keyword ``expert_rows`` of the request below hides it.
 def combine_request(
     geometry: BufferGeometry,
     *,
     rows: object,
+    expert_rows: tuple[torch.Tensor, ...],
     handle: object,
     owner: int,
     topk_weights: object,
@@ -280,8 +322,10 @@ def combine_request(
 ) -> CombineRequest:
     """Check the arguments of ``Buffer.combine``."""
     handle = _check_handle(handle, owner)
-    rows = _rows("rows", rows, COMBINE_DTYPES, geometry.hidden)
-    if rows.shape[0] != handle.num_rows:
+    if not expert_rows:
+        rows = _rows("rows", rows, COMBINE_DTYPES, geometry.hidden)
+        _element_size("rows", rows.dtype, geometry)
+    if rows is not None and rows.shape[0] != handle.num_rows:
         raise InvalidArgumentError("rows", tuple(rows.shape), f"must have the handle's {handle.num_rows} rows")
     if reduce not in REDUCE_MODES:
         raise InvalidArgumentError("reduce", reduce, f"must be one of {', '.join(REDUCE_MODES)}")
@@ -293,9 +337,11 @@ def combine_request(
     if topk_weights is not None:
         topk_weights = row_weights(topk_weights, handle)
     if bias is not None:
-        bias = _tensor("bias", bias, (rows.dtype,), (handle.num_tokens, geometry.hidden))
+        dtype = (expert_rows[0] if expert_rows else rows).dtype
+        bias = _tensor("bias", bias, (dtype,), (handle.num_tokens, geometry.hidden))
     return CombineRequest(
         rows=rows,
+        expert_rows=expert_rows,
         handle=handle,
         topk_weights=topk_weights,
         weighted=weighted,

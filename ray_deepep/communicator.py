@@ -25,6 +25,7 @@ from .errors import (
     TransportUnavailableError,
     describe_shared_gpus,
 )
+from .progress import Progress
 from .reference import ReferenceTransport
 from .transport import BufferGeometry, Transport
 
@@ -84,6 +85,7 @@ class Communicator:
         self.group = group
         self._closed = False
         self._fault: FaultRecord | None = None
+        self.progress = Progress()
         self._buffers: list[Buffer] = []
         self._domain: shm.ShmDomain | None = None
         self._nvshmem: nvshmem.NvshmemRuntime | None = None
@@ -135,6 +137,28 @@ class Communicator:
     def fault(self) -> FaultRecord | None:
         """The fault that ended this communicator, or None."""
         return self._fault
+
+    @property
+    def gpu(self) -> str:
+        """UUID of the GPU that this rank uses; empty if its transport uses none."""
+        return self.peers[self.rank].gpu if self.transport == "cuda" else ""
+
+    def fault_records(self) -> tuple[FaultRecord, ...]:
+        """Faults of this rank's buffers, also those that the thread which works has not met yet.
+
+        For another thread, while that one waits, for a peer or for the GPU. Never raises; takes some microseconds.
+        """
+        found = [buffer.fault_record() for buffer in list(self._buffers)]
+        records = dict.fromkeys(record for record in (self._fault, *found) if record is not None)
+        return tuple(records)
+
+    def give_up_on_gone_peers(self) -> None:
+        """End waits, of GPUs too, for ranks whose process is gone; they would go on to the deadline. Local.
+
+        For another thread, every now and then, while the one that works waits.
+        """
+        for buffer in list(self._buffers):
+            buffer.give_up_on_gone_peers()
 
     def check_usable(self, operation: str) -> None:
         """Raise if the communicator is closed or has failed."""

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 from .errors import BootstrapError, CommFaultError, FaultRecord, InvalidArgumentError, MismatchError
 
@@ -18,6 +18,13 @@ class PublicErrors:
     def __init__(self, domain: ShmDomain, on_fault: Callable[[FaultRecord], None]) -> None:
         self._core, self._peers, self._on_fault = domain.core, domain.peers, on_fault
 
+    def record(self, fields: Mapping[str, Any] | None) -> FaultRecord | None:
+        """A core's record with the peer's process and GPU."""
+        if fields is None:
+            return None
+        peer = self._peers[fields["peer"]]
+        return FaultRecord(**fields, peer_host=peer.host, peer_pid=peer.pid, peer_gpu=peer.gpu)
+
     def __enter__(self) -> None:
         return None
 
@@ -26,9 +33,7 @@ class PublicErrors:
             return
         core = self._core
         if isinstance(error, core.CoreFault):
-            fields = dict(error.args[0])
-            peer = self._peers[fields["peer"]]
-            record = FaultRecord(**fields, peer_host=peer.host, peer_pid=peer.pid, peer_gpu=peer.gpu)
+            record = self.record(error.args[0])
             self._on_fault(record)
             raise CommFaultError(record) from None
         if isinstance(error, core.CoreMismatch):

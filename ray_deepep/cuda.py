@@ -20,7 +20,7 @@ import torch
 
 from . import env
 from .core_errors import PublicErrors
-from .errors import FaultRecord, InvalidArgumentError
+from .errors import FaultRecord, InvalidArgumentError, ReceiveOverflowError
 from .float8 import FLOAT8, SCALE_BLOCK
 from .handle import DispatchHandle, ExpertMajor, Padded, TokenMajor
 from .shm import ShmDomain, address
@@ -89,6 +89,7 @@ class CudaTransport:
     """One buffer over the GPUs of a domain; see :class:`~ray_deepep.transport.Transport`."""
 
     casts_rows = True
+    takes_expert_rows = False
 
     def __init__(
         self,
@@ -165,11 +166,14 @@ class CudaTransport:
         if geometry.max_capacity:
             rows = geometry.num_experts * geometry.max_capacity
             received = min(received, rows)
+        if geometry.max_rows is not None:
+            rows = min(rows, geometry.max_rows)
+            received = min(received, rows)
         sizes = self._core.DeviceSizes()
         sizes.rank, sizes.num_ranks, sizes.num_experts = rank, self._num_ranks, geometry.num_experts
         sizes.hidden, sizes.num_topk, sizes.max_tokens = geometry.hidden, geometry.num_topk, geometry.max_tokens
         sizes.max_recv_tokens, sizes.max_rows, sizes.symm_bytes = received, rows, geometry.symm_bytes
-        sizes.bulk_copy = env.bulk_copy()
+        sizes.max_element_size, sizes.bulk_copy = geometry.max_element_size, env.bulk_copy()
         self._max_recv_tokens, self._max_rows = received, rows
         return sizes
 
@@ -214,9 +218,8 @@ class CudaTransport:
                 plan=plan,
             )
         found = self._buffer.wait_counts()
-        if found.overflow:
-            rule = f"needs {found.num_rows} rows, more than the buffer's {plan.num_rows}"
-            raise InvalidArgumentError("layout", request.layout, rule)
+        if found.overflow_rank >= 0:
+            self._raise_overflow(request, found, plan.num_rows)
         x, x_scales = self._pull(request, args, plan, found.num_rows, num_sms, stream)
         return DispatchOutput(
             x=x,
@@ -229,6 +232,13 @@ class CudaTransport:
             counts=plan.memory,
             plan=plan,
         )
+
+    def _raise_overflow(self, request: DispatchRequest, found, room: int) -> None:
+        if self._geometry.max_rows is not None:
+            raise ReceiveOverflowError(found.overflow_rank, found.overflow_rows, room, "max_rows")
+        # Only an alignment that buffers have no room for brings more than the worst case.
+        rule = f"needs {found.overflow_rows} rows on rank {found.overflow_rank}, more than the buffer's {room}"
+        raise InvalidArgumentError("layout", request.layout, rule)
 
     def _cached_dispatch(self, request: DispatchRequest, num_sms: int, stream: int) -> DispatchOutput:
         handle, plan = request.handle, request.handle.plan
@@ -294,6 +304,14 @@ class CudaTransport:
         """See :meth:`Transport.check`."""
         with self._lock, self._errors:
             self._buffer.check()
+
+    def fault_record(self) -> FaultRecord | None:
+        """See :meth:`Transport.fault_record`. Not under ``_lock``: whoever waits for the GPU may hold it."""
+        return self._errors.record(self._buffer.fault_record())
+
+    def give_up_on_gone_peers(self) -> None:
+        """See :meth:`Transport.give_up_on_gone_peers`."""
+        self._buffer.give_up_on_gone_peers()
 
     def close(self) -> None:
         """Free this rank's memory; waits for its kernels, which stop waiting for peers."""

@@ -10,6 +10,7 @@
 | ``RAY_DEEPEP_DEADLINE_S`` | ``120`` | seconds that a collective waits for a peer before it reports a fault |
 | ``RAY_DEEPEP_BOOTSTRAP_DEADLINE_S`` | ``60`` | seconds that bootstrap waits for all ranks |
 | ``RAY_DEEPEP_PLACEMENT_WAIT_S`` | ``60`` | seconds that a run on Ray waits for room for its workers |
+| ``RAY_DEEPEP_HANG_DEADLINE_S`` | ``0`` | seconds without progress of any rank that are a hang, on Ray; 0: none |
 | ``RAY_DEEPEP_ALLOW_SHARED_GPUS`` | ``0`` | ``1``: ranks on the same GPU are no mistake (tests under MPS) |
 | ``RAY_DEEPEP_NUM_THREADS`` | ``0`` | copy threads of a rank's CPU core; 0: cores of the host / ranks on it |
 | ``RAY_DEEPEP_LAYOUT`` | ``padded`` | rows that DeepSpeed's experts see: ``padded`` (as stock) or ``compact`` |
@@ -62,6 +63,13 @@ def _positive(text: str) -> float:
     return value
 
 
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < math.inf:
+        raise ValueError(text)
+    return value
+
+
 def _at_least(least: int) -> Callable[[str], int]:
     def parse(text: str) -> int:
         value = int(text)
@@ -110,6 +118,11 @@ def bootstrap_deadline_s() -> float:
 def placement_wait_s() -> float:
     """``RAY_DEEPEP_PLACEMENT_WAIT_S``."""
     return _read("RAY_DEEPEP_PLACEMENT_WAIT_S", 60.0, _positive, "must be a positive number of seconds")
+
+
+def hang_deadline_s() -> float:
+    """``RAY_DEEPEP_HANG_DEADLINE_S``."""
+    return _read("RAY_DEEPEP_HANG_DEADLINE_S", 0.0, _seconds, "must be a number of seconds >= 0")
 
 
 def allow_shared_gpus() -> bool:

@@ -111,17 +111,19 @@ def describe_shared_gpus(shared: dict[str, tuple[int, ...]]) -> str:
 
 
 class ReceiveOverflowError(RayDeepEPError, RuntimeError):
-    """A dispatch with ``max_recv_tokens`` brought more rows than fit; the rest was dropped.
+    """A dispatch brought more rows than fit. With ``max_recv_tokens`` the rest was dropped; with the buffer's
+    ``max_rows`` nothing was moved, and the buffer serves on.
 
-    Attributes: ``rank`` (the first rank with too little room), ``needed`` (rows that it needed), ``room``.
+    Attributes: ``rank`` (a rank with too little room), ``needed`` (rows that it needed), ``room``, ``limit``
+    (the argument that set the room).
     """
 
-    def __init__(self, rank: int, needed: int, room: int) -> None:
-        self.rank, self.needed, self.room = rank, needed, room
-        super().__init__(f"max_recv_tokens: rank {rank} needed {needed} rows; got {room}")
+    def __init__(self, rank: int, needed: int, room: int, limit: str = "max_recv_tokens") -> None:
+        self.rank, self.needed, self.room, self.limit = rank, needed, room, limit
+        super().__init__(f"{limit}: rank {rank} needed {needed} rows; got {room}")
 
     def __reduce__(self):
-        return type(self), (self.rank, self.needed, self.room)
+        return type(self), (self.rank, self.needed, self.room, self.limit)
 
 
 class HeapFullError(RayDeepEPError, RuntimeError):

@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -80,6 +81,8 @@ class DispatchHandle:
     """T: tokens that this rank sent."""
     num_topk: int
     """K."""
+    num_ranks: int
+    """N."""
     num_local_experts: int
     """L."""
     num_recv_tokens: int | None
@@ -117,6 +120,29 @@ class DispatchHandle:
             num_recv_tokens_per_expert=counts[NUM_PLAN_COUNTS:first_offset],
             expert_offsets=counts[first_offset : first_offset + self.num_local_experts + 1],
         )
+
+    @functools.cached_property
+    def expert_sizes(self) -> tuple[int, ...]:
+        """Rows of each local expert in the layout, length L: unused slots of padded blocks and tails of aligned groups
+        count. Not for token-major rows, and not with ``max_recv_tokens``."""
+        if isinstance(self.layout, Padded):
+            return (self.num_ranks * self.layout.capacity,) * self.num_local_experts
+        return tuple(end - begin for begin, end in itertools.pairwise(self.expert_offsets))
+
+    def split(self, rows: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Views of ``rows`` ``[S, ...]``, one per local expert: ``[rows of its group, ...]`` expert-major,
+        ``[N, capacity, ...]`` padded (not contiguous if there are several). As ``expert_sizes``."""
+        if isinstance(self.layout, Padded):
+            blocks = (self.num_ranks, self.num_local_experts, self.layout.capacity)
+            return rows.view(*blocks, *rows.shape[1:]).unbind(1)
+        return rows.split(self.expert_sizes)
+
+    def join(self, blocks: Sequence[torch.Tensor]) -> torch.Tensor:
+        """The opposite of :meth:`split`, a copy: ``[S, ...]`` from blocks ``[rows of the expert, ...]``."""
+        if isinstance(self.layout, Padded):
+            by_source = [block.view(self.num_ranks, self.layout.capacity, *block.shape[1:]) for block in blocks]
+            return torch.stack(by_source, 1).view(self.num_rows, *blocks[0].shape[1:])
+        return torch.cat(tuple(blocks))
 
     def check(self) -> None:
         """Raise if the dispatch brought more rows than ``max_recv_tokens``. Nothing to do without ``max_recv_tokens``.

@@ -22,6 +22,7 @@ from .errors import FaultRecord
 from .fixed_shapes import fit_output, fit_rows, host_counts
 from .float8 import SCALE_BLOCK
 from .handle import DispatchHandle, ExpertMajor, Layout, Padded, TokenMajor
+from .symm_pool import SymmPool
 from .transport import (
     BlockingTransport,
     BufferGeometry,
@@ -104,6 +105,7 @@ class ShmDomain:
         sizes = self.core.BufferSizes()
         sizes.num_experts, sizes.hidden, sizes.num_topk = geometry.num_experts, geometry.hidden, geometry.num_topk
         sizes.max_tokens, sizes.max_capacity = geometry.max_tokens, geometry.max_capacity
+        sizes.symm_bytes = geometry.symm_bytes
         sizes.max_segment_bytes = int(self.config.heap_gib * 2**30)
         num_threads = self.config.num_threads or max(1, len(os.sched_getaffinity(0)) // len(self.peers))
         return self.core.HostBuffer(
@@ -123,6 +125,7 @@ class ShmTransport(BlockingTransport):
     """One buffer over shared memory; see :class:`~ray_deepep.transport.Transport`."""
 
     device = torch.device("cpu")
+    takes_expert_rows = True
 
     def __init__(self, domain: ShmDomain, geometry: BufferGeometry, *, on_fault: Callable[[FaultRecord], None]) -> None:
         self._geometry, self._core, self._empty = geometry, domain.core, domain.empty
@@ -138,6 +141,8 @@ class ShmTransport(BlockingTransport):
         }
         with self._errors:
             self._buffer = domain.make_buffer(geometry)
+            self._region = self._buffer.symm_region()
+        self._pool = SymmPool(self._region.address, self._region.num_bytes)
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """See :meth:`Transport.dispatch`."""
@@ -168,9 +173,15 @@ class ShmTransport(BlockingTransport):
     def combine(self, request: CombineRequest) -> CombineOutput:
         """See :meth:`Transport.combine`."""
         handle, plan = request.handle, request.handle.plan
-        rows, weights = fit_rows(request.rows, plan.num_rows), self._row_weights(request.topk_weights, handle)
+        weights = self._row_weights(request.topk_weights, handle)
         args = self._core.CombineArgs()
-        args.rows, args.dtype, args.bias = rows.data_ptr(), self._dtypes[rows.dtype], address(request.bias)
+        if request.expert_rows:
+            rows = request.expert_rows[0]
+            args.expert_rows = [block.data_ptr() for block in request.expert_rows]
+        else:
+            rows = fit_rows(request.rows, plan.num_rows)
+            args.rows = rows.data_ptr()
+        args.dtype, args.bias = self._dtypes[rows.dtype], address(request.bias)
         args.weighted, args.reduce = request.weighted, getattr(self._core.Reduce, request.reduce)
         args.row_weights, args.has_row_weights = address(weights), weights is not None
         num_tokens, num_topk, hidden = handle.num_tokens, handle.num_topk, rows.shape[1]
@@ -196,10 +207,25 @@ class ShmTransport(BlockingTransport):
             self._buffer.combine(args, handle.plan, out)
         return home
 
+    def symm_empty(self, num_rows: int, dtype: torch.dtype) -> torch.Tensor:
+        """See :meth:`Transport.symm_empty`."""
+        shape = (num_rows, self._geometry.hidden)
+        num_bytes = math.prod(shape) * dtype.itemsize
+        if num_bytes == 0 or self._pool.num_bytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        block = self._pool.take(num_bytes)
+        held = self._region.bytes(block.address, num_bytes, owner=block)
+        return torch.frombuffer(held, dtype=torch.uint8).view(dtype).view(shape)
+
+    def fault_record(self) -> FaultRecord | None:
+        """See :meth:`Transport.fault_record`."""
+        return self._errors.record(self._buffer.fault_record())
+
     def close(self) -> None:
-        """Free this rank's mappings."""
+        """Free this rank's mappings; that of the heap stays while tensors of ``symm_empty`` live."""
         with self._lock:
             self._buffer.close()
+            self._region = None
 
     @staticmethod
     def _row_weights(topk_weights: torch.Tensor | None, handle: DispatchHandle) -> torch.Tensor | None:

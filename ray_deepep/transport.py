@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from .errors import InvalidArgumentError
+from .errors import FaultRecord, InvalidArgumentError
 from .float8 import Float8Cast
 from .handle import DispatchHandle, Layout
 from .work import Work
@@ -40,7 +40,11 @@ class BufferGeometry:
     max_capacity: int = 0
     """Largest capacity of a :class:`~ray_deepep.Padded` layout; 0: no such layout is used."""
     symm_bytes: int = 0
-    """Bytes of each rank's heap for the user's own tensors (``Buffer.symm_empty``); GPU transports only."""
+    """Bytes of each rank's heap for the user's own tensors (``Buffer.symm_empty``)."""
+    max_rows: int | None = None
+    """Most rows that a dispatch may bring to a rank; None: the worst case. GPU transports only."""
+    max_element_size: int = 4
+    """Bytes of the largest element that rows may have."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -89,8 +93,11 @@ class DispatchOutput:
 class CombineRequest:
     """A combine of rows laid out as ``handle`` says."""
 
-    rows: torch.Tensor
-    """``[S, H]`` contiguous."""
+    rows: torch.Tensor | None
+    """``[S, H]`` contiguous; None with ``expert_rows``."""
+    expert_rows: tuple[torch.Tensor, ...]
+    """Instead of ``rows`` a block per local expert, as in ``Buffer.combine_experts``, contiguous; only transports with
+    ``takes_expert_rows`` see it. Empty with ``rows``."""
     handle: DispatchHandle
     topk_weights: torch.Tensor | None
     """Row weights to carry back: ``[R, K]`` token-major, ``[S]`` otherwise, float32 contiguous."""
@@ -130,6 +137,8 @@ class Transport(Protocol):
     """Where all tensors must be; None: anywhere."""
     casts_rows: bool
     """Whether ``DispatchRequest.cast`` may be given."""
+    takes_expert_rows: bool
+    """Whether ``CombineRequest.expert_rows`` may be given."""
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput: ...
 
@@ -154,6 +163,15 @@ class Transport(Protocol):
     def check(self) -> None:
         """Raise the fault of an operation that ended after its call returned. Local."""
 
+    def fault_record(self) -> FaultRecord | None:
+        """The fault of an operation, seen or not yet seen by the thread that called it; None where there is none.
+
+        For another thread, while this one waits: never raises, waits for nobody and makes no CUDA call.
+        """
+
+    def give_up_on_gone_peers(self) -> None:
+        """End waits for ranks whose process is gone, where the waiting thread cannot see to that itself. Local."""
+
     def close(self) -> None: ...
 
 
@@ -161,6 +179,7 @@ class BlockingTransport:
     """What transports share whose operations have ended when their calls return."""
 
     casts_rows = False
+    takes_expert_rows = False
     _geometry: BufferGeometry
 
     def start(
@@ -181,3 +200,10 @@ class BlockingTransport:
 
     def check(self) -> None:
         """Nothing to do."""
+
+    def fault_record(self) -> FaultRecord | None:
+        """Nothing beside what operations raise, and the communicator then holds."""
+        return None
+
+    def give_up_on_gone_peers(self) -> None:
+        """Nothing to do: who waits here looks for itself."""

@@ -1,11 +1,16 @@
 """What tests/test_placement_ray.py runs on Ray. Workers cannot import test modules: register this one by value."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 import ray
 import ray.train
+import torch
 
+from ray_deepep import Buffer
 from ray_deepep.cluster import current
 
 
@@ -18,3 +23,24 @@ def note_place(config: dict) -> None:
         "local_rank": context.get_local_rank(),
     }
     Path(config["folder"], f"{context.get_world_rank()}.json").write_text(json.dumps(place))
+
+
+def lose_node(config: dict) -> None:
+    """Training function of six steps, each with a checkpoint. Node ``doomed`` dies in step 3 of the first attempt."""
+    here, rank = ray.get_runtime_context().get_node_id(), current().world_rank
+    checkpoint = ray.train.get_checkpoint()
+    first = int(Path(checkpoint.path, "step").read_text()) + 1 if checkpoint else 1
+    attempt = 1 if checkpoint is None else 2
+    Path(config["folder"], f"attempt{attempt}-rank{rank}").write_text(here)
+    buffer = Buffer(current().communicator, num_experts=4, hidden=256, num_topk=1, max_tokens=32)
+    for step in range(first, 7):
+        current().progress.step, current().progress.phase = step, "data"
+        if attempt == 1 and step == 3 and here == config["doomed"]:
+            time.sleep(1.0)  # by then it has told where it is
+            os.kill(os.getppid(), signal.SIGKILL)
+            os.kill(os.getpid(), signal.SIGKILL)
+        buffer.dispatch(torch.ones(8, 256), torch.zeros(8, 1, dtype=torch.int64))
+        folder = Path(config["folder"], f"checkpoint{step}")
+        folder.mkdir(exist_ok=True)
+        (folder / "step").write_text(str(step))
+        ray.train.report({"step": step}, checkpoint=ray.train.Checkpoint(folder) if rank == 0 else None)

@@ -28,6 +28,8 @@ BAD_SIZES = {
     "num_topk": (33, "must be 1 to 32; got 33"),
     "max_tokens": (-1, "must be >= 0; got -1"),
     "max_capacity": (-1, "must be >= 0; got -1"),
+    "max_rows": (4, "must be left out with max_capacity; got 4"),
+    "max_element_size": (8, "must be 1, 2 or 4; got 8"),
 }
 
 
@@ -38,6 +40,45 @@ def check_bad_size(context: RankContext, transport: str, name: str) -> None:
         assert str(error) == f"{name}: {message}", str(error)
     with context.buffer(transport, **GEOMETRY) as buffer:
         check_still_works(buffer, context.rank)
+
+
+def check_limits(context: RankContext, transport: str) -> None:
+    """What a buffer with less room refuses before anything is sent, and what it still does."""
+    sizes = {**GEOMETRY, "max_capacity": 0, "max_rows": 12, "max_element_size": 2}
+    x, weights = X.bfloat16(), torch.ones(IDX.shape)
+    with context.buffer(transport, **sizes) as buffer:
+        result = buffer.dispatch(x, IDX, weights, max_recv_tokens=12)
+        calls = {
+            "x: elements must have at most the buffer's max_element_size of 2 bytes; got 'float32'": lambda: (
+                buffer.dispatch(X, IDX)
+            ),
+            "rows: elements must have at most the buffer's max_element_size of 2 bytes; got 'float32'": lambda: (
+                buffer.combine(result.x.float(), result.handle)
+            ),
+            "max_recv_tokens: must be at most the buffer's max_rows of 12; got 13": lambda: buffer.dispatch(
+                x, IDX, weights, max_recv_tokens=13
+            ),
+        }
+        for message, call in calls.items():
+            if context.rank == 1:
+                assert str(error_of((InvalidArgumentError, InvalidTypeError), call)) == message
+        home = buffer.combine(result.x, result.handle).x
+        needed = (IDX >= 0).sum(1, keepdim=True) > 0
+        assert torch.equal(home.float() != 0, needed & (x != 0))
+
+
+def test_a_buffer_with_less_room(ranks: Ranks, transport: str) -> None:
+    ranks.run(2, check_limits, transport)
+
+
+def test_max_rows_is_a_number(ranks: Ranks, transport: str) -> None:
+    ranks.run(1, check_max_rows, transport)
+
+
+def check_max_rows(context: RankContext, transport: str) -> None:
+    sizes = {**GEOMETRY, "max_capacity": 0}
+    error = error_of(InvalidArgumentError, lambda: context.buffer(transport, **sizes, max_rows=0))
+    assert str(error) == "max_rows: must be >= 1; got 0"
 
 
 @pytest.mark.parametrize("name", BAD_SIZES)

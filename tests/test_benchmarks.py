@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import pathlib
 import time
@@ -56,7 +57,7 @@ def test_dispatch_combine_lines(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
     path = tmp_path / "results.jsonl"
     found = tiny_dispatch_combine(path)
     assert [json.loads(line) for line in path.read_text().splitlines()] == found
-    assert len(found) == 13
+    assert len(found) == 14
     for record in found:
         assert record.keys() == RUN_FIELDS | VARIANT_FIELDS | {"kind", "rows", "bytes", "max_error"}
         assert record["p10_ms"] <= record["median_ms"] <= record["p90_ms"]
@@ -72,7 +73,7 @@ def test_dispatch_combine_lines(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
     moved = {(record["kind"], record["rows"]): record["bytes"] for record in found}
     assert moved["core", "pairs"] == moved["gloo", "pairs"] < moved["core", "routes"] == moved["gloo", "routes"]
     assert "core, expert-major exact" in capsys.readouterr().out
-    assert dispatch_combine.summary_table(found).count("\n") == 1 + 4
+    assert dispatch_combine.summary_table(found).count("\n") == 1 + 5
 
 
 @needs_core
@@ -163,3 +164,28 @@ def test_table_says_where_it_wants_markers(tmp_path: pathlib.Path, capsys: pytes
     assert table.main(["--results", str(tmp_path), "--readme", str(readme)]) == 2
     assert "results:begin" in capsys.readouterr().err
     assert readme.read_text() == "no markers"
+
+
+def test_recovery_reads_what_a_run_prints() -> None:
+    recovery = pytest.importorskip("benchmarks.recovery", reason="needs the packages of train")
+    times = {"fault": 100.0, "worker_started": 103.0, "worker_entered": 110.0, "first_step_began": 112.0}
+    result = {"recoveries": [{"kind": kind, **times, "first_step_done": 112.5} for kind in ("kill", "hang")]}
+    report = {"attempt": 2, "cause": "late", "rank": 1, "time_s": 104.25}
+    text = "\n".join(
+        [
+            f"\x1b[36m(TrainController pid=7)\x1b[0m RAY_DEEPEP_FAULT {json.dumps(report)}",
+            f"TRAIN_RESULT {json.dumps(result)}",
+        ]
+    )
+    kill, hang = recovery.recoveries(text)
+    assert kill["cause"] == "" and math.isnan(kill["report_s"]), "a fault that nobody reported is no success"
+    assert (hang["cause"], hang["named_rank"], hang["report_s"], hang["training_again_s"]) == ("late", 1, 4.25, 12.5)
+    config = {"num_workers": 2, "transport": "shm", "deadline_s": 4.0, "timeout_s": 1.0, "kind": "hang"}
+    row = recovery.table([hang | {"config": config}]).splitlines()[-1]
+    assert row.replace(" ", "") == "|hang|late|4.2|0.2|12.5|3.0|7.0|2.5|"
+
+
+def test_recovery_says_what_it_leaves_out() -> None:
+    recovery = pytest.importorskip("benchmarks.recovery", reason="needs the packages of train")
+    left_out = {t: [kind for kind in recovery.KINDS if recovery.why_not(kind, t)] for t in ("shm", "cuda")}
+    assert left_out == {"shm": ["assert"], "cuda": ["node"]}

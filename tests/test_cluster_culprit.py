@@ -4,8 +4,9 @@ import json
 import pickle
 
 import pytest
+import torch
 
-from ray_deepep import FaultRecord, InvalidArgumentError
+from ray_deepep import FaultRecord, InvalidArgumentError, MismatchError
 
 pytest.importorskip("ray", reason="ray_deepep.cluster needs Ray")
 
@@ -107,6 +108,30 @@ def test_a_suffering_rank_is_not_accused_with_its_own_error():
     assert culprit.error == ""
 
 
+class KilledForMemory(ActorDiedError):
+    """As Ray's when its memory monitor ends a worker."""
+
+    def __str__(self) -> str:
+        return "The actor died. Worker exit type: NODE_OUT_OF_MEMORY Worker exit detail: Task was killed"
+
+
+ASSERTED = "CUDA error: device-side assert triggered"
+RECORD = fault(0, 1).record
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def refused_by_torch() -> Exception:
+    try:
+        torch.empty(2**60, dtype=torch.uint8)
+    except RuntimeError as error:
+        return error
+    raise AssertionError("2**60 bytes were allocated")
+
+
 @pytest.mark.parametrize(
     ("error", "has_record", "state"),
     [
@@ -116,11 +141,23 @@ def test_a_suffering_rank_is_not_accused_with_its_own_error():
         (UserExceptionWithTraceback(KeyError("x"), "tb"), False, RankState.RAISED),
         (UserExceptionWithTraceback(RuntimeError("wrapped"), "tb"), True, RankState.FAULTED),
         (UserExceptionWithTraceback(RuntimeError("[gloo] closed"), "tb"), False, RankState.COLLECTIVE),
+        (UserExceptionWithTraceback(MemoryError(), "tb"), False, RankState.OUT_OF_MEMORY),
+        (UserExceptionWithTraceback(torch.OutOfMemoryError("CUDA out of memory"), "tb"), True, RankState.OUT_OF_MEMORY),
+        (UserExceptionWithTraceback(caused(ValueError("no"), MemoryError()), "tb"), False, RankState.OUT_OF_MEMORY),
+        (UserExceptionWithTraceback(refused_by_torch(), "tb"), False, RankState.OUT_OF_MEMORY),
+        (WorkerHealthCheckFailedError("failed", KilledForMemory()), False, RankState.OUT_OF_MEMORY),
+        (UserExceptionWithTraceback(RuntimeError(ASSERTED), "tb"), False, RankState.DEVICE_FAILED),
+        (UserExceptionWithTraceback(MismatchError("dispatch", 1, "num_topk", 2, 4), "tb"), False, RankState.MISMATCHED),
+        (UserExceptionWithTraceback(caused(ValueError("no"), CommFaultError(RECORD)), "tb"), True, RankState.FAULTED),
     ],
 )
 def test_state_of_a_rank_from_its_poll_status(error, has_record, state):
     record = fault(0, 1).record if has_record else None
     assert look(WorkerStatus(running=True, error=error), record)[0] is state
+
+
+def test_a_rank_that_has_not_met_its_fault_suffers_already():
+    assert look(WorkerStatus(running=True), RECORD) == (RankState.FAULTED, "")
 
 
 def test_state_of_a_finished_rank():

@@ -22,7 +22,7 @@ from ray.train import RunConfig
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from train_cases import losses, tiny, train
 
-from ray_deepep import BootstrapError, CommConfig, InvalidArgumentError, InvalidTypeError
+from ray_deepep import Beacon, BootstrapError, CommConfig, FaultRecord, InvalidArgumentError, InvalidTypeError
 from ray_deepep.cluster import (
     ExpertParallelConfig,
     NotBootstrappedError,
@@ -31,11 +31,13 @@ from ray_deepep.cluster import (
     current,
     teardown,
 )
+from ray_deepep.cluster.board import BoardSender, make_board, read_board
 from ray_deepep.cluster.doctor import examine_cluster, run_cluster
 from ray_deepep.cluster.expert_parallel import ExpertParallelBackend
 from ray_deepep.cluster.processes import ProcessId, process_state
 from ray_deepep.cluster.supervision import FaultSupervisor
 from ray_deepep.doctor.report import exit_code
+from ray_deepep.health import HealthReport
 
 CONFIG = CommConfig(bootstrap_deadline_s=30.0, deadline_s=10.0, num_threads=1, heap_gib=1.0)
 SHORT = CommConfig(bootstrap_deadline_s=3.0, num_threads=1, heap_gib=1.0)
@@ -164,6 +166,7 @@ def test_current_outside_an_actor(cluster):
         ({"ep_size": 0}, InvalidArgumentError),
         ({"ep_size": 1.5}, InvalidArgumentError),
         ({"comm": {}}, InvalidTypeError),
+        ({"hang_deadline_s": -1.0}, InvalidArgumentError),
         ({"init_method": "file"}, InvalidArgumentError),
     ],
 )
@@ -182,17 +185,89 @@ def test_a_worker_that_does_not_answer_is_named_at_start(actors):
     ray.get(busy)
 
 
+def supervisor_of(group: FakeWorkerGroup, **config) -> FaultSupervisor:
+    """A supervisor as Ray Train sets it up for the first attempt of a run."""
+    supervisor = FaultSupervisor()
+    context = SimpleNamespace(
+        backend_config=ExpertParallelConfig(swap=False, **config), get_run_config=lambda: RunConfig(name="r")
+    )
+    supervisor.after_controller_start(context)
+    supervisor.after_worker_group_start(group)
+    return supervisor
+
+
+def told(supervisor: FaultSupervisor, **reports: HealthReport) -> WorkerGroupPollStatus:
+    """What a poll of running workers finds once their health threads have sent ``r0=...`` and so on."""
+    for name, report in reports.items():
+        BoardSender(board=supervisor._board, attempt=1, world_rank=int(name[1:]))(report)
+    status = WorkerGroupPollStatus({rank: WorkerStatus(running=True) for rank in range(2)})
+    supervisor.after_worker_group_poll_status(status)
+    return status
+
+
+def test_a_fault_is_reported_while_every_main_thread_still_waits(actors, capsys):
+    group = FakeWorkerGroup(actors[:2], pids=ray.get([actor.pid.remote() for actor in actors[:2]]))
+    supervisor = supervisor_of(group)
+    quiet = HealthReport(beacon=Beacon(step=3, phase="backward", age_s=0.1))
+    assert told(supervisor, r0=quiet, r1=quiet).errors == {}
+    record = FaultRecord(
+        operation="combine",
+        sequence=9,
+        phase="wait_published",
+        cause="timeout",
+        rank=0,
+        peer=1,
+        expected=9,
+        seen=8,
+        elapsed_s=4.0,
+        deadline_s=4.0,
+    )
+    waiting = HealthReport(beacon=Beacon(step=3, phase="combine", age_s=4.1), faults=(record,), gpu="GPU-0")
+    late = HealthReport(beacon=Beacon(step=3, phase="data", age_s=4.2), gpu="GPU-1")
+    status = told(supervisor, r0=waiting, r1=late)
+    culprit = status.errors[1].culprit
+    assert (culprit.world_rank, culprit.cause, culprit.reporters, culprit.gpu) == (1, "late", (0,), "GPU-1")
+    line = json.loads(capsys.readouterr().out.partition("RAY_DEEPEP_FAULT ")[2])
+    assert (line["operation"], line["phase"], line["expected"], line["seen"]) == ("combine", "wait_published", 9, 8)
+    assert line["beacons"]["1"]["phase"] == "data" and line["gpu"] == "GPU-1"
+    assert line["node_id"] == ray.get_runtime_context().get_node_id()
+    assert told(supervisor, r0=waiting, r1=late).errors == {}, "one fault, one report"
+
+
+def test_a_job_that_stands_still_is_reported(actors):
+    group = FakeWorkerGroup(actors[:2], pids=ray.get([actor.pid.remote() for actor in actors[:2]]))
+    supervisor = supervisor_of(group, hang_deadline_s=60.0)
+    waits = HealthReport(beacon=Beacon(step=3, phase="optimizer", age_s=61.0))
+    busy = HealthReport(beacon=Beacon(step=3, phase="data", age_s=59.0))
+    hangs = HealthReport(beacon=Beacon(step=3, phase="data", age_s=70.0))
+    assert told(supervisor, r0=waits, r1=busy).errors == {}
+    culprit = told(supervisor, r0=waits, r1=hangs).errors[1].culprit
+    assert (culprit.world_rank, culprit.cause) == (1, "hung")
+
+
+def test_the_board_keeps_one_attempt(cluster):
+    board = make_board()
+    report = HealthReport(beacon=Beacon(step=1, phase="data"))
+    for attempt, rank in ((1, 0), (2, 1), (1, 2)):
+        BoardSender(board=board, attempt=attempt, world_rank=rank)(report)
+    assert list(read_board(board, 2, 30.0)) == [1], "what an earlier attempt tells late does not count"
+    assert read_board(board, 1, 30.0) == {}
+    ray.kill(board, no_restart=False)
+    end = time.monotonic() + 60
+    while not read_board(board, 2, 1.0):  # it comes back, and the next report fills it
+        assert time.monotonic() < end
+        BoardSender(board=board, attempt=2, world_rank=1)(report)
+    ray.kill(board)
+    assert read_board(board, 2, 1.0) == {}, "a board that is gone is no error"
+    assert read_board(None, 2, 1.0) == {}
+
+
 def test_a_stopped_worker_is_found_where_no_deadline_would_find_it(actors):
     """As in a torch.distributed collective, which waits for half an hour."""
     victim = new_actor()
     pid = ray.get(victim.pid.remote())
     group = FakeWorkerGroup([actors[0], victim], pids=[ray.get(actors[0].pid.remote()), pid])
-    config = ExpertParallelConfig(comm=CommConfig(deadline_s=0.5), swap=False)
-    supervisor = FaultSupervisor()
-    supervisor.after_controller_start(
-        SimpleNamespace(backend_config=config, get_run_config=lambda: RunConfig(name="r"))
-    )
-    supervisor.after_worker_group_start(group)
+    supervisor = supervisor_of(group, comm=CommConfig(deadline_s=0.5))
     group._world_rank_to_ongoing_poll = {1: None}
     os.kill(pid, signal.SIGSTOP)
     while process_state(ProcessId(node_id="", host="", pid=pid)) != "stopped":
@@ -225,20 +300,29 @@ def test_faults_are_named_and_do_not_change_the_losses(cluster, undisturbed, tmp
         run = Run(
             cluster,
             tmp_path / "disturbed",
-            *("--max-failures", "4", "--inject", "kill:rank=1,step=3", "stop:rank=1,step=5"),
-            *("raise:rank=0,step=6", "slow:rank=1,step=7,seconds=120"),
+            *("--max-failures", "5", "--inject", "kill:rank=1,step=3", "stop:rank=1,step=4"),
+            *("raise:rank=0,step=5", "hang:rank=1,step=6", "oom:rank=1,step=7"),
             RAY_DEEPEP_DEADLINE_S="4",
         )
     assert run.status == 0, run.text
     named = [(fault["attempt"], fault["rank"], fault["cause"]) for fault in run.faults]
-    assert named == [(1, 1, "died"), (2, 1, "stopped"), (3, 0, "raised"), (4, 1, "late")]
+    causes = [(1, "died"), (1, "stopped"), (0, "raised"), (1, "late"), (1, "out_of_memory")]
+    assert named == [(attempt, *cause) for attempt, cause in enumerate(causes, start=1)]
+    # A process that ends or stops at once was last heard of up to half a second before.
+    for fault, step in zip(run.faults[2:], range(5, 8), strict=True):
+        beacon = fault["beacons"][str(fault["rank"])]
+        assert (beacon["step"], beacon["phase"]) == (step, "callbacks"), fault
+    hang = run.faults[3]
+    assert (hang["operation"], hang["phase"]) == ("dispatch", "wait_published"), hang
+    assert hang["expected"] == hang["seen"] + 1 and hang["beacons"]["0"]["phase"] == "dispatch", hang
+    assert hang["node_id"] and hang["host"] and hang["beacons"]["1"]["age_s"] + hang["beacons"]["1"]["silent_s"] > 3.0
     assert losses(run.out) == losses(undisturbed)
     assert [step for step, *_ in losses(run.out)] == list(range(1, 9))
     assert not [name for name in watch.names if "deepep" in name]
     pids = [fault["pid"] for fault in run.faults]
     assert all(not Path(f"/proc/{pid}").exists() for pid in pids), "a culprit's process was left behind"
     details = attempt_details(cluster, "tiny-ray_deepep")
-    for text in ("rank 1 (pid", "is stopped (SIGSTOP)", "InjectedError", "was late"):
+    for text in ("rank 1 (pid", "is stopped (SIGSTOP)", "InjectedError", "was late", "ran out of memory"):
         assert any(text in detail for detail in details), (text, details)
 
 

@@ -169,6 +169,44 @@ def test_activation_checkpointing(ranks: Ranks, transport: str, use_reentrant: b
     ranks.run(2, check_checkpointing, transport, use_reentrant, layout)
 
 
+def check_container_hook(context: RankContext, transport: str) -> list[tuple[int, ...]]:
+    """A hook on the expert container sees what it sees with stock, and results are stock's."""
+    start_deepspeed()
+    layer = make_layer(LayerCase())
+    expected = step(LayerCase(), layer)
+    shapes = []
+    layer.deepspeed_moe.experts.register_forward_hook(lambda _, inputs, out: shapes.append(tuple(out.shape)))
+    with enable(swap_config(transport)):
+        assert not differences(expected, step(LayerCase(), layer))
+    return shapes
+
+
+def test_hook_on_the_container(ranks: Ranks, transport: str) -> None:
+    # 64 tokens, two experts each, of eight.
+    assert ranks.run(2, check_container_hook, transport) == [[(2, 4, 16, 16)]] * 2
+
+
+def check_mixed_dtypes(context: RankContext, transport: str, layout: str) -> None:
+    """Experts that answer in different dtypes: put together as ``torch.cat`` does."""
+
+    def halve(layer: torch.nn.Module) -> None:
+        first = layer.deepspeed_moe.experts.deepspeed_experts[0]
+        first.register_forward_hook(lambda _, inputs, out: out.bfloat16())
+
+    start_deepspeed()
+    layer = make_layer(LayerCase())
+    halve(layer)
+    expected = step(LayerCase(), layer)
+    with enable(swap_config(transport, layout)):
+        seen = step(LayerCase(), layer)
+    assert not differences(expected, seen, atol=0.0 if layout == "padded" else 2e-6)
+
+
+@pytest.mark.parametrize("layout", ("padded", "compact"))
+def test_experts_of_mixed_dtypes(ranks: Ranks, transport: str, layout: str) -> None:
+    ranks.run(2, check_mixed_dtypes, transport, layout)
+
+
 def check_timers(context: RankContext, transport: str) -> None:
     start_deepspeed()
     layer = make_layer(LayerCase())

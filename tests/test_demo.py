@@ -112,6 +112,8 @@ def test_times_add_up_and_name_their_parts():
 def test_injections():
     assert Injection.parse("kill:rank=1,step=7") == Injection(kind="kill", rank=1, step=7)
     assert Injection.parse("slow:rank=0,step=2,seconds=1.5").seconds == 1.5
+    for kind in ("stop", "raise", "hang", "oom", "assert", "node"):
+        assert Injection.parse(f"{kind}:rank=0,step=2").kind == kind
 
 
 @pytest.mark.parametrize(

@@ -24,11 +24,11 @@ CPP_MAY_INCLUDE = {
 # From the bottom: a module imports only from lower rows and from its own.
 PYTHON_LAYERS = [
     {"version", "errors", "env", "config"},
-    {"handle", "telemetry", "float8", "work", "symm_pool", "nvshmem_decisions"},
+    {"handle", "telemetry", "float8", "work", "symm_pool", "nvshmem_decisions", "progress", "gpu_events"},
     {"transport"},
     {"checks", "rendezvous", "core_errors", "fixed_shapes", "streams"},
     {"shm", "cuda", "nvshmem", "reference", "reference_group", "plan_reference", "communicator"},
-    {"buffer"},
+    {"buffer", "health"},
     {"autograd"},
     {"__init__"},
     {"deepspeed", "doctor"},

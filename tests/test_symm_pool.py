@@ -1,4 +1,4 @@
-"""Room for ``Buffer.symm_empty``: the pool's arithmetic, its errors, its threads, and the plain tensors of CPUs."""
+"""Room for ``Buffer.symm_empty``: the pool's arithmetic, its errors, its threads, and the tensors of CPUs."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_threads_share_a_pool() -> None:
 
 
 def check_on_cpu(context: RankContext, transport: str) -> list[str]:
-    with context.buffer(transport, symm_bytes=4096, **GEOMETRY) as buffer:
+    with context.buffer(transport, symm_bytes=1 << 16, **GEOMETRY) as buffer:
         x = buffer.symm_empty(3, torch.float32)
         assert (x.shape, x.dtype, x.device.type) == ((3, 128), torch.float32, "cpu")
         assert buffer.symm_empty(0).shape == (0, 128) and buffer.symm_empty(1).dtype == torch.bfloat16
@@ -136,7 +136,7 @@ BAD_ROWS = (
 
 
 @pytest.mark.parametrize("num_ranks", (1, 2, 4))
-def test_plain_tensors_on_cpus(ranks: Ranks, transport: str, num_ranks: int) -> None:
+def test_on_cpus(ranks: Ranks, transport: str, num_ranks: int) -> None:
     want = [
         "num_rows: must be >= 0; got -1",
         "num_rows: must be an int; got 'float'",

@@ -53,6 +53,16 @@ class TrainSummary:
     """Prompt, an arrow, and the model's continuation; empty if none was asked for."""
 
 
+@dataclass
+class Progress:
+    """Where a run is: set by the trainer, read by who supervises the run (`ray_deepep.Progress` is one that tells)."""
+
+    step: int = 0
+    """Optimizer step that is being done, from 1."""
+    phase: str = ""
+    """What the rank is at, in a word."""
+
+
 class TrainerCallback(Protocol):
     """Told about a run while it goes. Every method is called on every rank, in the same order, between collectives."""
 

@@ -16,7 +16,7 @@ from train.errors import ConfigError
 from train.files import write_text_atomic
 from train.metrics import StepMetrics
 
-KINDS = ("kill", "stop", "raise", "slow")
+KINDS = ("kill", "stop", "raise", "slow", "hang", "oom", "assert", "node")
 
 
 def injected_file(out_dir: Path, attempt: int) -> Path:
@@ -33,7 +33,9 @@ class Injection:
     """One fault."""
 
     kind: str
-    """`kill` (SIGKILL), `stop` (SIGSTOP), `raise` (an exception) or `slow` (a sleep)."""
+    """`kill` (SIGKILL), `stop` (SIGSTOP), `raise` (an exception), `slow` (a sleep), `hang` (a sleep without end), `oom`
+    (an allocation that is too large), `assert` (an assertion that fails on the GPU) or `node` (SIGKILL, and for the Ray
+    daemon of its node too)."""
     rank: int
     """World rank that suffers it."""
     step: int
@@ -90,5 +92,44 @@ class FaultInjector:
             os.kill(os.getpid(), signal.SIGSTOP)
         elif kind == "raise":
             raise InjectedError(f"injected on rank {self._rank} after step {self._injection.step}")
+        elif kind == "oom":
+            _allocate_too_much()
+        elif kind == "assert":
+            _fail_on_gpu()
+        elif kind == "node":
+            _kill_node()
+        elif kind == "hang":
+            _sleep_for_ever()
         else:
             time.sleep(self._injection.seconds)
+
+
+def _sleep_for_ever() -> None:
+    while True:
+        time.sleep(3600)
+
+
+def _allocate_too_much() -> None:
+    import torch
+
+    # More than any machine has: refused at once, and nobody else on this one is in danger.
+    torch.empty(2**60, dtype=torch.uint8, device="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _fail_on_gpu() -> None:
+    """As a kernel that indexes out of range does; the CUDA context cannot be used after it."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise InjectedError("assert needs a GPU")
+    torch.zeros(4, device="cuda")[torch.tensor([1 << 20], device="cuda")]
+    torch.cuda.synchronize()
+
+
+def _kill_node() -> None:
+    """End the Ray daemon of this node, with which all its workers end sooner or later, and this one at once."""
+    daemon = os.getppid()
+    if b"raylet" not in Path(f"/proc/{daemon}/cmdline").read_bytes():
+        raise InjectedError("node needs a worker that Ray's daemon started")
+    os.kill(daemon, signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)

@@ -163,7 +163,7 @@ def _train(config: TrainConfig, callbacks: list[Any]) -> TrainSummary:
         return run(config, callbacks=callbacks)
     from ray_deepep.cluster import current
 
-    return run(config, swap=current().swap, callbacks=callbacks)
+    return run(config, swap=current().swap, callbacks=callbacks, progress=current().progress)
 
 
 def _agree_or_raise(error: Exception, rank: int) -> None:

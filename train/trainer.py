@@ -22,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from train import checkpoint
-from train.api import CheckpointInfo, CommStats, TrainerCallback, TrainSummary
+from train.api import CheckpointInfo, CommStats, Progress, TrainerCallback, TrainSummary
 from train.clock import Clock
 from train.config import TrainConfig
 from train.data import BatchSampler, TokenStore, build_token_store
@@ -42,17 +42,23 @@ _TEMPERATURE = 0.7
 
 
 def run(
-    config: TrainConfig, *, swap: CommStats | None = None, callbacks: Sequence[TrainerCallback] = ()
+    config: TrainConfig,
+    *,
+    swap: CommStats | None = None,
+    callbacks: Sequence[TrainerCallback] = (),
+    progress: Progress | None = None,
 ) -> TrainSummary:
     """Train as `config` says and return the summary (the same on every rank). Collective over the job.
 
     swap: the all-to-all backend already in place, asked for its times; None: this function enables
-    `config.run.backend` itself. A process group that exists already is used and left alive.
+    `config.run.backend` itself. progress: told where the run is. A process group that exists already is used and left
+    alive.
     Raises ConfigError, DataError, CheckpointError, TrainingDivergedError, and what the backend raises.
     """
     quiet_deepspeed()
     with cpu_threads(config.run.num_threads), join_world(config.run) as world, _comm(config, swap) as comm:
-        trainer = Trainer(config, world=world, comm=comm, callbacks=callbacks)
+        progress = Progress() if progress is None else progress
+        trainer = Trainer(config, world=world, comm=comm, callbacks=callbacks, progress=progress)
         try:
             return trainer.run()
         finally:
@@ -78,11 +84,21 @@ def seed_for(seed: int, *where: object) -> int:
 class Trainer:
     """One run on one rank: built from the config, resumed if asked, then stepped to the end by `run`."""
 
-    def __init__(self, config: TrainConfig, *, world: World, comm: CommStats, callbacks: Sequence[TrainerCallback]):
+    def __init__(
+        self,
+        config: TrainConfig,
+        *,
+        world: World,
+        comm: CommStats,
+        callbacks: Sequence[TrainerCallback],
+        progress: Progress,
+    ):
         self.config = config
         self.world = world
         self._comm = comm
         self._callbacks = callbacks
+        self._progress = progress
+        progress.phase = "setup"
         self._engine = None
         self._writer: MetricsWriter | None = None
         self._folder = RunFolder(config.run, world)
@@ -91,8 +107,8 @@ class Trainer:
         self._steps: list[StepMetrics] = []
         config.model.resolve_ep_size(world.world_size)  # refuse a degree that does not fit before anything is written
         on_main(world, lambda: self._folder.prepare(config))
-        progress = config.run.progress and world.is_main
-        on_main(world, lambda: build_token_store(config.data, self._folder.data, progress=progress))
+        bar = config.run.progress and world.is_main
+        on_main(world, lambda: build_token_store(config.data, self._folder.data, progress=bar))
         self._store = TokenStore(self._folder.data)
         self._sampler = BatchSampler(
             store=self._store,
@@ -160,12 +176,14 @@ class Trainer:
 
     def _step(self, step: int) -> StepMetrics:
         optim = self.config.optim
+        self._progress.step = step
         torch.manual_seed(seed_for(self.config.run.seed, "train", step, self.world.rank))
         self._comm.comm_stats(reset=True)
         lr = self._engine.get_lr()[0]
         clock = Clock()
         local_losses = self._forward_backward_update(step, clock)
         step_ms = clock.total_ms
+        self._progress.phase = "metrics"
         stats = self._comm.comm_stats(reset=True)
         loss, aux_loss, dispatch_ms, combine_ms, comm_calls = mean_over_ranks(
             [*local_losses, stats["dispatch_ms"], stats["combine_ms"], stats["num_calls"]], self.world
@@ -193,11 +211,15 @@ class Trainer:
         num_micro_steps = self.config.optim.grad_accum
         losses = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for micro_step in range(num_micro_steps):
+            self._progress.phase = "data"
             batch = self._sampler.train_batch(step, micro_step)
+            self._progress.phase = "forward"
             output = self._engine(batch.tokens_BS.to(self.world.device), batch.targets_BS.to(self.world.device))
             clock.lap("forward")
+            self._progress.phase = "backward"
             self._engine.backward(output.total)
             clock.lap("backward")
+            self._progress.phase = "optimizer"
             self._engine.step()
             clock.lap("optimizer")
             losses += torch.stack([output.lm, output.aux]).double() / num_micro_steps
@@ -206,6 +228,7 @@ class Trainer:
     @torch.no_grad()
     def _validate(self) -> float:
         config = self.config
+        self._progress.phase = "validation"
         torch.manual_seed(seed_for(config.run.seed, "validation", self.world.rank))
         self._engine.eval()
         total = 0.0
@@ -217,6 +240,7 @@ class Trainer:
         return mean_over_ranks([total / config.run.eval_batches], self.world)[0]
 
     def _record(self, metrics: StepMetrics, bar: tqdm) -> None:
+        self._progress.phase = "callbacks"
         self._steps.append(metrics)
         if self._writer is not None:
             self._writer.write(metrics)
@@ -231,6 +255,7 @@ class Trainer:
 
     def _save(self, step: int) -> None:
         config = self.config
+        self._progress.phase = "checkpoint"
         state = checkpoint.TrainerState(
             step=step,
             world_size=self.world.world_size,
@@ -252,6 +277,7 @@ class Trainer:
 
     def _finish(self) -> TrainSummary:
         config = self.config
+        self._progress.phase = "summary"
         sample = self._sample() if config.run.sample_tokens else ""
         title = f"{config.name} on {self.world.world_size} ranks"
         on_main(self.world, lambda: _plot({config.run.backend: self._steps}, self._folder.plot, title=title))

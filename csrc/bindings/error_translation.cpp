@@ -1,11 +1,8 @@
 #include "bindings/error_translation.h"
 
-#include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
 #include <exception>
-
-#include "common/fault.h"
 
 namespace py = pybind11;
 
@@ -33,6 +30,11 @@ void raise(const char* name, const py::tuple& fields) {
 }
 
 }  // namespace
+
+py::object to_python(const std::optional<FaultRecord>& record) {
+    if (!record) return py::none();
+    return to_dict(*record);
+}
 
 void translate_errors() {
     py::register_exception_translator([](std::exception_ptr pointer) {

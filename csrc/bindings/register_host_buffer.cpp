@@ -1,4 +1,5 @@
 #include "bindings/bindings.h"
+#include "bindings/error_translation.h"
 #include "host/host_buffer.h"
 
 #include <pybind11/stl.h>
@@ -12,6 +13,25 @@ namespace {
 void run_signal_handlers() {
     const py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
+struct SymmBytes {
+    std::shared_ptr<const SharedHeap> heap;
+    std::byte* data;
+    int64_t count;
+    py::object owner;
+};
+
+uintptr_t address_of(const std::byte* data) { return reinterpret_cast<uintptr_t>(data); }
+
+std::unique_ptr<SymmBytes> symm_bytes(const HostBuffer::SymmRegion& region, uintptr_t address, int64_t num_bytes,
+                                      py::object owner) {
+    const uintptr_t begin = address_of(region.data);
+    if (num_bytes < 0 || address < begin || address + num_bytes > begin + region.bytes) {
+        throw std::out_of_range("bytes outside of the region");
+    }
+    return std::make_unique<SymmBytes>(
+        SymmBytes{region.heap, region.data + (address - begin), num_bytes, std::move(owner)});
 }
 
 void register_arguments(py::module_& module) {
@@ -36,7 +56,8 @@ void register_arguments(py::module_& module) {
         .def_readwrite("num_topk", &BufferSizes::num_topk)
         .def_readwrite("max_tokens", &BufferSizes::max_tokens)
         .def_readwrite("max_capacity", &BufferSizes::max_capacity)
-        .def_readwrite("max_segment_bytes", &BufferSizes::max_segment_bytes);
+        .def_readwrite("max_segment_bytes", &BufferSizes::max_segment_bytes)
+        .def_readwrite("symm_bytes", &BufferSizes::symm_bytes);
     py::class_<Layout>(module, "Layout")
         .def(py::init<LayoutKind, int64_t, int64_t>(), py::arg("kind"), py::arg("alignment") = 1,
              py::arg("capacity") = 0);
@@ -61,6 +82,7 @@ void register_arguments(py::module_& module) {
     py::class_<CombineArgs>(module, "CombineArgs")
         .def(py::init())
         .def_readwrite("rows", &CombineArgs::rows)
+        .def_readwrite("expert_rows", &CombineArgs::expert_rows)
         .def_readwrite("row_weights", &CombineArgs::row_weights)
         .def_readwrite("bias", &CombineArgs::bias)
         .def_readwrite("dtype", &CombineArgs::dtype)
@@ -84,6 +106,15 @@ void register_host_buffer(py::module_& module) {
         .def_property_readonly("num_recv_tokens", [](const HostPlan& p) { return p.plan.num_recv_tokens(); })
         .def_property_readonly("expert_count", [](const HostPlan& p) { return p.plan.expert_count; })
         .def_property_readonly("expert_offset", [](const HostPlan& p) { return p.plan.expert_offset; });
+    // Bytes of the region; they and the mapping live while someone holds them, and so does `owner`.
+    py::class_<SymmBytes>(module, "SymmBytes", py::buffer_protocol()).def_buffer([](SymmBytes& bytes) {
+        const py::ssize_t count = bytes.count;
+        return py::buffer_info(bytes.data, 1, py::format_descriptor<uint8_t>::format(), 1, {count}, {1});
+    });
+    py::class_<HostBuffer::SymmRegion>(module, "SymmRegion")
+        .def_property_readonly("address", [](const HostBuffer::SymmRegion& r) { return address_of(r.data); })
+        .def_readonly("num_bytes", &HostBuffer::SymmRegion::bytes)
+        .def("bytes", symm_bytes, py::arg("address"), py::arg("num_bytes"), py::arg("owner"));
     using Release = py::call_guard<py::gil_scoped_release>;
     py::class_<HostBuffer>(module, "HostBuffer")
         .def(py::init([](std::shared_ptr<Domain> domain, const BufferSizes& sizes, double bootstrap_deadline_s,
@@ -97,6 +128,8 @@ void register_host_buffer(py::module_& module) {
         .def("begin_cached_dispatch", &HostBuffer::begin_cached_dispatch, py::arg("args"), py::arg("plan"), Release())
         .def("pull_dispatch", &HostBuffer::pull_dispatch, py::arg("args"), py::arg("plan"), py::arg("out"), Release())
         .def("combine", &HostBuffer::combine, py::arg("args"), py::arg("plan"), py::arg("out"), Release())
+        .def("symm_region", &HostBuffer::symm_region)
+        .def("fault_record", [](const HostBuffer& buffer) { return to_python(buffer.fault_record()); })
         .def("close", &HostBuffer::close, Release());
 }
 

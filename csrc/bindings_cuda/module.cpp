@@ -28,7 +28,8 @@ void register_plan(py::module_& module) {
     py::class_<PlanCounts>(module, "PlanCounts")
         .def_readonly("num_recv_tokens", &PlanCounts::num_recv_tokens)
         .def_readonly("num_rows", &PlanCounts::num_rows)
-        .def_readonly("overflow", &PlanCounts::overflow)
+        .def_readonly("overflow_rank", &PlanCounts::overflow_rank)
+        .def_readonly("overflow_rows", &PlanCounts::overflow_rows)
         .def_readonly("expert_count", &PlanCounts::expert_count)
         .def_readonly("expert_offset", &PlanCounts::expert_offset);
 }
@@ -139,6 +140,8 @@ void register_buffer(py::module_& module) {
                  buffer.check();
                  buffer.check_routing();
              })
+        .def("fault_record", [](const DeviceBuffer& buffer) { return to_python(buffer.fault_record()); })
+        .def("give_up_on_gone_peers", &DeviceBuffer::give_up_on_gone_peers, Release())
         .def("close", &DeviceBuffer::close, Release());
 }
 

@@ -3,6 +3,8 @@
 #pragma once
 
 #include <cstdint>
+#include <mutex>
+#include <optional>
 #include <stdexcept>
 #include <string>
 #include <utility>
@@ -28,6 +30,23 @@ struct FaultRecord {
     uint32_t seen = 0;
     double elapsed_s = 0;
     double deadline_s = 0;
+};
+
+// The first fault of a buffer, for a thread that looks while another one waits in an operation.
+class FaultSlot {
+  public:
+    void set(const FaultRecord& record) {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!record_) record_ = record;
+    }
+    std::optional<FaultRecord> get() const {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        return record_;
+    }
+
+  private:
+    mutable std::mutex mutex_;
+    std::optional<FaultRecord> record_;
 };
 
 class FaultError : public std::runtime_error {

@@ -74,6 +74,7 @@ void plan_receive(Plan& plan, const std::vector<Routing>& routing, std::vector<i
     plan.route_begin.assign(1, 0);
     plan.route_slot.reserve(routes);
     plan.route_k.reserve(routes);
+    plan.route_expert.reserve(routes);
     for (int source = 0; source < geometry.num_ranks; ++source) {
         const Routing& from = routing[source];
         for (int64_t t = 0; t < from.num_tokens; ++t) {
@@ -89,6 +90,7 @@ void plan_receive(Plan& plan, const std::vector<Routing>& routing, std::vector<i
                 }
                 plan.route_slot.push_back(static_cast<int32_t>(slot));
                 plan.route_k.push_back(static_cast<int8_t>(k));
+                plan.route_expert.push_back(local);
             }
             const int64_t routes_after = static_cast<int64_t>(plan.route_slot.size());
             if (routes_after == routes_before) continue;

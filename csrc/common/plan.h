@@ -49,6 +49,7 @@ struct Plan {
     std::vector<int64_t> route_begin;
     std::vector<int32_t> route_slot;  // row of the output in its layout; token-major: i itself
     std::vector<int8_t> route_k;
+    std::vector<int32_t> route_expert;   // local expert
     std::vector<int64_t> expert_count;   // [L]
     std::vector<int64_t> expert_offset;  // [L + 1], expert-major
     int64_t num_rows = 0;                // rows of the output in its layout

@@ -16,10 +16,10 @@ DeviceBuffer::DeviceBuffer(std::shared_ptr<Domain> domain, const DeviceSizes& si
       interrupt_(std::move(interrupt)) {
     int device = 0;
     check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-    const AgreedSizes agreed{{"num_experts", "hidden", "num_topk", "max_tokens", "max_rows"},
+    const AgreedSizes agreed{{"num_experts", "hidden", "num_topk", "max_tokens", "max_rows", "max_element_size"},
                              {static_cast<uint64_t>(sizes.num_experts), static_cast<uint64_t>(sizes.hidden),
                               static_cast<uint64_t>(sizes.num_topk), static_cast<uint64_t>(sizes.max_tokens),
-                              static_cast<uint64_t>(sizes.max_rows)}};
+                              static_cast<uint64_t>(sizes.max_rows), static_cast<uint64_t>(sizes.max_element_size)}};
     heap_ = allocate_device_heap(*domain_, source, device, layout_.bytes, agreed, bootstrap_deadline_s);
 
     const int num_local = sizes.num_local_experts();
@@ -59,9 +59,13 @@ void DeviceBuffer::close() {
 
 void DeviceBuffer::free_memory() {
     cudaFree(control_);
-    cudaFreeHost(status_);
     control_ = nullptr;
-    status_ = nullptr;
+    HostStatus* status = nullptr;
+    {
+        const std::lock_guard<std::mutex> lock(status_mutex_);
+        status = std::exchange(status_, nullptr);
+    }
+    cudaFreeHost(status);
 }
 
 }  // namespace ray_deepep

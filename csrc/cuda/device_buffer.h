@@ -6,8 +6,11 @@
 
 #include <cuda_runtime_api.h>
 
+#include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <vector>
 
 #include "common/fault.h"
@@ -43,7 +46,8 @@ struct DeviceCombineArgs {
 struct PlanCounts {
     int64_t num_recv_tokens = 0;
     int64_t num_rows = 0;
-    bool overflow = false;
+    int overflow_rank = -1;  // on which it does not fit; -1: it fits everywhere
+    int64_t overflow_rows = 0;
     std::vector<int64_t> expert_count, expert_offset;
 };
 
@@ -81,6 +85,14 @@ class DeviceBuffer {
     void check_routing();
     void close();
 
+    // For a thread that looks while another one waits, in an operation or for the GPU. No CUDA call, and no lock that
+    // is held for longer than a read.
+    //
+    // What a kernel of this buffer has reported, if it did; nothing once the buffer is closed.
+    std::optional<FaultRecord> fault_record() const;
+    // End the waits of kernels in flight where a peer's process is gone, instead of letting them run to the deadline.
+    void give_up_on_gone_peers();
+
   private:
     struct Signature {
         int32_t fields[8] = {};
@@ -92,7 +104,8 @@ class DeviceBuffer {
                                      Staging* staging) const;
     Publication combine_publication(const DeviceCombineArgs& args, const DevicePlan& plan, bool fast,
                                     Staging* staging) const;
-    void throw_fault();
+    FaultRecord reported() const;
+    bool look_for_gone_peers();
     [[noreturn]] void throw_mismatch();
     void free_memory();
 
@@ -105,6 +118,8 @@ class DeviceBuffer {
     Peers peers_{};
     DeviceControl* control_ = nullptr;
     HostStatus* status_ = nullptr;
+    mutable std::mutex status_mutex_;  // against freeing status_ under fault_record()
+    std::atomic<int> gone_peer_{-1};   // whose end made us stop the kernels
     uint32_t ticket_ = 0;
     bool bulk_copy_ = false;
     cudaStream_t stream_ = nullptr;  // of the dispatch whose counts are awaited

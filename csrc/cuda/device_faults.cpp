@@ -16,6 +16,7 @@ constexpr double kLookEvery_s = 0.05;
 constexpr double kKernelGrace_s = 1.0;
 
 uint32_t read_volatile(const uint32_t& word) { return *const_cast<const volatile uint32_t*>(&word); }
+void write_volatile(uint32_t& word, uint32_t value) { *const_cast<volatile uint32_t*>(&word) = value; }
 
 }  // namespace
 
@@ -30,10 +31,7 @@ PlanCounts DeviceBuffer::wait_counts() {
             continue;
         }
         next_look_s = deadline.elapsed_s() + kLookEvery_s;
-        for (int peer = 0; peer < sizes_.num_ranks; ++peer) {
-            // End the kernel's wait for a process that is gone; its report then says for whom it waited.
-            if (peer != sizes_.rank && domain_->peer_is_gone(peer)) status_->abort = 1;
-        }
+        if (look_for_gone_peers()) write_volatile(status_->abort, 1);
         if (interrupt_) interrupt_();
         if (deadline.expired()) {
             FaultRecord record;
@@ -56,7 +54,8 @@ PlanCounts DeviceBuffer::wait_counts() {
     PlanCounts result;
     result.num_recv_tokens = status_->num_recv_tokens;
     result.num_rows = status_->num_rows;
-    result.overflow = read_volatile(status_->overflow) != 0;
+    result.overflow_rank = static_cast<int>(status_->overflow) - 1;
+    result.overflow_rows = status_->overflow_rows;
     result.expert_count.assign(counts, counts + num_local);
     result.expert_offset.assign(counts + num_local, counts + 2 * num_local + 1);
     status_->overflow = 0;
@@ -67,7 +66,31 @@ void DeviceBuffer::check() {
     if (!open_) throw ArgumentError("buffer", "closed", "must be open");
     const uint32_t fault = read_volatile(status_->fault);
     if (fault == 3) throw_mismatch();
-    if (fault != 0) throw_fault();
+    if (fault != 0) throw FaultError(reported());
+}
+
+std::optional<FaultRecord> DeviceBuffer::fault_record() const {
+    const std::lock_guard<std::mutex> lock(status_mutex_);
+    if (status_ == nullptr) return std::nullopt;
+    const uint32_t fault = read_volatile(status_->fault);
+    if (fault == 0 || fault == 3) return std::nullopt;
+    return reported();
+}
+
+void DeviceBuffer::give_up_on_gone_peers() {
+    if (!look_for_gone_peers()) return;
+    const std::lock_guard<std::mutex> lock(status_mutex_);
+    if (status_ != nullptr) write_volatile(status_->abort, 1);
+}
+
+bool DeviceBuffer::look_for_gone_peers() {
+    for (int peer = 0; peer < sizes_.num_ranks; ++peer) {
+        if (peer == sizes_.rank || !domain_->peer_is_gone(peer)) continue;
+        int nobody = -1;
+        gone_peer_.compare_exchange_strong(nobody, peer);
+        return true;
+    }
+    return false;
 }
 
 void DeviceBuffer::check_routing() {
@@ -77,7 +100,9 @@ void DeviceBuffer::check_routing() {
                         "must be in [-1, " + std::to_string(sizes_.num_experts) + ")");
 }
 
-void DeviceBuffer::throw_fault() {
+FaultRecord DeviceBuffer::reported() const {
+    // The kernel wrote the fields before the flag that the caller has seen.
+    std::atomic_thread_fence(std::memory_order_acquire);
     FaultRecord record;
     record.operation = static_cast<Operation>(status_->operation);
     record.sequence = status_->sequence;
@@ -89,9 +114,12 @@ void DeviceBuffer::throw_fault() {
     record.seen = status_->seen;
     record.elapsed_s = static_cast<double>(status_->elapsed_ns) * 1e-9;
     record.deadline_s = deadline_s_;
+    const bool aborted = read_volatile(status_->fault) == 2;
+    // A kernel that was stopped may have waited for a victim of the peer that is gone.
+    if (aborted && gone_peer_ >= 0) record.peer = gone_peer_;
     const bool gone = record.peer != sizes_.rank && domain_->peer_is_gone(record.peer);
-    record.cause = gone ? Cause::kPeerDied : (status_->fault == 2 ? Cause::kAborted : Cause::kTimeout);
-    throw FaultError(record);
+    record.cause = gone ? Cause::kPeerDied : (aborted ? Cause::kAborted : Cause::kTimeout);
+    return record;
 }
 
 // All ranks see the difference in the same operation: each names the field, and the buffer can go on.

@@ -36,8 +36,9 @@ struct HostStatus {
     uint32_t counts_ready;  // ticket of the dispatch whose counts are below
     int32_t num_recv_tokens;
     int32_t num_rows;
-    uint32_t overflow;   // 1: the dispatch does not fit the buffer
-    int32_t bad_expert;  // 1 + an expert id out of range that was seen; 0: none. Its route is dropped.
+    uint32_t overflow;      // 1 + a rank on which the dispatch does not fit the buffer; 0: it fits
+    int32_t overflow_rows;  // that it needs there
+    int32_t bad_expert;     // 1 + an expert id out of range that was seen; 0: none. Its route is dropped.
     // int32 expert_count[L] and expert_offset[L + 1] follow
 };
 
@@ -148,7 +149,11 @@ __device__ bool poll(const Peers& peers, const WaitFor& wait, Load load) {
         const uint64_t elapsed = global_time_ns() - start;
         const bool aborted = load_volatile(&peers.status->abort) != 0;
         if (elapsed < peers.deadline_ns && !aborted) continue;
-        report_fault(peers, aborted ? 2 : 1, wait, seen, elapsed);
+        // A peer that ended well raised its signal before the host could see it gone: look once more.
+        __threadfence_system();
+        const uint32_t last = load();
+        if (static_cast<int32_t>(last - wait.sequence) >= 0) return true;
+        report_fault(peers, aborted ? 2 : 1, wait, last, elapsed);
         return false;
     }
 }

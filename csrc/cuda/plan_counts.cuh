@@ -33,13 +33,14 @@ __device__ inline void write_counts(const PlanParams& p, uint32_t sequence, cons
         if (rank == peers.rank) {
             counts[kNumRecvTokens] = peers.status->num_recv_tokens = num_recv_tokens;
             counts[kNumRows] = peers.status->num_rows = num_rows;
-            const bool fits = num_recv_tokens <= p.plan.max_recv_tokens && num_rows <= p.plan.max_rows;
-            if (!p.plan.fixed && !fits) peers.status->overflow = 1;
         }
-        // Whichever rank: all of them have one to name.
-        if (p.plan.fixed && num_rows > p.plan.max_rows && atomicCAS(&counts[kOverflow], 0, 1 + rank) == 0) {
-            counts[kOverflowRows] = num_rows;
-        }
+        // Whichever rank: all of them have one to name, and the same limits.
+        const bool fits = num_recv_tokens <= p.plan.max_recv_tokens && num_rows <= p.plan.max_rows;
+        if (fits || atomicCAS(&counts[kOverflow], 0, 1 + rank) != 0) continue;
+        counts[kOverflowRows] = num_rows;
+        if (p.plan.fixed) continue;
+        peers.status->overflow = 1 + rank;
+        peers.status->overflow_rows = num_rows;
     }
     if (p.ticket == 0) return;
     __threadfence_system();

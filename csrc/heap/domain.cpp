@@ -129,10 +129,12 @@ std::vector<HeapOffer> Domain::exchange_offers(const HeapOffer& own, const Agree
 }
 
 bool Domain::peer_is_gone(int peer) const {
+    const std::lock_guard<std::mutex> lock(mutex_);
     return ray_deepep::peer_is_gone(peers_[peer].socket.get(), peers_[peer].pidfd.get());
 }
 
 void Domain::close() {
+    const std::lock_guard<std::mutex> lock(mutex_);
     listener_.reset();
     for (Peer& peer : peers_) {
         peer.socket.reset();

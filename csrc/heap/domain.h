@@ -3,6 +3,7 @@
 
 #include <array>
 #include <memory>
+#include <mutex>
 #include <string>
 #include <vector>
 
@@ -41,7 +42,7 @@ class Domain {
     // entry empty. Throws BootstrapError naming who did not come, MismatchError where sizes differ.
     std::vector<HeapOffer> exchange_offers(const HeapOffer& own, const AgreedSizes& sizes, double deadline_s);
 
-    // Whether the peer's process ended or left. Safe to call from the waiting thread only.
+    // Whether the peer's process ended or left. Safe to call from any thread, also beside close().
     bool peer_is_gone(int peer) const;
     void close();
 
@@ -59,6 +60,7 @@ class Domain {
     std::string address_, secret_;
     std::vector<std::string> secrets_;
     Fd listener_;
+    mutable std::mutex mutex_;  // held for moments: descriptors are closed while others look at them
     std::vector<Peer> peers_;
     uint64_t num_heaps_ = 0;
 };

@@ -97,6 +97,13 @@ void HostBuffer::combine(const CombineArgs& args, const HostPlan& plan, const Co
     publish(own);
     if (args.has_rows) pull_outputs(args, plan, out);
     if (args.has_row_weights) pull_row_weights(plan.plan, out);
+    finish();
+}
+
+OutputRows HostBuffer::output_rows(const CombineArgs& args, const Plan& plan) const {
+    const int64_t bytes = sizes_.hidden * element_size(args.dtype);
+    if (args.expert_rows.empty()) return OutputRows(pointer<const std::byte>(args.rows), bytes);
+    return OutputRows(args.expert_rows, plan, bytes);
 }
 
 void HostBuffer::stage_outputs(const CombineArgs& args, const HostPlan& host_plan, OpHeader& own) {
@@ -110,48 +117,55 @@ void HostBuffer::stage_outputs(const CombineArgs& args, const HostPlan& host_pla
     }
     if (own.operation == Operation::kCombineWeights) return;
     const bool reduced = args.reduce == Reduce::kFast && !token_major;
+    const int64_t in_heap = reduced ? 0 : symm_offset(args.rows);
+    if (in_heap != 0) {
+        own.in_place = 1;
+        own.rows_at = in_heap;
+        return;
+    }
     own.rows_at = reserve((reduced ? plan.num_recv_tokens() : plan.num_rows) * bytes);
     auto* staged = at<std::byte>(geometry_.rank, own.rows_at);
     if (reduced) return reduce_local(args, host_plan, staged);
     // Rows of this rank's own tokens stay where they are; only what others will read is staged.
-    const int64_t own_begin = plan.recv_base[geometry_.rank];
-    const int64_t own_count = plan.recv_base[geometry_.rank + 1] - own_begin;
-    const auto* rows = pointer<const std::byte>(args.rows);
+    const int64_t own_count = plan.recv_base[geometry_.rank + 1] - plan.recv_base[geometry_.rank];
+    const OutputRows outputs = output_rows(args, plan);
     const bool streamed = (plan.num_recv_tokens() - own_count) * bytes >= kStreamedBytes;
-    threads_.parallel_for(plan.num_recv_tokens() - own_count, kRowGrain, [&](int64_t begin, int64_t end) {
-        for (int64_t j = begin; j < end; ++j) {
-            const int64_t i = j < own_begin ? j : j + own_count;
-            if (token_major) {
-                copy_row(staged + i * bytes, rows + i * bytes, bytes, streamed);
-                continue;
+    for (int source = 0; source < geometry_.num_ranks; ++source) {
+        if (source == geometry_.rank) continue;
+        const int64_t first = plan.recv_base[source];
+        threads_.parallel_for(plan.recv_base[source + 1] - first, kRowGrain, [&](int64_t begin, int64_t end) {
+            // Token-major rows stand for all local routes of a token.
+            const int64_t last = token_major ? first + end : plan.route_begin[first + end];
+            for (int64_t r = token_major ? first + begin : plan.route_begin[first + begin]; r < last; ++r) {
+                const int64_t slot = token_major ? r : plan.route_slot[r];
+                copy_row(staged + slot * bytes, outputs.row(source, token_major ? 0 : plan.route_expert[r], slot),
+                         bytes, streamed);
             }
-            for (int64_t r = plan.route_begin[i]; r < plan.route_begin[i + 1]; ++r) {
-                const int64_t slot = plan.route_slot[r];
-                copy_row(staged + slot * bytes, rows + slot * bytes, bytes, streamed);
-            }
-        }
-        finish_streaming();
-    });
+            finish_streaming();
+        });
+    }
 }
 
 // Fast mode: add up a token's local experts here, so that one row per (token, rank) travels.
 void HostBuffer::reduce_local(const CombineArgs& args, const HostPlan& host_plan, std::byte* staged) {
     const Plan& plan = host_plan.plan;
     const int64_t hidden = sizes_.hidden, bytes = hidden * element_size(args.dtype);
-    const auto* rows = pointer<const std::byte>(args.rows);
+    const OutputRows outputs = output_rows(args, plan);
     const bool streamed = plan.num_recv_tokens() * bytes >= kStreamedBytes;
-    threads_.parallel_for(plan.num_recv_tokens(), kRowGrain, [&](int64_t begin, int64_t end) {
-        RowSum sum(hidden, args.dtype, streamed);
-        for (int64_t i = begin; i < end; ++i) {
-            const int64_t first = plan.route_begin[i], last = plan.route_begin[i + 1];
-            for (int64_t r = first; r < last; ++r) {
-                const std::byte* row = rows + plan.route_slot[r] * bytes;
-                args.weighted ? sum.add_scaled(row, host_plan.route_weight[r]) : sum.add(row);
+    for (int source = 0; source < geometry_.num_ranks; ++source) {
+        const int64_t first = plan.recv_base[source];
+        threads_.parallel_for(plan.recv_base[source + 1] - first, kRowGrain, [&](int64_t begin, int64_t end) {
+            RowSum sum(hidden, args.dtype, streamed);
+            for (int64_t i = first + begin; i < first + end; ++i) {
+                for (int64_t r = plan.route_begin[i]; r < plan.route_begin[i + 1]; ++r) {
+                    const std::byte* row = outputs.row(source, plan.route_expert[r], plan.route_slot[r]);
+                    args.weighted ? sum.add_scaled(row, host_plan.route_weight[r]) : sum.add(row);
+                }
+                sum.take(staged + i * bytes);
             }
-            sum.take(staged + i * bytes);
-        }
-        finish_streaming();
-    });
+            finish_streaming();
+        });
+    }
 }
 
 void HostBuffer::pull_outputs(const CombineArgs& args, const HostPlan& host_plan, const CombineOutputs& out) {
@@ -165,7 +179,8 @@ void HostBuffer::pull_outputs(const CombineArgs& args, const HostPlan& host_plan
     std::vector<const std::byte*> sources(geometry_.num_ranks);
     for (int rank = 0; rank < geometry_.num_ranks; ++rank)
         sources[rank] = at<const std::byte>(rank, header(rank).rows_at);
-    if (!own_staged) sources[geometry_.rank] = pointer<const std::byte>(args.rows);
+    const OutputRows own_rows = own_staged ? OutputRows(sources[geometry_.rank], bytes) : output_rows(args, plan);
+    const int first_expert = geometry_.rank * num_local;
     auto* routes = pointer<std::byte>(out.routes);
 
     const bool streamed = plan.num_tokens * bytes >= kStreamedBytes;
@@ -178,7 +193,10 @@ void HostBuffer::pull_outputs(const CombineArgs& args, const HostPlan& host_plan
             for (int i = 0; i < count; ++i) {
                 const int64_t route = first + order[i];
                 const int64_t row = by_rank ? plan.send_row[route] : plan.send_slot[route];
-                const std::byte* src = sources[plan.destination(route)] + row * bytes;
+                const int dest = plan.destination(route);
+                const std::byte* src = dest == geometry_.rank
+                                           ? own_rows.row(dest, plan.send_expert[route] - first_expert, row)
+                                           : sources[dest] + row * bytes;
                 scaled ? sum.add_scaled(src, host_plan.send_weight[route]) : sum.add(src);
                 if (routes != nullptr)
                     copy_row(routes + (order[i] * plan.num_tokens + t) * bytes, src, bytes, streamed);

@@ -16,12 +16,17 @@ struct ControlBlock {
     // The signal: sequence number of the last published operation. Peers sleep on it with a futex.
     alignas(64) std::atomic<uint32_t> published;
     alignas(64) std::atomic<RankState> state;
+    // Sequence number of the last operation whose rows this rank has pulled. Peers whose rows were read in place wait
+    // for it before they return.
+    alignas(64) std::atomic<uint32_t> finished;
     // Whom a failed rank blames, so that its own peers name the cause and not the victim.
     std::atomic<int32_t> blamed_peer;
     std::atomic<Cause> blamed_cause;
-    // Whom this rank waits for now (-1: nobody) and for which sequence; peers follow it to the end of a chain of waits.
+    // Whom this rank waits for now (-1: nobody), for which sequence and of which of the two signals; peers follow it to
+    // the end of a chain of waits.
     alignas(64) std::atomic<int32_t> waiting_for;
     std::atomic<uint32_t> waiting_sequence;
+    std::atomic<uint32_t> waiting_finished;
 };
 static_assert(std::atomic<uint32_t>::is_always_lock_free, "signals are shared between processes");
 
@@ -45,6 +50,7 @@ struct OpHeader {
     // Byte offsets from the segment's start.
     int64_t num_per_rank_at, num_per_expert_at, topk_idx_at, topk_weights_at, locations_at;
     int64_t rows_at, scales_at, row_weights_at;
+    int32_t in_place;  // rows_at is the caller's own tensor, which may change when the call returns
 };
 
 inline constexpr int64_t kPage = 4096;

@@ -121,8 +121,11 @@ void HostBuffer::stage_rows(const DispatchArgs& args, OpHeader& own, const int32
     own.dtype = args.dtype;
     own.num_tokens = args.num_tokens;
     own.scale_by_weights = args.scale_by_weights;
-    own.rows_at = reserve(args.num_tokens * bytes);
+    const int64_t in_heap = symm_offset(args.x);
+    own.in_place = in_heap != 0;
+    own.rows_at = in_heap != 0 ? in_heap : reserve(args.num_tokens * bytes);
     if (args.x_scales != 0) own.scales_at = reserve(args.num_tokens * scales);
+    if (in_heap != 0 && args.x_scales == 0) return;
     auto* rows = at<std::byte>(geometry_.rank, own.rows_at);
     const auto* x = pointer<const std::byte>(args.x);
     const int num_topk = own.num_topk, num_local = geometry_.num_local_experts(), rank = geometry_.rank;
@@ -135,7 +138,7 @@ void HostBuffer::stage_rows(const DispatchArgs& args, OpHeader& own, const int32
                 remote = remote || (expert >= 0 && expert / num_local != rank);
             }
             if (!remote) continue;
-            copy_row(rows + t * bytes, x + t * bytes, bytes, streamed);
+            if (in_heap == 0) copy_row(rows + t * bytes, x + t * bytes, bytes, streamed);
             if (args.x_scales != 0) {
                 std::memcpy(at<std::byte>(rank, own.scales_at) + t * scales,
                             pointer<const std::byte>(args.x_scales) + t * scales, scales);
@@ -149,6 +152,7 @@ void HostBuffer::pull_dispatch(const DispatchArgs& args, HostPlan& plan, const D
     pull_rows(args, plan, out);
     fill_unused(plan.plan, args, out);
     pull_routing(plan, out);
+    finish();
 }
 
 void HostBuffer::pull_rows(const DispatchArgs& args, const HostPlan& host_plan, const DispatchOutputs& out) {
@@ -194,8 +198,9 @@ void HostBuffer::pull_rows(const DispatchArgs& args, const HostPlan& host_plan, 
 void HostBuffer::fill_unused(const Plan& plan, const DispatchArgs& args, const DispatchOutputs& out) {
     if (plan.layout.kind == LayoutKind::kTokenMajor) return;
     const int64_t bytes = row_bytes(sizes_.hidden, args.dtype), scales = scale_bytes(sizes_.hidden);
+    const bool streamed = plan.num_rows * bytes >= kStreamedBytes;
     const auto clear = [&](int64_t slot) {
-        std::memset(pointer<std::byte>(out.x) + slot * bytes, 0, bytes);
+        clear_row(pointer<std::byte>(out.x) + slot * bytes, bytes, streamed);
         if (out.x_scales != 0) std::memset(pointer<std::byte>(out.x_scales) + slot * scales, 0, scales);
     };
     if (plan.layout.kind == LayoutKind::kExpertMajor) {
@@ -205,6 +210,7 @@ void HostBuffer::fill_unused(const Plan& plan, const DispatchArgs& args, const D
                 clear(slot);
             }
         }
+        finish_streaming();
         return;
     }
     std::vector<uint8_t> filled(plan.num_rows, 0);
@@ -213,6 +219,7 @@ void HostBuffer::fill_unused(const Plan& plan, const DispatchArgs& args, const D
         for (int64_t slot = begin; slot < end; ++slot) {
             if (filled[slot] == 0) clear(slot);
         }
+        finish_streaming();
     });
 }
 

@@ -37,25 +37,28 @@ HostBuffer::HostBuffer(std::shared_ptr<Domain> domain, const BufferSizes& sizes,
     if (largest < 64 * kPage) {
         throw ArgumentError("heap_gib", std::to_string(gib(sizes.max_segment_bytes)), "must be at least 0.001");
     }
-    const AgreedSizes agreed{{"num_experts", "hidden", "num_topk", "max_tokens", "max_capacity", "heap_bytes"},
-                             {static_cast<uint64_t>(sizes.num_experts), static_cast<uint64_t>(sizes.hidden),
-                              static_cast<uint64_t>(sizes.num_topk), static_cast<uint64_t>(sizes.max_tokens),
-                              static_cast<uint64_t>(sizes.max_capacity), static_cast<uint64_t>(area_bytes_)}};
-    heap_ = allocate_shared_heap(*domain_, kPage + 2 * area_bytes_, agreed, bootstrap_deadline_s);
+    const AgreedSizes agreed{
+        {"num_experts", "hidden", "num_topk", "max_tokens", "max_capacity", "heap_bytes", "symm_bytes"},
+        {static_cast<uint64_t>(sizes.num_experts), static_cast<uint64_t>(sizes.hidden),
+         static_cast<uint64_t>(sizes.num_topk), static_cast<uint64_t>(sizes.max_tokens),
+         static_cast<uint64_t>(sizes.max_capacity), static_cast<uint64_t>(area_bytes_),
+         static_cast<uint64_t>(sizes.symm_bytes)}};
+    const int64_t bytes = kPage + 2 * area_bytes_ + round_up(sizes.symm_bytes, kPage);
+    heap_ = std::make_shared<SharedHeap>(allocate_shared_heap(*domain_, bytes, agreed, bootstrap_deadline_s));
     std::vector<ControlBlock*> blocks;
-    for (const Segment& segment : heap_.segments) blocks.push_back(reinterpret_cast<ControlBlock*>(segment.data()));
-    signals_ = std::make_unique<Signals>(domain_.get(), std::move(blocks), std::move(interrupt));
+    for (const Segment& segment : heap_->segments) blocks.push_back(reinterpret_cast<ControlBlock*>(segment.data()));
+    signals_ = std::make_unique<Signals>(domain_.get(), std::move(blocks), &fault_slot_, std::move(interrupt));
 }
 
 void HostBuffer::close() {
     if (signals_ == nullptr) return;
     signals_->close();
     signals_.reset();
-    heap_.segments.clear();
+    heap_.reset();
 }
 
 std::byte* HostBuffer::area(int rank) const {
-    return heap_.segments[rank].data() + kPage + (sequence_ & 1) * area_bytes_;
+    return heap_->segments[rank].data() + kPage + (sequence_ & 1) * area_bytes_;
 }
 
 int64_t HostBuffer::reserve(int64_t bytes) {
@@ -67,7 +70,7 @@ int64_t HostBuffer::reserve(int64_t bytes) {
                                 " GiB of a rank's heap; make the buffer with larger sizes or raise heap_gib "
                                 "(RAY_DEEPEP_HEAP_GIB)");
     }
-    return area(geometry_.rank) - heap_.segments[geometry_.rank].data() + begin;
+    return area(geometry_.rank) - heap_->segments[geometry_.rank].data() + begin;
 }
 
 OpHeader& HostBuffer::open_operation(Operation operation) {
@@ -85,6 +88,26 @@ void HostBuffer::publish(OpHeader& header) {
     signals_->raise(header.sequence);
     signals_->wait_published(header.sequence, header.operation, deadline_s_);
     check_agreement();
+}
+
+void HostBuffer::finish() {
+    bool anyone = false;
+    for (int rank = 0; rank < geometry_.num_ranks; ++rank) anyone = anyone || header(rank).in_place != 0;
+    signals_->finish(sequence_, anyone);
+    const OpHeader& own = header(geometry_.rank);
+    if (own.in_place != 0) signals_->wait_finished(sequence_, own.operation, deadline_s_);
+}
+
+HostBuffer::SymmRegion HostBuffer::symm_region() const {
+    if (heap_ == nullptr) throw ArgumentError("buffer", "closed", "must be open");
+    return SymmRegion{heap_, heap_->segments[geometry_.rank].data() + kPage + 2 * area_bytes_, sizes_.symm_bytes};
+}
+
+int64_t HostBuffer::symm_offset(uintptr_t address) const {
+    const auto segment = reinterpret_cast<uintptr_t>(heap_->segments[geometry_.rank].data());
+    const uintptr_t begin = segment + kPage + 2 * area_bytes_;
+    const bool inside = address >= begin && address < begin + sizes_.symm_bytes;
+    return inside ? static_cast<int64_t>(address - segment) : 0;
 }
 
 void HostBuffer::check_agreement() const {

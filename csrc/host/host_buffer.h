@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <vector>
 
 #include "common/dtype.h"
@@ -14,6 +15,7 @@
 #include "heap/domain.h"
 #include "heap/symmetric_heap.h"
 #include "host/control.h"
+#include "host/output_rows.h"
 #include "host/thread_pool.h"
 #include "host/wait.h"
 
@@ -30,6 +32,7 @@ struct BufferSizes {
     int64_t max_tokens = 0;
     int64_t max_capacity = 0;
     int64_t max_segment_bytes = 0;
+    int64_t symm_bytes = 0;  // room for the caller's own tensors, behind the areas
     // Bytes of one area for these sizes, before the limit.
     int64_t area_bytes(int num_ranks) const;
 };
@@ -58,6 +61,8 @@ struct DispatchOutputs {
 
 struct CombineArgs {
     uintptr_t rows = 0, row_weights = 0, bias = 0;
+    // Instead of `rows`: one block per local expert, [rows of the expert, hidden] in the order of the layout.
+    std::vector<uintptr_t> expert_rows;
     DType dtype = DType::kFloat32;
     bool has_rows = true;
     bool has_row_weights = false;
@@ -83,6 +88,17 @@ class HostBuffer {
     void pull_dispatch(const DispatchArgs& args, HostPlan& plan, const DispatchOutputs& out);
     void combine(const CombineArgs& args, const HostPlan& plan, const CombineOutputs& out);
     void close();
+    // The fault that ended this buffer, if one did. From any thread, also while another one waits in an operation.
+    std::optional<FaultRecord> fault_record() const { return fault_slot_.get(); }
+
+    // The room for the caller's own tensors: rows that lie in it are not staged. It stays mapped while someone holds
+    // it.
+    struct SymmRegion {
+        std::shared_ptr<const SharedHeap> heap;
+        std::byte* data = nullptr;
+        int64_t bytes = 0;
+    };
+    SymmRegion symm_region() const;
 
   private:
     const OpHeader& header(int rank) const { return *reinterpret_cast<const OpHeader*>(area(rank)); }
@@ -91,10 +107,14 @@ class HostBuffer {
     int64_t reserve(int64_t bytes);
     OpHeader& open_operation(Operation operation);
     void publish(OpHeader& header);
+    // All rows are pulled; if peers read this rank's in place, wait for them.
+    void finish();
+    // Where `address` is in this rank's segment if it lies in the room for the caller's tensors; 0 if not.
+    int64_t symm_offset(uintptr_t address) const;
     void check_agreement() const;
     template <typename T>
     T* at(int rank, int64_t offset) const {
-        return reinterpret_cast<T*>(heap_.segments[rank].data() + offset);
+        return reinterpret_cast<T*>(heap_->segments[rank].data() + offset);
     }
 
     void stage_rows(const DispatchArgs& args, OpHeader& header, const int32_t* send_expert);
@@ -104,6 +124,7 @@ class HostBuffer {
     void fill_unused(const Plan& plan, const DispatchArgs& args, const DispatchOutputs& out);
     void pull_routing(const HostPlan& plan, const DispatchOutputs& out);
 
+    OutputRows output_rows(const CombineArgs& args, const Plan& plan) const;
     void stage_outputs(const CombineArgs& args, const HostPlan& plan, OpHeader& header);
     void reduce_local(const CombineArgs& args, const HostPlan& plan, std::byte* staged);
     void pull_outputs(const CombineArgs& args, const HostPlan& plan, const CombineOutputs& out);
@@ -113,9 +134,10 @@ class HostBuffer {
     Geometry geometry_;
     BufferSizes sizes_;
     double deadline_s_;
-    SharedHeap heap_;
+    std::shared_ptr<const SharedHeap> heap_;
     int64_t area_bytes_ = 0, used_ = 0;
     uint32_t sequence_ = 0;
+    FaultSlot fault_slot_;
     std::unique_ptr<Signals> signals_;
     ThreadPool threads_;
 };

@@ -135,6 +135,20 @@ void copy_row(void* dst, const void* src, int64_t bytes, bool streamed) {
     std::memcpy(dst, src, bytes);
 }
 
+void clear_row(void* dst, int64_t bytes, bool streamed) {
+#if defined(__SSE2__)
+    if (streamed && reinterpret_cast<uintptr_t>(dst) % 16 == 0) {
+        auto* to = static_cast<__m128i*>(dst);
+        const int64_t vectors = bytes / 16;
+        for (int64_t i = 0; i < vectors; ++i) _mm_stream_si128(to + i, _mm_setzero_si128());
+        std::memset(to + vectors, 0, bytes % 16);
+        return;
+    }
+#endif
+    (void)streamed;
+    std::memset(dst, 0, bytes);
+}
+
 void finish_streaming() {
 #if defined(__SSE2__)
     _mm_sfence();

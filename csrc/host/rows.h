@@ -12,6 +12,8 @@ namespace ray_deepep {
 // dst = src. Streamed: written past the cache, for output that is larger than it; every writer then calls
 // finish_streaming() before anyone is told.
 void copy_row(void* dst, const void* src, int64_t bytes, bool streamed);
+// dst = 0
+void clear_row(void* dst, int64_t bytes, bool streamed);
 void finish_streaming();
 // dst = round(weight * src)
 void scale_row(void* dst, const void* src, int64_t hidden, DType dtype, float weight);

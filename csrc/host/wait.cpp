@@ -37,8 +37,12 @@ void cpu_pause() {
 
 }  // namespace
 
-Signals::Signals(const Domain* domain, std::vector<ControlBlock*> blocks, Interrupt interrupt)
-    : domain_(domain), blocks_(std::move(blocks)), own_(blocks_[domain->rank()]), interrupt_(std::move(interrupt)) {
+Signals::Signals(const Domain* domain, std::vector<ControlBlock*> blocks, FaultSlot* fault_slot, Interrupt interrupt)
+    : domain_(domain),
+      blocks_(std::move(blocks)),
+      own_(blocks_[domain->rank()]),
+      fault_slot_(fault_slot),
+      interrupt_(std::move(interrupt)) {
     own_->waiting_for.store(-1, std::memory_order_relaxed);
     own_->blamed_peer.store(-1, std::memory_order_relaxed);
 }
@@ -49,17 +53,32 @@ void Signals::raise(uint32_t sequence) {
 }
 
 void Signals::wait_published(uint32_t sequence, Operation operation, double deadline_s) {
+    wait_for_all(&ControlBlock::published, sequence, operation, deadline_s);
+}
+
+void Signals::finish(uint32_t sequence, bool wake) {
+    own_->finished.store(sequence, std::memory_order_release);
+    if (wake) futex_wake_all(&own_->finished);
+}
+
+void Signals::wait_finished(uint32_t sequence, Operation operation, double deadline_s) {
+    wait_for_all(&ControlBlock::finished, sequence, operation, deadline_s);
+}
+
+void Signals::wait_for_all(Signal signal, uint32_t sequence, Operation operation, double deadline_s) {
     const Deadline deadline(deadline_s);
     for (int peer = 0; peer < domain_->num_ranks(); ++peer) {
-        if (!reached(blocks_[peer]->published.load(std::memory_order_acquire), sequence)) {
-            wait_for_peer(peer, sequence, operation, deadline);
+        if (!reached((blocks_[peer]->*signal).load(std::memory_order_acquire), sequence)) {
+            wait_for_peer(peer, signal, sequence, operation, deadline);
         }
     }
 }
 
-void Signals::wait_for_peer(int peer, uint32_t sequence, Operation operation, const Deadline& deadline) {
-    const auto& signal = blocks_[peer]->published;
+void Signals::wait_for_peer(int peer, Signal which, uint32_t sequence, Operation operation, const Deadline& deadline) {
+    const auto& signal = blocks_[peer]->*which;
+    const bool finished = which == &ControlBlock::finished;
     own_->waiting_sequence.store(sequence, std::memory_order_relaxed);
+    own_->waiting_finished.store(finished, std::memory_order_relaxed);
     own_->waiting_for.store(peer, std::memory_order_release);
     double next_interrupt_s = kInterruptEvery_s;
     for (int round = 0;; ++round) {
@@ -76,14 +95,14 @@ void Signals::wait_for_peer(int peer, uint32_t sequence, Operation operation, co
         FaultRecord record;
         record.operation = operation;
         record.sequence = sequence;
-        record.phase = "wait_published";
+        record.phase = finished ? "wait_finished" : "wait_published";
         record.rank = domain_->rank();
         record.peer = peer;
         record.expected = sequence;
         record.seen = seen;
         record.elapsed_s = deadline.elapsed_s();
         record.deadline_s = deadline.limit_s();
-        check_peer(peer, record);
+        check_peer(peer, which, record);
         if (deadline.expired()) fail(record, follow_waits(peer), Cause::kTimeout);
         if (interrupt_ && deadline.elapsed_s() >= next_interrupt_s) {
             next_interrupt_s = deadline.elapsed_s() + kInterruptEvery_s;
@@ -100,13 +119,13 @@ void Signals::wait_for_peer(int peer, uint32_t sequence, Operation operation, co
 }
 
 // Throw if the peer will never come: it failed, closed, or its process ended.
-void Signals::check_peer(int peer, const FaultRecord& record) {
+void Signals::check_peer(int peer, Signal signal, const FaultRecord& record) {
     // Liveness first: whatever the peer wrote before it ended is then visible below.
     const bool gone = domain_->peer_is_gone(peer);
     const ControlBlock& block = *blocks_[peer];
     const RankState state = block.state.load(std::memory_order_acquire);
-    // It may have published between our look at the signal and its end.
-    if (reached(block.published.load(std::memory_order_acquire), record.expected)) return;
+    // It may have raised it between our look at the signal and its end.
+    if (reached((block.*signal).load(std::memory_order_acquire), record.expected)) return;
     if (state == RankState::kFailed) {
         const int blamed = block.blamed_peer.load(std::memory_order_relaxed);
         fail(record, blamed >= 0 ? blamed : peer, block.blamed_cause.load(std::memory_order_relaxed));
@@ -118,6 +137,7 @@ void Signals::check_peer(int peer, const FaultRecord& record) {
 void Signals::fail(FaultRecord record, int peer, Cause cause) {
     record.peer = peer;
     record.cause = cause;
+    fault_slot_->set(record);
     leave(RankState::kFailed, peer, cause);
     throw FaultError(std::move(record));
 }
@@ -132,8 +152,9 @@ void Signals::leave(RankState state, int blamed_peer, Cause cause) {
     own_->blamed_peer.store(blamed_peer, std::memory_order_relaxed);
     own_->blamed_cause.store(cause, std::memory_order_relaxed);
     own_->state.store(state, std::memory_order_release);
-    // Peers that sleep on our signal look at our state when they wake.
+    // Peers that sleep on our signals look at our state when they wake.
     futex_wake_all(&own_->published);
+    futex_wake_all(&own_->finished);
 }
 
 // A peer that itself waits for another is a victim: follow the chain to a rank that waits for nobody. A wait whose
@@ -143,7 +164,9 @@ int Signals::follow_waits(int peer) const {
         const int next = blocks_[peer]->waiting_for.load(std::memory_order_acquire);
         if (next < 0 || next >= domain_->num_ranks() || next == domain_->rank()) return peer;
         const uint32_t wanted = blocks_[peer]->waiting_sequence.load(std::memory_order_relaxed);
-        if (reached(blocks_[next]->published.load(std::memory_order_acquire), wanted)) return peer;
+        const bool finished = blocks_[peer]->waiting_finished.load(std::memory_order_relaxed) != 0;
+        const auto& signal = finished ? blocks_[next]->finished : blocks_[next]->published;
+        if (reached(signal.load(std::memory_order_acquire), wanted)) return peer;
         peer = next;
     }
     return peer;

@@ -13,25 +13,33 @@ namespace ray_deepep {
 
 class Signals {
   public:
-    Signals(const Domain* domain, std::vector<ControlBlock*> blocks, Interrupt interrupt);
+    // Faults go to `fault_slot` before they are thrown.
+    Signals(const Domain* domain, std::vector<ControlBlock*> blocks, FaultSlot* fault_slot, Interrupt interrupt);
 
     // Tell all peers that operation `sequence` of this rank is published.
     void raise(uint32_t sequence);
     // Wait until every peer published `sequence`. Throws FaultError; this rank is then failed and its peers know why.
     void wait_published(uint32_t sequence, Operation operation, double deadline_s);
+    // Tell all peers that this rank has pulled what it needs of operation `sequence`.
+    void finish(uint32_t sequence, bool wake);
+    // Wait until every peer has finished `sequence`; as wait_published.
+    void wait_finished(uint32_t sequence, Operation operation, double deadline_s);
     // Say that this rank leaves; peers that wait for it learn so at once.
     void close();
 
   private:
-    void wait_for_peer(int peer, uint32_t sequence, Operation operation, const Deadline& deadline);
+    using Signal = std::atomic<uint32_t> ControlBlock::*;
+    void wait_for_all(Signal signal, uint32_t sequence, Operation operation, double deadline_s);
+    void wait_for_peer(int peer, Signal signal, uint32_t sequence, Operation operation, const Deadline& deadline);
     [[noreturn]] void fail(FaultRecord record, int peer, Cause cause);
     void leave(RankState state, int blamed_peer, Cause cause);
-    void check_peer(int peer, const FaultRecord& record);
+    void check_peer(int peer, Signal signal, const FaultRecord& record);
     int follow_waits(int peer) const;
 
     const Domain* domain_;
     std::vector<ControlBlock*> blocks_;
     ControlBlock* own_;
+    FaultSlot* fault_slot_;
     Interrupt interrupt_;
 };
 

@@ -1,7 +1,8 @@
 """ray_deepep on Ray: Ray Train runs, raw actors, and faults that name their culprit. The only part that imports ray."""
 
 from .actors import ActorRank, bootstrap, teardown
-from .culprit import Culprit, RankFault, RankState, RankStatus, decide_culprit
+from .culprit import Culprit, Evidence, RankFault, RankState, RankStatus
+from .decision import decide_culprit, decide_hung
 from .exchange import RayExchange, make_rendezvous
 from .expert_parallel import ExpertParallelConfig, WorkerBootstrapError
 from .layout import ep_groups
@@ -20,6 +21,7 @@ __all__ = [
     "ActorRank",
     "Culprit",
     "DomainRoom",
+    "Evidence",
     "ExpertParallelConfig",
     "NodeOffer",
     "NotBootstrappedError",
@@ -38,6 +40,7 @@ __all__ = [
     "cluster_offer",
     "current",
     "decide_culprit",
+    "decide_hung",
     "decide_placement",
     "ep_groups",
     "find_placement",

@@ -224,6 +224,7 @@ def _join(actor: Any, rendezvous: ray.actor.ActorHandle, spec: _JoinSpec) -> Act
     try:
         state.swap = groups.swap_deepspeed(spec.swap, communicator, ranks, spec.config)
         world("ready", b"")
+        state.watch_health(None)
     except BaseException:
         drop_state(actor)
         raise

@@ -1,25 +1,19 @@
-"""Who is to blame for a fault: a pure function of what every rank reported and of what is known about its process.
-
-When one rank of an expert-parallel job stops, all others fail too, each with an error that names whom *it* waited for.
-The run must name the cause. The rules, strongest evidence first:
-
-1. a dead process (the cluster says so, or a peer saw it go);
-2. a stopped process (SIGSTOP, debugger);
-3. a rank that raised an error of its own, which no other rank's failure explains;
-4. a late rank: follow the chain of waits to the rank that waited for nobody, by majority, then the earliest wait;
-5. a rank that left early (closed or aborted its communicator);
-6. a rank whose torch.distributed call failed, or which stopped answering, with no better evidence.
-"""
+"""What is known about the ranks of a job when it fails, and the verdict. ``decision.py`` gets from one to the other."""
 
 from __future__ import annotations
 
-import collections
 import dataclasses
 import enum
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
 from ..errors import FaultRecord
+from ..gpu_events import GpuEvent
+from ..progress import Beacon
+
+MAX_SHOWN = 8
+"""Ranks whose beacons a report shows; a job may have thousands."""
 
 
 class RankState(enum.Enum):
@@ -27,10 +21,18 @@ class RankState(enum.Enum):
 
     RUNNING = "running"
     FINISHED = "finished"
+    NODE_LOST = "node_lost"
+    """Its whole node is gone."""
     DEAD = "dead"
     """Its process is gone."""
     STOPPED = "stopped"
     """Its process exists and does not run (SIGSTOP)."""
+    OUT_OF_MEMORY = "out_of_memory"
+    """It raised for want of memory, of the GPU or of the host, or Ray ended it for that."""
+    DEVICE_FAILED = "device_failed"
+    """The training function met an error of CUDA, such as a failed assertion in a kernel."""
+    MISMATCHED = "mismatched"
+    """It raised ``MismatchError``, as all ranks of its EP group do."""
     RAISED = "raised"
     """The training function raised an error of its own."""
     FAULTED = "faulted"
@@ -52,6 +54,12 @@ class RankStatus:
     node_id: str = ""
     pid: int = 0
     gpu: str = ""
+    """UUID of its GPU; empty if it uses none."""
+    beacon: Beacon | None = None
+    """What was last heard of its progress; None if it never told."""
+    gpu_events: tuple[GpuEvent, ...] = ()
+    accuses: int | None = None
+    """World rank whose arguments differ, by its ``MismatchError``."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,113 +74,104 @@ class RankFault:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class Evidence:
+    """All that a verdict is found by; as JSON it can be kept, and judged again."""
+
+    faults: tuple[RankFault, ...]
+    """Fault records of all ranks that have one."""
+    statuses: Mapping[int, RankStatus]
+    """Every world rank."""
+
+    def to_json(self) -> str:
+        """One line of JSON."""
+        return json.dumps(dataclasses.asdict(self), default=lambda state: state.value)
+
+    @classmethod
+    def from_json(cls, text: str) -> Evidence:
+        """Inverse of :meth:`to_json`; what a rank's status lacks has its default."""
+        fields = json.loads(text)
+        faults = [RankFault(**fault | {"record": FaultRecord(**fault["record"])}) for fault in fields["faults"]]
+        return cls(faults=tuple(faults), statuses={int(r): _status_of(s) for r, s in fields["statuses"].items()})
+
+
+def _status_of(fields: Mapping[str, Any]) -> RankStatus:
+    beacon = fields.get("beacon")
+    parsed = {
+        "state": RankState(fields["state"]),
+        "beacon": None if beacon is None else Beacon(**beacon),
+        "gpu_events": tuple(GpuEvent(**event) for event in fields.get("gpu_events", ())),
+    }
+    return RankStatus(**dict(fields) | parsed)
+
+
+_WHAT: Mapping[str, str] = {
+    "died": "died",
+    "node_died": "is gone with its node",
+    "stopped": "is stopped (SIGSTOP): its process exists and does not run",
+    "gpu_failed": "has a GPU that failed",
+    "out_of_memory": "ran out of memory",
+    "device_failed": "met an error of its GPU's",
+    "mismatch": "passed arguments that differ from the others'",
+    "raised": "raised an error",
+    "late": "was late: it runs and sent no signal within the deadline",
+    "closed": "left while others still waited for it",
+    "hung": "hangs: it runs and makes no progress",
+    "collective": "failed in torch.distributed; no rank reported whom it waited for",
+    "unresponsive": "does not answer",
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class Culprit:
     """The rank to blame, and why."""
 
     world_rank: int
     cause: str
-    """``died``, ``stopped``, ``raised``, ``late``, ``closed``, ``collective`` or ``unresponsive``."""
+    """``died``, ``node_died``, ``stopped``, ``gpu_failed``, ``out_of_memory``, ``device_failed``, ``mismatch``,
+    ``raised``, ``late``, ``closed``, ``hung``, ``collective`` or ``unresponsive``."""
     host: str
     node_id: str
     pid: int
     gpu: str
+    """UUID of its GPU; empty if it uses none."""
     reporters: tuple[int, ...]
     """World ranks whose fault records blame it, ascending."""
     record: FaultRecord | None
     """The earliest of these records; its ``rank`` and ``peer`` count within the EP group."""
     error: str
     """The culprit's own error, in one line."""
+    beacons: Mapping[int, Beacon] = dataclasses.field(default_factory=dict)
+    """By world rank, the culprit's and some of its victims'."""
+    gpu_events: tuple[GpuEvent, ...] = ()
+    """Of its GPU."""
 
     def __str__(self) -> str:
-        where = f" (pid {self.pid} on {self.host or 'an unknown host'})" if self.pid else ""
-        what = {
-            "died": "died",
-            "stopped": "is stopped (SIGSTOP): its process exists and does not run",
-            "raised": "raised an error",
-            "late": "was late: it runs and sent no signal within the deadline",
-            "closed": "left while others still waited for it",
-            "collective": "failed in torch.distributed; no rank reported whom it waited for",
-            "unresponsive": "does not answer",
-        }[self.cause]
-        text = f"rank {self.world_rank}{where} {what}"
+        text = f"rank {self.world_rank}{self._where()} {_WHAT[self.cause]}"
         if self.error:
             text += f": {self.error}"
+        if self.gpu_events:
+            text += f"; its GPU reported {', '.join(map(str, dict.fromkeys(self.gpu_events)))}"
+        beacon = self.beacons.get(self.world_rank)
+        if beacon is not None:
+            text += f"; it was last at {beacon}"
         if self.record is not None:
-            ranks = ", ".join(map(str, self.reporters))
-            waited = f"{self.record.elapsed_s:.1f} s in {self.record.operation} #{self.record.sequence}"
-            text += f"; rank{'s' if len(self.reporters) > 1 else ''} {ranks} waited for it {waited}"
+            record, several = self.record, len(self.reporters) > 1
+            ranks = f"rank{'s' if several else ''} {', '.join(map(str, self.reporters))}"
+            waited = f"{record.elapsed_s:.1f} s in {record.operation} #{record.sequence}, {record.phase}"
+            text += f"; {ranks} waited for it {waited} (signal {record.expected} expected, {record.seen} seen)"
         return text
 
+    def _where(self) -> str:
+        if not self.pid:
+            return ""
+        node = f", node {self.node_id[:12]}" if self.node_id else ""
+        gpu = f", GPU {self.gpu}" if self.gpu else ""
+        return f" (pid {self.pid} on {self.host or 'an unknown host'}{node}{gpu})"
+
     def to_json(self, **extra: object) -> str:
-        """One line of JSON: the fields, the text, and ``extra``."""
+        """One line of JSON: the fields, those of the record again that say what was waited for, the text, ``extra``."""
         fields = dataclasses.asdict(self) | {"text": str(self)} | extra
         fields["rank"] = fields.pop("world_rank")
+        for name in ("operation", "sequence", "phase", "expected", "seen", "elapsed_s"):
+            fields[name] = None if self.record is None else getattr(self.record, name)
         return json.dumps(fields, sort_keys=True)
-
-
-def decide_culprit(faults: Sequence[RankFault], statuses: Mapping[int, RankStatus]) -> Culprit | None:
-    """The rank to blame, or None where nothing points at one.
-
-    Args:
-        faults: fault records of all ranks that have one.
-        statuses: every world rank.
-    """
-    in_state = {state: {rank for rank, s in statuses.items() if s.state is state} for state in RankState}
-    seen_dead = {fault.blamed for fault in faults if fault.record.cause == "peer_died"}
-    late = _roots([fault for fault in faults if fault.record.cause == "timeout"])
-    closed = _roots([fault for fault in faults if fault.record.cause in ("peer_closed", "aborted")])
-    candidates = (
-        ("died", in_state[RankState.DEAD] or seen_dead),
-        ("stopped", in_state[RankState.STOPPED]),
-        ("raised", in_state[RankState.RAISED]),
-        ("late", late),
-        ("closed", closed),
-        ("unresponsive", in_state[RankState.UNRESPONSIVE]),
-        ("collective", in_state[RankState.COLLECTIVE]),
-    )
-    for cause, ranks in candidates:
-        if ranks:
-            return _culprit(_most_blamed(ranks, faults), cause, faults, statuses)
-    return None
-
-
-def _roots(faults: Sequence[RankFault]) -> set[int]:
-    """Ends of the chains of waits: blamed ranks that did not wait themselves.
-
-    In a circle of waits nobody is such an end; then the wait that began first names it.
-    """
-    waiting = {fault.reporter for fault in faults}
-    roots = {fault.blamed for fault in faults} - waiting
-    if not roots and faults:
-        roots = {min(faults, key=_age).blamed}
-    return roots
-
-
-def _age(fault: RankFault) -> tuple[int, float, int]:
-    """Sorts the earliest wait first: fewest operations done, then longest wait."""
-    return fault.record.sequence, -fault.record.elapsed_s, fault.reporter
-
-
-def _most_blamed(ranks: set[int], faults: Sequence[RankFault]) -> int:
-    votes = collections.Counter(fault.blamed for fault in faults if fault.blamed in ranks)
-    first = {fault.blamed: _age(fault) for fault in sorted(faults, key=_age, reverse=True)}
-    never = (2**63, 0.0, 0)
-    return min(ranks, key=lambda rank: (-votes[rank], first.get(rank, never), rank))
-
-
-def _culprit(rank: int, cause: str, faults: Sequence[RankFault], statuses: Mapping[int, RankStatus]) -> Culprit:
-    blaming = sorted((fault for fault in faults if fault.blamed == rank), key=_age)
-    record = blaming[0].record if blaming else None
-    status = statuses.get(rank, RankStatus(state=RankState.RUNNING))
-    return Culprit(
-        world_rank=rank,
-        cause=cause,
-        host=status.host or (record.peer_host if record else ""),
-        node_id=status.node_id,
-        pid=status.pid or (record.peer_pid if record else 0),
-        gpu=status.gpu or (record.peer_gpu if record else ""),
-        reporters=tuple(sorted({fault.reporter for fault in blaming})),
-        record=record,
-        # A rank that suffers from others has an error that names those; as evidence against it, it would mislead.
-        error=status.error if cause in ("died", "raised", "collective", "unresponsive") else "",
-    )

@@ -26,6 +26,7 @@ from ..errors import BootstrapError, InvalidArgumentError, InvalidTypeError
 from . import worker
 from .gather import first_error, gather, refuse_shared_gpus
 from .layout import ep_groups
+from .nodes import lost_nodes
 from .placement import PlacementConfig
 from .processes import ProcessId, kill_process, on_nodes
 
@@ -37,6 +38,7 @@ logger = logging.getLogger("ray_deepep")
 _CALLBACKS = ("ray_deepep.cluster.supervision.FaultSupervisor", "ray_deepep.cluster.placer.Placer")
 _STOP_DEADLINE_S = 5.0
 _NODE_DEADLINE_S = 5.0
+_REACH_DEADLINE_S = 1.0
 
 
 class WorkerBootstrapError(WorkerGroupStartupFailedError, BootstrapError):
@@ -57,6 +59,10 @@ class ExpertParallelConfig(TorchConfig):
         swap: whether to swap DeepSpeed's MoE layers, or how.
         placement: how EP groups are kept inside NVLink domains; None: Ray places the workers as it likes. It also does
             so where ``ScalingConfig`` has a ``label_selector`` or a ``placement_strategy`` other than ``PACK``.
+        hang_deadline_s: if no rank goes on to another step, phase or operation for so many seconds, the slowest one
+            is taken to hang, and Ray starts the workers again. It must be longer than the longest phase that is meant,
+            such as writing a checkpoint, and of use where the training function sets ``current().progress``. 0: only
+            the deadlines of collectives find ranks that hang.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: a field breaks its rule.
@@ -66,6 +72,7 @@ class ExpertParallelConfig(TorchConfig):
     ep_size: int | None = None
     swap: bool | SwapConfig = True
     placement: PlacementConfig | None = dataclasses.field(default_factory=PlacementConfig)
+    hang_deadline_s: float = dataclasses.field(default_factory=env.hang_deadline_s)
 
     def __post_init__(self) -> None:
         if not isinstance(self.comm, CommConfig):
@@ -74,6 +81,8 @@ class ExpertParallelConfig(TorchConfig):
             raise InvalidTypeError("placement", type(self.placement).__name__, "must be a PlacementConfig, or None")
         if self.ep_size is not None and (not isinstance(self.ep_size, int) or self.ep_size < 1):
             raise InvalidArgumentError("ep_size", self.ep_size, "must be an integer >= 1, or None")
+        if not self.hang_deadline_s >= 0:
+            raise InvalidArgumentError("hang_deadline_s", self.hang_deadline_s, "must be >= 0")
         if self.init_method not in ("env", "tcp"):
             raise InvalidArgumentError("init_method", self.init_method, "must be env or tcp")
         register_callbacks()
@@ -90,7 +99,13 @@ class ExpertParallelConfig(TorchConfig):
         """Fields as Ray shows them with the run."""
         swap = self.swap if isinstance(self.swap, bool) else dataclasses.asdict(self.swap)
         placement = None if self.placement is None else dataclasses.asdict(self.placement)
-        fields = {"comm": dataclasses.asdict(self.comm), "ep_size": self.ep_size, "swap": swap, "placement": placement}
+        fields = {
+            "comm": dataclasses.asdict(self.comm),
+            "ep_size": self.ep_size,
+            "swap": swap,
+            "placement": placement,
+            "hang_deadline_s": self.hang_deadline_s,
+        }
         return super().to_dict() | fields
 
 
@@ -108,14 +123,16 @@ class ExpertParallelBackend(_TorchBackend):
 
     def on_shutdown(self, worker_group, backend_config: ExpertParallelConfig) -> None:
         """Tear down the workers that can; end those that cannot. A stopped process would outlive an actor call."""
-        refs = worker_group.execute_async(worker.stop_worker)
-        answers = gather(refs, _STOP_DEADLINE_S, stop_at_error=False)
-        for rank, error in answers.errors.items():
-            if rank not in answers.dead:
-                logger.warning("rank %d did not stop cleanly: %s", rank, error)
         processes = worker_processes(worker_group)
-        killed = on_nodes(kill_process, [processes[rank] for rank in answers.missing], _NODE_DEADLINE_S)
-        for rank, done in zip(answers.missing, killed):
+        lost = lost_nodes({process.node_id for process in processes}, _REACH_DEADLINE_S)
+        ranks = [rank for rank, process in enumerate(processes) if process.node_id not in lost]
+        refs = [worker_group.execute_single_async(rank, worker.stop_worker) for rank in ranks]
+        answers = gather(refs, _STOP_DEADLINE_S, stop_at_error=False)
+        for index, error in answers.errors.items():
+            if index not in answers.dead:
+                logger.warning("rank %d did not stop cleanly: %s", ranks[index], error)
+        silent = [ranks[index] for index in answers.missing]
+        for rank, done in zip(silent, on_nodes(kill_process, [processes[r] for r in silent], _NODE_DEADLINE_S)):
             if done:
                 logger.warning("killed rank %d (%s), which did not answer", rank, processes[rank])
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 import ray
 
 from ..errors import InvalidTypeError
+from .nodes import lost_nodes
 from .placement import (
     Decision,
     NodeOffer,
@@ -22,13 +23,19 @@ from .shortage import PlacementError
 logger = logging.getLogger("ray_deepep")
 
 _POLL_S = 0.5
+_ANSWER_S = 1.0
 _TELL_EVERY_S = 10.0
 
 
 def cluster_offer() -> list[NodeOffer]:
-    """Nodes that are alive and stay, with their labels and resources, as Ray's control service knows them."""
+    """Nodes that are alive and stay, with their labels and resources, as Ray's control service knows them.
+
+    A node that has just died, of which the service has not heard, is no more among them.
+    """
     state = ray._private.state.state
     free, leaving = state.available_resources_per_node(), state.get_draining_nodes()
+    nodes = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
+    lost = lost_nodes({node["NodeID"] for node in nodes}, _ANSWER_S)
     return [
         NodeOffer(
             node_id=node["NodeID"],
@@ -37,8 +44,8 @@ def cluster_offer() -> list[NodeOffer]:
             free=free.get(node["NodeID"], {}),
             total=node["Resources"],
         )
-        for node in ray.nodes()
-        if node["Alive"] and node["NodeID"] not in leaving
+        for node in nodes
+        if node["NodeID"] not in lost
     ]
 
 

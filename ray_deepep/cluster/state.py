@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import ray
@@ -15,12 +16,16 @@ import torch.distributed as dist
 
 from ..communicator import Communicator
 from ..errors import FaultRecord, RayDeepEPError
+from ..gpu_events import watch_gpu
+from ..health import SEND_EVERY_S, HealthReport, HealthThread
+from ..progress import Progress
 
 if TYPE_CHECKING:
     from ..deepspeed import Swap
 
 logger = logging.getLogger("ray_deepep")
 
+_REPORTS_PER_S = 1000
 _ATTRIBUTE = "_ray_deepep_state"
 
 
@@ -54,6 +59,7 @@ class WorkerState:
         self.communicator = communicator
         self.swap = swap
         self.owns_process_group = owns_process_group
+        self._health: HealthThread | None = None
         self._training = threading.Event()
         self._close_lock = threading.Lock()
 
@@ -61,6 +67,11 @@ class WorkerState:
     def fault(self) -> FaultRecord | None:
         """The fault that ended this worker's communicator, or None."""
         return self.communicator.fault
+
+    @property
+    def progress(self) -> Progress:
+        """Where the training function says what it is at: ``current().progress.phase = "data"``, ``.step = 7``."""
+        return self.communicator.progress
 
     @property
     def is_training(self) -> bool:
@@ -71,9 +82,22 @@ class WorkerState:
         """Mark the training function as started or ended."""
         (self._training.set if training else self._training.clear)()
 
+    def watch_health(self, send: Callable[[HealthReport], None] | None) -> None:
+        """Start this worker's health thread, which gives its reports to ``send``; once."""
+        with self._close_lock:
+            if self._health is None and not self.communicator.closed:
+                uuid = self.communicator.peers[self.communicator.rank].gpu
+                watch = watch_gpu(uuid, log=logger.info if self.world_rank == 0 else logger.debug)
+                # The board takes some thousand reports a second.
+                every_s = max(SEND_EVERY_S, self.world_size / _REPORTS_PER_S)
+                self._health = HealthThread(self.communicator, send, gpu_watch=watch, send_every_s=every_s)
+                self._health.start()
+
     def close(self) -> None:
         """Give DeepSpeed its own layers back and leave the EP group. Never waits for a peer; safe to call twice."""
         with self._close_lock:
+            if self._health is not None:
+                self._health.stop()
             if self.swap is not None:
                 self.swap.close()
             self.communicator.close()

@@ -3,32 +3,41 @@
 One ``RAY_DEEPEP_FAULT {json}`` line in the job log, the worker's error in the run's status (from which Ray makes the
 attempt's error and, when no retry is left, the exception), and the metric ``ray_deepep_faults``.
 
-A stopped process (SIGSTOP) answers nothing and dies of nothing. The supervisor finds it wherever it stopped, in a
-collective that has no deadline as in the start of the workers, and kills it so that a restart need not wait for it.
+It hears of a fault from Ray, or from the health thread of a worker whose main thread still waits. A stopped process
+(SIGSTOP) answers nothing and dies of nothing. The supervisor finds it wherever it stopped, in a collective that has no
+deadline as in the start of the workers, and kills it so that a restart need not wait for it. A node that is gone takes
+no connection, long before Ray's health checks give it up.
 """
 
 from __future__ import annotations
 
 import logging
-import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
+import ray
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback, WorkerHealthCheckFailedError
 from ray.train.v2._internal.execution.callback import ControllerCallback, WorkerGroupCallback
 from ray.util.metrics import Counter
 
 from ..errors import FAULT_LOG_PREFIX, RayDeepEPError
-from .culprit import Culprit, RankState, RankStatus, decide_culprit
-from .evidence import ANSWER_DEADLINE_S, find_culprit, stopped_ranks
+from ..health import HealthReport
+from . import worker
+from .board import BoardSender, make_board, read_board
+from .culprit import Culprit, RankState
+from .decision import decide_culprit, decide_hung
+from .evidence import ANSWER_DEADLINE_S, gather_evidence, look, rank_status, silent_states
 from .expert_parallel import ExpertParallelConfig, worker_processes
-from .processes import ProcessId, kill_process, on_nodes, process_state
+from .processes import ProcessId, kill_process, on_nodes
+from .start_watch import StartWatch
 
 logger = logging.getLogger("ray_deepep")
 
 _SETTLE_S = 1.0
 """A fault reaches the ranks within milliseconds of each other, not at once."""
+_CERTAIN = ("node_died", "died", "stopped", "gpu_failed", "out_of_memory", "device_failed", "mismatch", "raised")
+"""Causes that need no second look."""
 
 
 class WorkerFaultError(RayDeepEPError, RuntimeError):
@@ -49,28 +58,35 @@ class FaultSupervisor(ControllerCallback, WorkerGroupCallback):
         self._config: ExpertParallelConfig | None = None
         self._run_name = ""
         self._attempt = 0
+        self._board: ray.actor.ActorHandle | None = None
         self._group: Any = None
         self._reported = False
         self._stopped_since: dict[int, float] = {}
-        self._start_watch: _StartWatch | None = None
+        self._start_watch: StartWatch | None = None
 
     def after_controller_start(self, train_run_context) -> None:
         if isinstance(train_run_context.backend_config, ExpertParallelConfig):
             self._config = train_run_context.backend_config
             self._run_name = train_run_context.get_run_config().name
             self._counter = Counter("ray_deepep_faults", "Faults by cause and culprit", tag_keys=("cause", "rank"))
+            self._board = make_board()
 
     def before_init_train_context(self, workers) -> dict[str, list[Any]]:
         """Ray now calls its new workers without a deadline; keep one for it until they train."""
         if self._config is not None:
             self._end_start_watch()
             processes = [ProcessId.of(worker.metadata) for worker in workers]
-            self._start_watch = _StartWatch(processes, self._config.comm.bootstrap_deadline_s)
+            self._start_watch = StartWatch(processes, self._config.comm.bootstrap_deadline_s)
             self._start_watch.start()
         return {}
 
     def after_worker_group_training_start(self, worker_group) -> None:
         self._end_start_watch()
+        if self._board is not None:
+            # Nobody waits for the answers: a worker that gives none is found by other means.
+            for rank in range(len(worker_group)):
+                sender = BoardSender(board=self._board, attempt=self._attempt, world_rank=rank)
+                worker_group.execute_single_async(rank, worker.watch_health, sender)
 
     def before_worker_group_shutdown(self, worker_group) -> None:
         self._end_start_watch()
@@ -89,35 +105,59 @@ class FaultSupervisor(ControllerCallback, WorkerGroupCallback):
     def after_worker_group_poll_status(self, worker_group_status) -> None:
         if self._config is None or self._reported:
             return
-        statuses = worker_group_status.worker_statuses
-        culprit = self._find(statuses) if worker_group_status.errors else self._long_stopped()
+        statuses, reports = worker_group_status.worker_statuses, self._reports()
+        if worker_group_status.errors or any(report.faults for report in reports.values()):
+            culprit = self._find(statuses, reports)
+        else:
+            culprit = self._silent(reports) or self._hung(statuses, reports)
         self._reported = culprit is not None or bool(worker_group_status.errors)
         if culprit is not None:
             self._report(culprit)
             statuses[culprit.world_rank].error = with_culprit(statuses[culprit.world_rank].error, culprit)
 
-    def _find(self, statuses: Mapping[int, Any]) -> Culprit | None:
-        culprit = find_culprit(self._group, statuses, self._config.ep_size)
-        if culprit is None or culprit.cause not in ("died", "stopped", "raised"):
+    def _reports(self) -> Mapping[int, HealthReport]:
+        return read_board(self._board, self._attempt, ANSWER_DEADLINE_S)
+
+    def _find(self, statuses: Mapping[int, Any], reports: Mapping[int, HealthReport]) -> Culprit | None:
+        culprit = self._decide(statuses, reports)
+        if culprit is None or culprit.cause not in _CERTAIN:
             time.sleep(_SETTLE_S)
-            culprit = find_culprit(self._group, statuses, self._config.ep_size)
+            culprit = self._decide(statuses, self._reports() or reports)
         return culprit
 
-    def _long_stopped(self) -> Culprit | None:
-        """A rank that has been stopped for a communicator's deadline while nobody else noticed."""
-        # Ray keeps the polls that hang; without them only the ranks' own deadlines would find a stopped one.
-        silent = sorted(getattr(self._group, "_world_rank_to_ongoing_poll", {}))
-        now, stopped = time.monotonic(), set(stopped_ranks(self._group, silent))
+    def _decide(self, statuses: Mapping[int, Any], reports: Mapping[int, HealthReport]) -> Culprit | None:
+        evidence = gather_evidence(self._group, statuses, reports, self._config.ep_size)
+        logger.debug("evidence: %s", evidence.to_json())
+        return decide_culprit(evidence.faults, evidence.statuses)
+
+    def _silent(self, reports: Mapping[int, HealthReport]) -> Culprit | None:
+        """Of the ranks that answer no poll, one that is gone, or has been stopped for a communicator's deadline."""
+        # Ray keeps the polls that hang; without them only the ranks' own deadlines, or Ray's, would find such a rank.
+        states = silent_states(self._group, sorted(getattr(self._group, "_world_rank_to_ongoing_poll", {})))
+        now, stopped = time.monotonic(), [rank for rank, state in states.items() if state is RankState.STOPPED]
         self._stopped_since = {rank: self._stopped_since.get(rank, now) for rank in stopped}
-        overdue = [rank for rank, since in self._stopped_since.items() if now - since > self._config.comm.deadline_s]
-        if not overdue:
+        soon = {rank for rank, since in self._stopped_since.items() if now - since <= self._config.comm.deadline_s}
+        processes = worker_processes(self._group)
+        known = {
+            rank: rank_status(state, processes[rank], report=reports.get(rank))
+            for rank, state in states.items()
+            if rank not in soon
+        }
+        return decide_culprit([], known)
+
+    def _hung(self, statuses: Mapping[int, Any], reports: Mapping[int, HealthReport]) -> Culprit | None:
+        """The slowest rank, where no rank has moved for ``hang_deadline_s``."""
+        if not self._config.hang_deadline_s:
             return None
-        process = worker_processes(self._group)[min(overdue)]
-        status = RankStatus(state=RankState.STOPPED, host=process.host, node_id=process.node_id, pid=process.pid)
-        return decide_culprit([], {min(overdue): status})
+        processes = worker_processes(self._group)
+        known = {
+            rank: rank_status(look(status, None)[0], processes[rank], report=reports.get(rank))
+            for rank, status in statuses.items()
+        }
+        return decide_hung(known, self._config.hang_deadline_s)
 
     def _report(self, culprit: Culprit) -> None:
-        line = culprit.to_json(run=self._run_name, attempt=self._attempt)
+        line = culprit.to_json(run=self._run_name, attempt=self._attempt, time_s=time.time())
         print(f"{FAULT_LOG_PREFIX} {line}", flush=True)
         self._counter.inc(tags={"cause": culprit.cause, "rank": str(culprit.world_rank)})
         if culprit.cause == "stopped":
@@ -132,20 +172,3 @@ def with_culprit(error: Exception | None, culprit: Culprit) -> Exception:
     if isinstance(error, WorkerHealthCheckFailedError):
         return WorkerHealthCheckFailedError(f"{culprit}\n{error._message}", error.health_check_failure)
     return WorkerFaultError(culprit)
-
-
-class _StartWatch(threading.Thread):
-    """Kills new workers, listed by rank, that are stopped at the deadline: Ray sees them die and starts again."""
-
-    def __init__(self, processes: Sequence[ProcessId], deadline_s: float) -> None:
-        super().__init__(daemon=True, name="ray_deepep start watch")
-        self.ended = threading.Event()
-        self._processes, self._deadline_s = processes, deadline_s
-
-    def run(self) -> None:
-        while not self.ended.wait(self._deadline_s):
-            for rank, state in enumerate(on_nodes(process_state, self._processes, ANSWER_DEADLINE_S)):
-                if state == "stopped":
-                    process = self._processes[rank]
-                    logger.error("rank %d (%s) is stopped and did not start in time; killing it", rank, process)
-                    on_nodes(kill_process, [process], ANSWER_DEADLINE_S)

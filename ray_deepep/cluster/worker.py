@@ -16,8 +16,9 @@ from ray.train.torch.config import (
 
 from ..communicator import Communicator
 from ..config import CommConfig
-from ..errors import BootstrapError, FaultRecord
+from ..errors import BootstrapError
 from . import groups, state
+from .board import BoardSender
 
 if TYPE_CHECKING:
     from ..deepspeed import SwapConfig
@@ -59,7 +60,7 @@ class WorkerStart:
         return cls(
             transport=communicator.transport,
             transport_reason=communicator.transport_reason,
-            gpu=communicator.peers[communicator.rank].gpu if communicator.transport == "cuda" else "",
+            gpu=communicator.gpu,
         )
 
 
@@ -123,10 +124,11 @@ class TrainingThread(TorchConfigContextManager):
         return super().__exit__(kind, error, traceback)
 
 
-def read_fault() -> FaultRecord | None:
-    """The fault record of this worker's communicator. Answers while the training thread waits in a collective."""
+def watch_health(send: BoardSender) -> None:
+    """Have this worker tell how it is from now on, while the training thread works or waits."""
     worker = state.own_state()
-    return None if worker is None else worker.fault
+    if worker is not None:
+        worker.watch_health(send)
 
 
 def stop_worker() -> bool:

@@ -14,17 +14,22 @@ and gradients are bit-equal. With g the gradient of the layer's output, w the ga
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
 
 from ..buffer import Buffer
-from ..handle import DispatchHandle, DispatchResult, Layout, Padded
+from ..handle import CombineResult, DispatchHandle, DispatchResult, Layout, Padded
 
 # torch adds up to four terms one after the other. With more, the order depends on shape and number of threads, and the
 # bits of stock can only be had from torch itself.
 _MAX_SEQUENTIAL_K = 4
+
+# Inputs of the combine functions before the expert outputs.
+_FIRST_OUTPUT = 4
 
 # Half a MiB of float32: most of a second-level cache, and few enough pieces that the calls cost little.
 _CACHED_ELEMENTS = 2**17
@@ -48,29 +53,57 @@ class Routes:
 class Dispatched:
     """Rows that this rank received."""
 
-    rows: torch.Tensor
-    """``[S, M]``."""
+    blocks: tuple[torch.Tensor, ...]
+    """What experts get. Padded: views ``[N, 1, C, M]`` of one tensor, one per local expert, as stock's ``chunk`` makes
+    them; or that tensor, ``[N, L, C, M]``, whole. Compact: ``[1, 1, rows, M]`` per local expert."""
+    split: bool
+    """Whether there is a block for each local expert."""
     gates: torch.Tensor
     """What combine weights with: the routes' own ``[K, T]`` (exact), or those received, ``[S]`` (fast)."""
     handle: DispatchHandle
 
 
-def dispatch(buffer: Buffer, x: torch.Tensor, routes: Routes, *, layout: Layout, combine: str) -> Dispatched:
-    """Send ``x`` ``[T, M]`` to its experts; collective, and so is the backward."""
+def dispatch(
+    buffer: Buffer, x: torch.Tensor, routes: Routes, *, layout: Layout, combine: str, split: bool
+) -> Dispatched:
+    """Send ``x`` ``[T, M]`` to its experts, in a block for each or (padded) in one; collective, and so is the backward.
+
+    With a block for each, gradients come from and go to the experts' own tensors: nothing puts them together.
+    """
     handles: list[DispatchHandle] = []
     if combine == "exact":
-        rows = _DispatchExact.apply(x, buffer, routes, layout, handles)
+        blocks = _DispatchExact.apply(x, buffer, routes, layout, split, handles)
         gates = routes.gates
     else:
-        rows, gates = _DispatchFast.apply(x, routes.gates.float(), buffer, routes, layout, handles)
+        *blocks, gates = _DispatchFast.apply(x, routes.gates.float(), buffer, routes, layout, split, handles)
     (handle,) = handles
-    return Dispatched(rows=rows, gates=gates, handle=handle)
+    return Dispatched(blocks=tuple(blocks), split=split, gates=gates, handle=handle)
 
 
-def combine(buffer: Buffer, rows: torch.Tensor, dispatched: Dispatched, *, combine: str) -> torch.Tensor:
-    """Bring expert outputs ``[S, M]`` home, ``[T, M]``; collective, and so is the backward."""
+def combine(buffer: Buffer, outputs: Sequence[torch.Tensor], dispatched: Dispatched, *, combine: str) -> torch.Tensor:
+    """Bring expert outputs, shaped as the dispatched blocks, home, ``[T, M]``; collective, and so is the backward."""
+    dtype = functools.reduce(torch.promote_types, (output.dtype for output in outputs))
     function = _CombineExact if combine == "exact" else _CombineFast
-    return function.apply(rows, dispatched.gates, buffer, dispatched.handle)
+    outputs = [output.to(dtype) for output in outputs]
+    return function.apply(dispatched.gates, buffer, dispatched.handle, dispatched.split, *outputs)
+
+
+def _blocks(handle: DispatchHandle, rows: torch.Tensor, split: bool) -> tuple[torch.Tensor, ...]:
+    """Views of ``rows`` ``[S, W]`` as ``Dispatched.blocks``."""
+    width = rows.shape[1]
+    if isinstance(handle.layout, Padded):
+        whole = rows.view(handle.num_ranks, handle.num_local_experts, handle.layout.capacity, width)
+        return whole.split(1, 1) if split else (whole,)
+    return tuple(block.view(1, 1, -1, width) for block in handle.split(rows))
+
+
+def _combine(
+    buffer: Buffer, blocks: Sequence[torch.Tensor], handle: DispatchHandle, split: bool, **options: Any
+) -> CombineResult:
+    rows = [block.reshape(-1, block.shape[-1]).contiguous() for block in blocks]
+    if split:
+        return buffer.combine_experts(rows, handle, **options)
+    return buffer.combine(rows[0], handle, **options)
 
 
 def _pieces(dim: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
@@ -96,85 +129,95 @@ def _send(x: torch.Tensor, gates: torch.Tensor, buffer: Buffer, routes: Routes, 
 
 class _DispatchExact(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, buffer, routes, layout, handles):
+    def forward(ctx, x, buffer, routes, layout, split, handles):
         result = _send(x, routes.gates, buffer, routes, layout)
         handles.append(result.handle)
-        ctx.buffer, ctx.handle = buffer, result.handle
-        return result.x
+        ctx.buffer, ctx.handle, ctx.split = buffer, result.handle, split
+        return _blocks(result.handle, result.x, split)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_rows):
-        home = ctx.buffer.combine(grad_rows.contiguous(), ctx.handle, reduce="expert_order")
-        return home.x, None, None, None, None
+    def backward(ctx, *grad_blocks):
+        home = _combine(ctx.buffer, grad_blocks, ctx.handle, ctx.split, reduce="expert_order")
+        return home.x, *(None,) * 5
 
 
 class _CombineExact(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, gates, buffer, handle):
-        ctx.buffer, ctx.handle, ctx.gates_dtype = buffer, handle, gates.dtype
+    def forward(ctx, gates, buffer, handle, split, *outputs):
+        ctx.buffer, ctx.handle, ctx.split, ctx.gates_dtype = buffer, handle, split, gates.dtype
+        ctx.num_outputs = len(outputs)
         torch_order = handle.num_topk > _MAX_SEQUENTIAL_K or gates.dtype != torch.float32
-        keep_routes = ctx.needs_input_grad[1] or torch_order
-        result = buffer.combine(rows.contiguous(), handle, weighted=True, keep_routes=keep_routes)
+        keep_routes = ctx.needs_input_grad[0] or torch_order
+        result = _combine(buffer, outputs, handle, split, weighted=True, keep_routes=keep_routes)
         # Through save_for_backward, so that activation checkpointing frees it.
-        ctx.save_for_backward(*([result.routes] if ctx.needs_input_grad[1] else []))
-        return (result.routes * gates.unsqueeze(-1)).sum(0).to(rows.dtype) if torch_order else result.x
+        ctx.save_for_backward(*([result.routes] if ctx.needs_input_grad[0] else []))
+        return (result.routes * gates.unsqueeze(-1)).sum(0).to(result.x.dtype) if torch_order else result.x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        grad_rows = grad_gates = None
+        grad_blocks, grad_gates = (None,) * ctx.num_outputs, None
+        if any(ctx.needs_input_grad[_FIRST_OUTPUT:]):
+            arrived = ctx.buffer.dispatch(grad_out.contiguous(), handle=ctx.handle, scale_by_weights=True).x
+            grad_blocks = _blocks(ctx.handle, arrived, ctx.split)
         if ctx.needs_input_grad[0]:
-            grad_rows = ctx.buffer.dispatch(grad_out.contiguous(), handle=ctx.handle, scale_by_weights=True).x
-        if ctx.needs_input_grad[1]:
             (routes,) = ctx.saved_tensors
             product = torch.promote_types(routes.dtype, ctx.gates_dtype)
             grad_gates = torch.empty(routes.shape[:2], dtype=product, device=routes.device)
             for grad, rows, dots in _pieces(1, grad_out.unsqueeze(0), routes, grad_gates):
                 torch.sum(grad.to(product) * rows, -1, out=dots)
             grad_gates = grad_gates.to(ctx.gates_dtype)
-        return grad_rows, grad_gates, None, None
+        return grad_gates, None, None, None, *grad_blocks
 
 
 class _DispatchFast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gates, buffer, routes, layout, handles):
+    def forward(ctx, x, gates, buffer, routes, layout, split, handles):
         result = _send(x, gates, buffer, routes, layout)
         handles.append(result.handle)
-        ctx.buffer, ctx.handle, ctx.dtype = buffer, result.handle, x.dtype
+        ctx.buffer, ctx.handle, ctx.split, ctx.dtype = buffer, result.handle, split, x.dtype
         ctx.set_materialize_grads(False)
         # An alias: the handle keeps the tensor itself, and an output kept by its own node would never be freed.
-        return result.x, result.topk_weights.detach()
+        return *_blocks(result.handle, result.x, split), result.topk_weights.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, grad_rows, grad_weights):
-        if grad_rows is None:
-            # Every rank must enter the collective, even where nothing depends on the rows.
-            shape = (ctx.handle.num_rows, ctx.buffer.geometry.hidden)
-            grad_rows = torch.zeros(shape, dtype=ctx.dtype, device=ctx.handle.recv_topk_weights.device)
+    def backward(ctx, *grads):
+        *grad_blocks, grad_weights = grads
+        handle, hidden = ctx.handle, ctx.buffer.geometry.hidden
+        # Every rank must enter the collective, even where nothing depends on the rows.
+        for i, size in enumerate(handle.expert_sizes if ctx.split else (handle.num_rows,)):
+            if grad_blocks[i] is None:
+                device = handle.recv_topk_weights.device
+                grad_blocks[i] = torch.zeros(size, hidden, dtype=ctx.dtype, device=device)
         if grad_weights is not None:
             grad_weights = grad_weights.contiguous()
-        home = ctx.buffer.combine(grad_rows.contiguous(), ctx.handle, topk_weights=grad_weights, reduce="fast")
+        home = _combine(ctx.buffer, grad_blocks, handle, ctx.split, topk_weights=grad_weights, reduce="fast")
         grad_gates = None if home.topk_weights is None else home.topk_weights.t()
-        return home.x, grad_gates, None, None, None, None
+        return home.x, grad_gates, *(None,) * 5
 
 
 class _CombineFast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weights, buffer, handle):
-        ctx.buffer, ctx.handle = buffer, handle
-        ctx.save_for_backward(rows, weights)
-        return buffer.combine(rows.contiguous(), handle, weighted=True, reduce="fast").x
+    def forward(ctx, weights, buffer, handle, split, *outputs):
+        ctx.buffer, ctx.handle, ctx.split = buffer, handle, split
+        ctx.save_for_backward(weights, *outputs)
+        return _combine(buffer, outputs, handle, split, weighted=True, reduce="fast").x
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_out):
-        rows, weights = ctx.saved_tensors
+        weights, *outputs = ctx.saved_tensors
         arrived = ctx.buffer.dispatch(grad_out.contiguous(), handle=ctx.handle).x
         grad_weights = torch.empty_like(weights)
-        for grad, row, weight, dots in _pieces(0, arrived, rows, weights.unsqueeze(-1), grad_weights):
-            torch.sum(grad.float() * row, -1, out=dots)
-            # In place: nobody else has these rows. The product is float32, like the weights, and is rounded once.
-            grad.mul_(weight)
-        return arrived, grad_weights, None, None
+        grad_blocks, weight_blocks, dot_blocks = (
+            _blocks(ctx.handle, tensor, ctx.split)
+            for tensor in (arrived, weights.unsqueeze(-1), grad_weights.unsqueeze(-1))
+        )
+        for block in zip(grad_blocks, outputs, weight_blocks, dot_blocks):
+            for grad, row, weight, dots in _pieces(2, *block):
+                torch.sum(grad.float() * row, -1, keepdim=True, out=dots)
+                # In place: nobody else has these rows. The product is float32, like the weights, and is rounded once.
+                grad.mul_(weight)
+        return grad_weights, None, None, None, *grad_blocks

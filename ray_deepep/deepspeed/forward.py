@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from deepspeed.moe.experts import Experts
@@ -61,34 +62,42 @@ def moe_forward(
         _check_room(shared, tokens, routes)
         with _timed(layer, FIRST_ALLTOALL_TIMER, "time_falltoall"):
             if compact:
-                arrived = dispatch(shared.buffer, tokens, routes, layout=ExpertMajor(), combine=config.combine)
+                how = {"layout": ExpertMajor(), "combine": config.combine, "split": True}
+                arrived = dispatch(shared.buffer, tokens, routes, **how)
             else:
-                arrived = _dispatch_padded(shared, tokens, routes, config.combine)
-        rows = _compact_experts(layer, arrived) if compact else _padded_experts(layer, arrived)
+                how = {"combine": config.combine, "split": _is_loop(layer.experts)}
+                arrived = _dispatch_padded(shared, tokens, routes, how)
+        outputs = _each_expert(layer, arrived) if arrived.split else (layer.experts(*arrived.blocks),)
         with _timed(layer, SECOND_ALLTOALL_TIMER, "time_salltoall"):
-            combined = combine(shared.buffer, rows, arrived, combine=config.combine)
+            combined = combine(shared.buffer, outputs, arrived, combine=config.combine)
         return combined.reshape(hidden_states.shape)
 
 
-def _padded_experts(layer: MOELayer, arrived: Dispatched) -> torch.Tensor:
-    d_model = arrived.rows.shape[-1]
-    return layer.experts(arrived.rows.reshape(layer.ep_size, layer.num_local_experts, -1, d_model)).reshape(-1, d_model)
+def _is_loop(experts: torch.nn.Module) -> bool:
+    """Whether calling ``experts`` does no more than call each, so that what it cuts and puts together can be saved."""
+    hooks = (
+        experts._forward_hooks,
+        experts._forward_pre_hooks,
+        experts._backward_hooks,
+        experts._backward_pre_hooks,
+    )
+    return type(experts).forward is Experts.forward and not any(hooks)
 
 
-def _compact_experts(layer: MOELayer, arrived: Dispatched) -> torch.Tensor:
-    """Every expert once, also with no rows: ZeRO's hooks and its gradients (zeros) are expected on every rank."""
-    d_model = arrived.rows.shape[-1]
+def _each_expert(layer: MOELayer, arrived: Dispatched) -> list[torch.Tensor]:
+    """Every expert once, also with no rows: ZeRO's hooks and its gradients (zeros) are expected on every rank.
+
+    Blocks have as many dimensions as stock gives, for experts that count on them.
+    """
     outputs = []
-    chunks = arrived.rows.split(list(arrived.handle.num_recv_tokens_per_expert))
-    for chunk, expert in zip(chunks, layer.experts.deepspeed_experts):
-        # As many dimensions as stock gives, for experts that count on them.
-        out = expert(chunk.view(1, 1, -1, d_model))
+    for block, expert in zip(arrived.blocks, layer.experts.deepspeed_experts, strict=True):
+        out = expert(block)
         out = out[0] if isinstance(out, tuple) else out
-        outputs.append(out.reshape(-1, d_model))
-    return torch.cat(outputs)
+        outputs.append(out if out.shape == block.shape else out.reshape(block.shape))
+    return outputs
 
 
-def _dispatch_padded(shared: SharedBuffer, tokens: torch.Tensor, routes: Routes, combine: str) -> Dispatched:
+def _dispatch_padded(shared: SharedBuffer, tokens: torch.Tensor, routes: Routes, how: dict[str, Any]) -> Dispatched:
     """Dispatch with one capacity for all ranks, the largest.
 
     Capacities differ only where token counts do, which stock does not allow. So ranks take them for equal and find out
@@ -96,13 +105,13 @@ def _dispatch_padded(shared: SharedBuffer, tokens: torch.Tensor, routes: Routes,
     """
     if not shared.capacities_differ:
         try:
-            return dispatch(shared.buffer, tokens, routes, layout=Padded(routes.capacity), combine=combine)
+            return dispatch(shared.buffer, tokens, routes, layout=Padded(routes.capacity), **how)
         except MismatchError as error:
             if error.field not in ("layout", "capacity", "layout.capacity"):
                 raise
             shared.capacities_differ = True
     capacity = _largest_capacity(shared, tokens, routes.capacity)
-    return dispatch(shared.buffer, tokens, routes, layout=Padded(capacity), combine=combine)
+    return dispatch(shared.buffer, tokens, routes, layout=Padded(capacity), **how)
 
 
 def _largest_capacity(shared: SharedBuffer, tokens: torch.Tensor, capacity: int) -> int:

@@ -214,6 +214,35 @@ def test_overflow_is_reported_on_every_rank(ranks: Ranks, num_ranks: int, layout
     ranks.run(num_ranks, overflow, make_case(num_ranks, layout), captured, deadline_s=120.0)
 
 
+def too_many_rows(context: RankContext, case: Case) -> None:
+    """A buffer with room for fewer rows than the worst case: what does not fit, every rank learns, and it serves on."""
+    device, rank = device_cases.use_gpu(context.rank), context.rank
+    worlds = worlds_of(case, device, len(ROUTINGS))
+    needs = [device_cases.rows_needed(world) for world in worlds]
+    room = sorted(needs)[len(needs) // 2]
+    sizes = {"num_experts": case.num_experts, "hidden": case.hidden, "num_topk": case.num_topk}
+    sizes |= {"max_tokens": max(case.num_tokens), "max_rows": max(room, 1), "max_element_size": 2}
+    with context.buffer("cuda", **sizes) as buffer:
+        for world, needed in zip(worlds, needs):
+            if needed > max(room, 1):
+                error = error_of(ReceiveOverflowError, lambda: device_cases.dispatch(buffer, world, rank))  # noqa: B023
+                assert (error.limit, error.room) == ("max_rows", max(room, 1))
+                assert error.needed == world.arrivals[error.rank].num_rows > max(room, 1)
+                continue
+            result = device_cases.dispatch(buffer, world, rank)
+            device_cases.assert_dispatched(result, world, rank)
+            rows = device_cases.make_rows(world, torch.bfloat16, SEED)
+            got = buffer.combine(rows[rank], result.handle)
+            device_cases.assert_same("combine", got.x, device_oracle.combine(world, rank, rows))
+        buffer.check()
+
+
+@pytest.mark.parametrize("layout", SHAPES, ids=str)
+@pytest.mark.parametrize("num_ranks", (1, 2, 4))
+def test_more_rows_than_the_buffer_has_room_for(ranks: Ranks, num_ranks: int, layout: object) -> None:
+    ranks.run(num_ranks, too_many_rows, make_case(num_ranks, layout), deadline_s=120.0)
+
+
 def captured_gradients(context: RankContext, case: Case) -> None:
     """Forward and backward in one graph, against the same without fixed shapes."""
     device, rank = device_cases.use_gpu(context.rank), context.rank
