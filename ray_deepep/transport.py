@@ -15,7 +15,7 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 
-from .errors import FaultRecord, InvalidArgumentError
+from .errors import FaultRecord, InvalidArgumentError, InvalidTypeError
 from .float8 import Float8Cast
 from .handle import DispatchHandle, Layout
 from .work import Work
@@ -45,6 +45,18 @@ class BufferGeometry:
     """Most rows that a dispatch may bring to a rank; None: the worst case. GPU transports only."""
     max_element_size: int = 4
     """Bytes of the largest element that rows may have."""
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            name, value = field.name, getattr(self, field.name)
+            if name == "max_rows" and value is None:
+                continue
+            if type(value) is not int:
+                raise InvalidTypeError(name, type(value).__name__, "must be an int")
+            # Plans count tokens, rows and experts in int32.
+            bits = 63 if name == "symm_bytes" else 31
+            if value >= 2**bits:
+                raise InvalidArgumentError(name, value, f"must be < 2**{bits}")
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)

@@ -21,6 +21,7 @@ from ray_deepep import (
     Padded,
     env,
 )
+from ray_deepep.transport import BufferGeometry
 
 BAD_SIZES = {
     "num_experts": (3, "must be a positive multiple of the 2 ranks; got 3"),
@@ -84,6 +85,23 @@ def check_max_rows(context: RankContext, transport: str) -> None:
 @pytest.mark.parametrize("name", BAD_SIZES)
 def test_bad_size(ranks: Ranks, transport: str, name: str) -> None:
     ranks.run(2, check_bad_size, transport, name)
+
+
+BAD_NUMBERS = (
+    ("num_experts", 4.0, InvalidTypeError, "must be an int; got 'float'"),
+    ("hidden", "128", InvalidTypeError, "must be an int; got 'str'"),
+    ("max_tokens", None, InvalidTypeError, "must be an int; got 'NoneType'"),
+    ("max_rows", True, InvalidTypeError, "must be an int; got 'bool'"),
+    ("num_experts", 2**40, InvalidArgumentError, "must be < 2**31; got 1099511627776"),
+    ("hidden", 2**70, InvalidArgumentError, "must be < 2**31; got 1180591620717411303424"),
+    ("symm_bytes", 2**63, InvalidArgumentError, "must be < 2**63; got 9223372036854775808"),
+)
+
+
+@pytest.mark.parametrize(("name", "value", "kind", "message"), BAD_NUMBERS)
+def test_sizes_are_ints_that_cores_can_hold(name: str, value: Any, kind: type[Exception], message: str) -> None:
+    error = error_of(kind, lambda: BufferGeometry(**{**GEOMETRY, name: value}))
+    assert str(error) == f"{name}: {message}"
 
 
 @pytest.mark.parametrize(
