@@ -72,7 +72,7 @@ def call_options(num_sms: object, after: object) -> None:
 
 def symm_rows(num_rows: object, dtype: object) -> None:
     """Arguments of ``Buffer.symm_empty``."""
-    if not isinstance(num_rows, int):
+    if type(num_rows) is not int:
         raise InvalidTypeError("num_rows", type(num_rows).__name__, "must be an int")
     if num_rows < 0:
         raise InvalidArgumentError("num_rows", num_rows, "must be >= 0")

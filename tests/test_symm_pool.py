@@ -131,6 +131,7 @@ def check_on_cpu(context: RankContext, transport: str) -> list[str]:
 BAD_ROWS = (
     (InvalidArgumentError, (-1, torch.float32)),
     (InvalidTypeError, (2.5, torch.float32)),
+    (InvalidTypeError, (True, torch.float32)),
     (InvalidTypeError, (2, torch.int32)),
 )
 
@@ -140,6 +141,7 @@ def test_on_cpus(ranks: Ranks, transport: str, num_ranks: int) -> None:
     want = [
         "num_rows: must be >= 0; got -1",
         "num_rows: must be an int; got 'float'",
+        "num_rows: must be an int; got 'bool'",
         "dtype: must be one of float32, bfloat16, float16, float8_e4m3fn; got 'torch.int32'",
         "symm_empty: the buffer is closed",
     ]
