@@ -22,6 +22,7 @@ from .errors import (
     CommFaultError,
     FaultRecord,
     InvalidArgumentError,
+    InvalidTypeError,
     TransportUnavailableError,
     describe_shared_gpus,
 )
@@ -76,12 +77,9 @@ class Communicator:
         config: CommConfig | None = None,
         group: dist.ProcessGroup | None = None,
     ) -> None:
-        if num_ranks < 1:
-            raise InvalidArgumentError("num_ranks", num_ranks, "must be >= 1")
-        if not 0 <= rank < num_ranks:
-            raise InvalidArgumentError("rank", rank, f"must be in [0, {num_ranks})")
+        _check_arguments(exchange, rank, num_ranks)
         self.rank, self.num_ranks = rank, num_ranks
-        self.config = CommConfig() if config is None else config
+        self.config = _config_or_default(config)
         self.group = group
         self._closed = False
         self._fault: FaultRecord | None = None
@@ -116,7 +114,7 @@ class Communicator:
         rank = dist.get_rank(group)
         if rank < 0:
             raise InvalidArgumentError("group", "a group without this rank", "must contain this rank")
-        config = CommConfig() if config is None else config
+        config = _config_or_default(config)
         num_ranks = dist.get_world_size(group)
         exchange = rendezvous.store_exchange(group, rank, num_ranks, config.bootstrap_deadline_s)
         return cls(exchange, rank=rank, num_ranks=num_ranks, config=config, group=group)
@@ -273,11 +271,17 @@ class Communicator:
             has_group=self.group is not None,
         )
         payloads = exchange("meet", json.dumps(dataclasses.asdict(mine)).encode())
+        if not isinstance(payloads, list | tuple):
+            raise InvalidTypeError("exchange", type(payloads).__name__, "must return a list of payloads")
         if len(payloads) != self.num_ranks:
             raise InvalidArgumentError(
                 "exchange", len(payloads), f"must return one payload per rank ({self.num_ranks})"
             )
-        peers = tuple(RankInfo(**json.loads(payload)) for payload in payloads)
+        try:
+            peers = tuple(RankInfo(**json.loads(payload)) for payload in payloads)
+        except (TypeError, ValueError) as error:
+            rule = "must return the payloads of ranks with this version of ray_deepep, unchanged"
+            raise InvalidArgumentError("exchange", str(error), rule) from error
         for position, peer in enumerate(peers):
             if peer.rank != position:
                 raise InvalidArgumentError("exchange", [p.rank for p in peers], "must return payloads in rank order")
@@ -287,6 +291,24 @@ class Communicator:
                 values = f"rank {position}: {theirs}, rank 0: {first}"
                 raise InvalidArgumentError("config", values, f"{', '.join(different)} must be the same on all ranks")
         return peers
+
+
+def _check_arguments(exchange: object, rank: object, num_ranks: object) -> None:
+    if not callable(exchange):
+        raise InvalidTypeError("exchange", type(exchange).__name__, "must be a function of phase and payload")
+    for name, value in (("rank", rank), ("num_ranks", num_ranks)):
+        if type(value) is not int:
+            raise InvalidTypeError(name, type(value).__name__, "must be an int")
+    if num_ranks < 1:
+        raise InvalidArgumentError("num_ranks", num_ranks, "must be >= 1")
+    if not 0 <= rank < num_ranks:
+        raise InvalidArgumentError("rank", rank, f"must be in [0, {num_ranks})")
+
+
+def _config_or_default(config: object) -> CommConfig:
+    if config is not None and not isinstance(config, CommConfig):
+        raise InvalidTypeError("config", type(config).__name__, "must be a CommConfig")
+    return CommConfig() if config is None else config
 
 
 def shared_gpus(gpus: Sequence[str]) -> dict[str, tuple[int, ...]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import time
+from typing import Any
 
 import pytest
 import torch
@@ -21,6 +22,7 @@ from ray_deepep import (
     Communicator,
     ExpertMajor,
     InvalidArgumentError,
+    InvalidTypeError,
     TransportUnavailableError,
 )
 from ray_deepep.communicator import RankInfo, choose_transport
@@ -323,14 +325,25 @@ BAD_EXCHANGES = {
         lambda phase, payload: [payload, payload],
         "exchange: must return payloads in rank order; got [0, 0]",
     ),
+    "no payloads": (lambda phase, payload: None, "exchange: must return a list of payloads; got 'NoneType'"),
+    "strange payloads": (
+        lambda phase, payload: [payload, b"{}"],
+        "exchange: must return the payloads of ranks with this version of ray_deepep, unchanged; got ",
+    ),
+    "broken payloads": (
+        lambda phase, payload: [payload, b"\xff"],
+        "exchange: must return the payloads of ranks with this version of ray_deepep, unchanged; got ",
+    ),
+    "no function": (None, "exchange: must be a function of phase and payload; got 'NoneType'"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_EXCHANGES)
 def test_bad_exchange(name: str) -> None:
     exchange, message = BAD_EXCHANGES[name]
-    error = error_of(InvalidArgumentError, lambda: Communicator.from_exchange(exchange, rank=0, num_ranks=2))
-    assert str(error) == message
+    kinds = (InvalidArgumentError, InvalidTypeError)
+    error = error_of(kinds, lambda: Communicator.from_exchange(exchange, rank=0, num_ranks=2))
+    assert str(error).startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -339,11 +352,21 @@ def test_bad_exchange(name: str) -> None:
         (0, 0, "num_ranks: must be >= 1; got 0"),
         (2, 2, "rank: must be in [0, 2); got 2"),
         (-1, 2, "rank: must be in [0, 2); got -1"),
+        ("0", 1, "rank: must be an int; got 'str'"),
+        (0, 1.0, "num_ranks: must be an int; got 'float'"),
     ),
 )
-def test_bad_rank(rank: int, num_ranks: int, message: str) -> None:
+def test_bad_rank(rank: Any, num_ranks: Any, message: str) -> None:
     def exchange(phase: str, payload: bytes) -> list[bytes]:
         raise AssertionError("nothing may be sent")
 
-    error = error_of(InvalidArgumentError, lambda: Communicator.from_exchange(exchange, rank=rank, num_ranks=num_ranks))
+    kinds = (InvalidArgumentError, InvalidTypeError)
+    error = error_of(kinds, lambda: Communicator.from_exchange(exchange, rank=rank, num_ranks=num_ranks))
     assert str(error) == message
+
+
+def test_bad_config() -> None:
+    def call() -> Communicator:
+        return Communicator.from_exchange(lambda phase, payload: [payload], rank=0, num_ranks=1, config={})
+
+    assert str(error_of(InvalidTypeError, call)) == "config: must be a CommConfig; got 'dict'"
