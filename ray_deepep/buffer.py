@@ -43,7 +43,8 @@ class Buffer:
 
     Raises:
         InvalidArgumentError: a size breaks its rule.
-        BootstrapError: a rank did not take part within ``comm.config.bootstrap_deadline_s``.
+        BootstrapError: a rank did not take part within ``comm.config.bootstrap_deadline_s``; ``comm`` is closed then,
+            but for transport ``reference``.
     """
 
     def __init__(

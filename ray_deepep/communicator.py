@@ -18,6 +18,7 @@ import torch.distributed as dist
 from . import cuda, nvshmem, rendezvous, shm
 from .config import CommConfig
 from .errors import (
+    BootstrapError,
     ClosedError,
     CommFaultError,
     FaultRecord,
@@ -174,22 +175,19 @@ class Communicator:
                 self._nvshmem.abandon(str(record))
 
     def make_transport(self, geometry: BufferGeometry) -> Transport:
-        """A transport for one buffer; collective."""
+        """A transport for one buffer; collective.
+
+        Raises:
+            BootstrapError: a rank did not come; over shared memory or GPUs the communicator is closed then.
+        """
         self.check_usable("allocate")
-        if self.transport == "cuda":
-            if self.config.heap_provider == "nvshmem" and self._nvshmem is None:
-                raise ClosedError("allocate: NVSHMEM was finalized; make a new communicator")
-            return cuda.CudaTransport(
-                self._domain,
-                geometry,
-                num_sms=self.config.num_sms,
-                heap_provider=self.config.heap_provider,
-                nvshmem=self._nvshmem,
-                on_fault=self.mark_fault,
-            )
-        if self.transport == "shm":
-            return shm.ShmTransport(self._domain, geometry, on_fault=self.mark_fault)
-        return ReferenceTransport(self, geometry)
+        try:
+            return self._make_transport(geometry)
+        except BootstrapError:
+            if self._domain is not None:
+                # A rank that comes late takes our offer for that of the next attempt; so there must be none.
+                self.close()
+            raise
 
     def adopt(self, buffer: Buffer) -> None:
         """Close ``buffer`` when the communicator closes."""
@@ -204,11 +202,13 @@ class Communicator:
         """Close all buffers, then leave. Peers that still wait for this rank get a fault that names it."""
         if self._closed:
             return
-        for buffer in list(self._buffers):
-            buffer.close()
-        self._closed = True
-        if self._domain is not None:
-            self._domain.close()
+        try:
+            for buffer in list(self._buffers):
+                buffer.close()
+        finally:
+            self._closed = True
+            if self._domain is not None:
+                self._domain.close()
 
     def finalize_nvshmem(self) -> str:
         """End NVSHMEM in this process, so that it can serve another group of ranks later; collective.
@@ -239,6 +239,22 @@ class Communicator:
 
     def __exit__(self, *exc_info: object) -> None:
         self.close()
+
+    def _make_transport(self, geometry: BufferGeometry) -> Transport:
+        if self.transport == "cuda":
+            if self.config.heap_provider == "nvshmem" and self._nvshmem is None:
+                raise ClosedError("allocate: NVSHMEM was finalized; make a new communicator")
+            return cuda.CudaTransport(
+                self._domain,
+                geometry,
+                num_sms=self.config.num_sms,
+                heap_provider=self.config.heap_provider,
+                nvshmem=self._nvshmem,
+                on_fault=self.mark_fault,
+            )
+        if self.transport == "shm":
+            return shm.ShmTransport(self._domain, geometry, on_fault=self.mark_fault)
+        return ReferenceTransport(self, geometry)
 
     def _bring_up_nvshmem(self, exchange: Exchange) -> nvshmem.NvshmemRuntime:
         others = [rank for rank in range(self.num_ranks) if rank != self.rank]

@@ -19,6 +19,7 @@ from ray_deepep import (
     Buffer,
     ClosedError,
     CommConfig,
+    CommFaultError,
     Communicator,
     ExpertMajor,
     InvalidArgumentError,
@@ -307,6 +308,52 @@ def test_missing_at_allocation(ranks: Ranks, transport: str, absent: int) -> Non
     found = ranks.run(2, check_missing_buffer, transport, absent)[1 - absent]
     assert (found["missing"], found["phase"]) == ([absent], "allocate")
     assert BOOTSTRAP_DEADLINE_S <= found["elapsed_s"] < BOOTSTRAP_DEADLINE_S + 1
+
+
+def check_late_for_buffer(context: RankContext) -> str:
+    """Rank 1 comes when rank 0 has given up, and finds its offer still there."""
+    comm = context.new_communicator("shm", bootstrap_deadline_s=0.5, deadline_s=10.0)
+    store = distributed_c10d._get_default_store()
+    if context.rank == 0:
+        error_of(BootstrapError, lambda: Buffer(comm, **GEOMETRY))
+        store.set("gave up on a late rank", "")
+        return str(error_of(ClosedError, lambda: Buffer(comm, **GEOMETRY)))
+    store.wait(["gave up on a late rank"], datetime.timedelta(seconds=20))
+
+    def use_buffer() -> None:
+        buffer = Buffer(comm, **GEOMETRY)
+        buffer.dispatch(torch.zeros(2, 24), torch.tensor([[0], [2]]))
+
+    start = time.monotonic()
+    error = error_of(CommFaultError, use_buffer)
+    assert time.monotonic() - start < 5.0, "it must not wait for the deadline"
+    return f"{error.record.cause} {error.record.peer}"
+
+
+@needs_shm
+def test_no_buffer_from_offers_of_a_failed_attempt(ranks: Ranks) -> None:
+    assert ranks.run(2, check_late_for_buffer) == ["allocate: the communicator is closed", "peer_died 0"]
+
+
+@needs_shm
+def test_close_leaves_even_if_a_buffer_does_not_close(ranks: Ranks) -> None:
+    ranks.run(1, check_close_with_stubborn_buffer)
+
+
+def check_close_with_stubborn_buffer(context: RankContext) -> None:
+    comm = context.new_communicator("shm")
+    buffer = Buffer(comm, **GEOMETRY)
+    close_domain, closed = comm._domain.close, []
+    comm._domain.close = lambda: closed.append(close_domain())
+    close_buffer = buffer.close
+
+    def fail() -> None:
+        close_buffer()
+        raise RuntimeError("the device is gone")
+
+    buffer.close = fail
+    assert str(error_of(RuntimeError, comm.close)) == "the device is gone"
+    assert comm.closed and len(closed) == 1
 
 
 def check_without_process_group(context: RankContext) -> str:
