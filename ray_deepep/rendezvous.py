@@ -43,6 +43,14 @@ class _StoreExchange:
         self._attempt: int | None = None
 
     def __call__(self, phase: str, payload: bytes) -> list[bytes]:
+        try:
+            return self._exchange(phase, payload)
+        except dist.DistNetworkError as error:
+            # Most often rank 0's; torch does not say whose it is.
+            detail = f"the process that hosts torch's store is gone: {error}"
+            raise BootstrapError(phase, [], self._deadline_s, detail) from None
+
+    def _exchange(self, phase: str, payload: bytes) -> list[bytes]:
         if self._attempt is None:
             self._attempt = self._join(phase, payload)
         else:
