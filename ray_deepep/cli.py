@@ -8,9 +8,10 @@ ray-deepep run script.py [args ...]          run a DeepSpeed script with its MoE
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 
-from . import doctor
+from . import doctor, env
 from .errors import InvalidArgumentError
 from .version import __version__
 
@@ -25,11 +26,7 @@ def main(argv: list[str] | None = None) -> int:
     run.add_argument("script")
     run.add_argument("args", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
-    if options.command == "doctor":
-        return _doctor(options)
-    from .deepspeed.launch import run_script
-
-    return run_script([options.script, *options.args]) or 0
+    return _doctor(options) if options.command == "doctor" else _run(options)
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
@@ -47,18 +44,36 @@ def _add_doctor(commands: argparse._SubParsersAction) -> None:
         help="every node of a Ray cluster: RAY_ADDRESS or the one of this machine, if no address is given",
     )
     check.add_argument("--ranks", type=int, help="processes of --bandwidth; one per GPU, or 2 to 4 on CPUs")
-    check.add_argument(
-        "--deadline", type=float, default=120.0, metavar="S", help="seconds for --bandwidth or --cluster"
-    )
+    check.add_argument("--deadline", type=float, metavar="S", help="seconds for --bandwidth or --cluster (120)")
+
+
+def _run(options: argparse.Namespace) -> int:
+    try:
+        # Asked here, where nothing of the script's own can be mistaken for it.
+        env.enabled()
+        if not os.path.isfile(options.script):
+            raise InvalidArgumentError("script", options.script, "must be an existing file")
+    except InvalidArgumentError as error:
+        print(f"ray-deepep run: {error}", file=sys.stderr)
+        return 2
+    from .deepspeed.launch import run_script
+
+    run_script([options.script, *options.args])
+    return 0
 
 
 def _doctor(options: argparse.Namespace) -> int:
+    deadline_s = 120.0 if options.deadline is None else options.deadline
     try:
+        if options.ranks is not None and not options.bandwidth:
+            raise InvalidArgumentError("--ranks", options.ranks, "goes with --bandwidth only")
+        if options.deadline is not None and not options.bandwidth and options.cluster is None:
+            raise InvalidArgumentError("--deadline", options.deadline, "goes with --bandwidth or --cluster only")
         if options.cluster is not None:
             from .cluster.doctor import run_cluster
 
-            return run_cluster(options.cluster, as_json=options.json, deadline_s=options.deadline)
-        test = doctor.PairTest(num_ranks=options.ranks, deadline_s=options.deadline) if options.bandwidth else None
+            return run_cluster(options.cluster, as_json=options.json, deadline_s=deadline_s)
+        test = doctor.PairTest(num_ranks=options.ranks, deadline_s=deadline_s) if options.bandwidth else None
     except InvalidArgumentError as error:
         print(f"ray-deepep doctor: {error}", file=sys.stderr)
         return 2
