@@ -39,6 +39,7 @@ def parse(*argv: str) -> TrainConfig:
         (RunConfig, "backend", "nccl", "one of stock, ray_deepep"),
         (RunConfig, "on_existing", "ignore", "one of"),
         (RunConfig, "dist_timeout_s", 0.0, "positive"),
+        (RunConfig, "dist_timeout_s", float("inf"), "at most 1e+07"),
     ],
 )
 def test_rule_names_field_value_and_rule(section, field, value, rule):
@@ -74,6 +75,8 @@ def test_preset_survives_json(name):
 def test_unknown_names_and_types_are_refused():
     with pytest.raises(ConfigError, match=r"preset = 'huge': must be one of tiny, demo"):
         get_preset("huge")
+    with pytest.raises(ConfigError, match=r"^data = 3: must be a JSON object"):
+        TrainConfig.from_dict({"data": 3})
     with pytest.raises(ConfigError, match=r"model\.hiden = 3: no such field"):
         TrainConfig.from_dict({"model": {"hiden": 3}})
     with pytest.raises(ConfigError, match=r"model\.hidden = 'wide': must be of type int"):

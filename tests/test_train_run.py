@@ -185,6 +185,16 @@ def test_experts_start_different_and_independent_of_ep(alone):
     assert len(set(firsts)) == len(firsts) == 2 * get_preset("tiny").model.num_experts
 
 
+def test_a_folder_that_cannot_be_written(tmp_path):
+    from train.errors import ConfigError
+    from train.trainer import run
+
+    (tmp_path / "file").touch()
+    config = tiny(tmp_path, **{"run.out_dir": str(tmp_path / "file" / "run")})
+    with pytest.raises(ConfigError, match=r"run\.out_dir = .*can be written to \(Not a directory\)"):
+        run(config)
+
+
 def test_deepspeed_config_file(tmp_path):
     from train.engine import deepspeed_config
     from train.errors import ConfigError
@@ -198,6 +208,8 @@ def test_deepspeed_config_file(tmp_path):
     for content, problem in {
         '{"train_micro_batch_size_per_gpu": 3}': "contradicts this run's 4",
         '{"zero_optimization": {"stage": 3}}': "supports 0, 1 and 2",
+        '{"zero_optimization": 1}': "zero_optimization = 1: must be a JSON object",
+        '{"optimizer": "Adam"}': "optimizer = 'Adam': must be a JSON object",
         "{": "readable JSON file",
         "[]": "JSON object",
     }.items():

@@ -21,6 +21,7 @@ BACKENDS = ("stock", "ray_deepep")
 DTYPES = ("fp32", "bf16")
 TOKENIZERS = ("bytes", "bpe")
 ON_EXISTING = ("error", "resume", "overwrite")
+_LONGEST_S = 1e7  # months: a deadline has an end
 
 
 def _require_at_least(section: object, prefix: str, minimum: float, *names: str) -> None:
@@ -208,7 +209,8 @@ class RunConfig:
     def __post_init__(self) -> None:
         _require_at_least(self, "run", 1, "steps", "eval_batches", "keep_checkpoints")
         _require_at_least(self, "run", 0, "seed", "eval_every", "checkpoint_every", "sample_tokens", "num_threads")
-        require(self.dist_timeout_s > 0, "run.dist_timeout_s", self.dist_timeout_s, "must be positive")
+        timeout_ok = 0 < self.dist_timeout_s <= _LONGEST_S
+        require(timeout_ok, "run.dist_timeout_s", self.dist_timeout_s, f"must be positive and at most {_LONGEST_S:g}")
         require(bool(self.out_dir), "run.out_dir", self.out_dir, "must name a folder")
         _require_one_of("run.backend", self.backend, BACKENDS)
         _require_one_of("run.on_existing", self.on_existing, ON_EXISTING)

@@ -25,7 +25,7 @@ def set_dotted(raw: dict[str, Any], name: str, value: Any) -> None:
 
 def build_dataclass(cls: type, raw: Any, prefix: str = "") -> Any:
     """A dataclass of type `cls`, nested ones included, from a dict; `prefix` goes before field names in errors."""
-    require(isinstance(raw, dict), prefix or "config", raw, "must be a JSON object")
+    require(isinstance(raw, dict), prefix.rstrip(".") or "config", raw, "must be a JSON object")
     types = typing.get_type_hints(cls)
     for key in raw:
         require(key in types, f"{prefix}{key}", raw[key], "no such field")

@@ -34,6 +34,9 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
                 rule = f"contradicts this run's {generated[key]}; leave it out or set it to auto"
                 raise ConfigError(f"{config.run.deepspeed_config}: {key}", given, rule)
             user[key] = generated[key]
+        for key, section in user.items():
+            if isinstance(generated.get(key), dict) and not isinstance(section, dict):
+                raise ConfigError(f"{config.run.deepspeed_config}: {key}", section, "must be a JSON object")
         generated |= user
     stage = generated.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):

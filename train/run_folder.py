@@ -27,7 +27,10 @@ class RunFolder:
         self.sample = self.root / "sample.txt"
 
     def prepare(self, config: TrainConfig) -> None:
-        """Make the folder and write `config.json`; for one rank. Raises ConfigError rather than touch an older run."""
+        """Make the folder and write `config.json`; for one rank. Raises ConfigError rather than touch an older run.
+
+        Also where the folder cannot be made or written to.
+        """
         existing = checkpoint.step_folders(self.checkpoints)
         if existing and self._run.on_existing == "error":
             rule = f"holds checkpoints (newest: {existing[0].name}); resume, overwrite, or choose another folder"
@@ -35,8 +38,12 @@ class RunFolder:
         if self._run.on_existing == "overwrite":
             shutil.rmtree(self.checkpoints, ignore_errors=True)
             self.metrics.unlink(missing_ok=True)
-        self.checkpoints.mkdir(parents=True, exist_ok=True)
-        write_text_atomic(self.root / "config.json", config.to_json())
+        try:
+            self.checkpoints.mkdir(parents=True, exist_ok=True)
+            write_text_atomic(self.root / "config.json", config.to_json())
+        except OSError as error:
+            rule = f"must be a folder that can be written to ({error.strerror})"
+            raise ConfigError("run.out_dir", self._run.out_dir, rule) from error
 
     def choose_checkpoint(self, config: TrainConfig, *, data_digest: str) -> checkpoint.CheckpointChoice | None:
         """The checkpoint this run continues from, None for a fresh start. Collective.
