@@ -284,6 +284,35 @@ def test_a_cluster_that_is_not_there(tmp_path, monkeypatch, capsys):
     assert "127.0.0.1:1" in capsys.readouterr().err
 
 
+def test_an_address_that_is_none(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("RAY_ADDRESS", "nonsense")
+    assert main(["--preset", "tiny", "--out", str(tmp_path / "demo")]) == 2
+    assert "error: RAY_ADDRESS = 'nonsense': Invalid address format" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_address_is_none_set(monkeypatch, tmp_path):
+    from train import demo
+
+    class Started(Exception):
+        pass
+
+    def start(**options):
+        raise Started
+
+    monkeypatch.setenv("RAY_ADDRESS", "")
+    monkeypatch.setattr(demo, "LocalRay", start)
+    with pytest.raises(Started):
+        main(["--preset", "tiny", "--out", str(tmp_path / "demo")])
+
+
+def test_out_that_is_no_folder(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "demo"):
+        assert main(["--preset", "tiny", "--out", str(out)]) == 2
+        assert f"error: --out = '{out}': must be a folder that can be written to" in capsys.readouterr().err
+
+
 def test_demo_options_know_their_steps(tmp_path):
     options = DemoOptions(
         preset="tiny", data=(), workers=2, steps=None, out=tmp_path, resume=False, backends=("stock",)

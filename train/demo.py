@@ -124,6 +124,7 @@ def options_from_args(argv: list[str] | None) -> DemoOptions:
     if args.data:
         find_files(tuple(args.data))
     out = Path(args.resume) if args.resume else args.out or _new_folder(Path("runs/demo"))
+    _check_out(out.absolute())
     return DemoOptions(
         preset=args.preset,
         data=tuple(str(Path(path).absolute()) for path in args.data),
@@ -134,6 +135,13 @@ def options_from_args(argv: list[str] | None) -> DemoOptions:
         backends=tuple(args.backend),
         python=args.python,
     )
+
+
+def _check_out(out: Path) -> None:
+    """Before Ray is started, which takes seconds. Makes nothing: a demo that does not start leaves no folder."""
+    parent = next(path for path in (out, *out.parents) if path.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        raise ConfigError("--out", str(out), f"must be a folder that can be written to, and {parent} is none")
 
 
 def _new_folder(wanted: Path) -> Path:
@@ -157,7 +165,7 @@ def run_demo(options: DemoOptions) -> int:
 @contextlib.contextmanager
 def _ray(options: DemoOptions) -> Iterator[tuple[JobRunner, str]]:
     """Job submission to the cluster of RAY_ADDRESS, or to a Ray started for this demo; and the dashboard's address."""
-    if "RAY_ADDRESS" in os.environ:
+    if os.environ.get("RAY_ADDRESS"):
         runner = JobRunner(None, local=False)
         print(f"submitting to the cluster at {runner.url}")
         yield runner, runner.url

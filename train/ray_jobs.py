@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import logging
+import os
 import re
 import socket
 import time
@@ -13,6 +14,8 @@ import urllib.parse
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+from train.errors import ConfigError
 
 RESULT_PREFIX = "TRAIN_RESULT"
 _REPOSITORY = Path(__file__).parent.parent
@@ -36,14 +39,17 @@ class JobRunner:
         url: of the cluster's dashboard.
         head_is_here: whether the head node is this machine, so that its Python is ours.
 
-    Raises ConnectionError when there is no cluster at that address.
+    Raises ConnectionError when there is no cluster at that address, ConfigError when it is no address.
     """
 
     def __init__(self, url: str | None, *, local: bool) -> None:
         from ray.job_submission import JobSubmissionClient
 
         logging.getLogger("ray").setLevel(logging.WARNING)  # its notes on uploads would cut through progress bars
-        self._client = JobSubmissionClient(url)
+        try:
+            self._client = JobSubmissionClient(url)
+        except ValueError as error:
+            raise ConfigError("RAY_ADDRESS", url or os.environ.get("RAY_ADDRESS", ""), str(error)) from error
         self.url = self._client.get_address()
         self.local = local
         self.head_is_here = local or _is_here(self.url)

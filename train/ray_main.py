@@ -59,8 +59,8 @@ class RayOptions:
     def __post_init__(self) -> None:
         if self.num_workers < 1:
             raise ConfigError("--workers", self.num_workers, "must be at least 1")
-        if not self.cpus_per_worker > 0:
-            raise ConfigError("--cpus-per-worker", self.cpus_per_worker, "must be positive")
+        if not 0 < self.cpus_per_worker < math.inf:
+            raise ConfigError("--cpus-per-worker", self.cpus_per_worker, "must be positive and finite")
         if self.max_failures < 0:
             raise ConfigError("--max-failures", self.max_failures, "must be at least 0")
         for injection in self.inject:
