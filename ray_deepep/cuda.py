@@ -37,6 +37,8 @@ R = TypeVar("R")
 
 ALIGNMENT_ROOM = 256
 """Largest alignment of expert-major groups that buffers have room for."""
+ROW_ALIGNMENT = 16
+"""Bytes of which rows and their addresses are multiples."""
 
 
 def _load() -> ModuleType:
@@ -179,7 +181,7 @@ class CudaTransport:
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """See :meth:`Transport.dispatch`."""
-        self._check_row_bytes("x", request.x)
+        check_alignment("x", request.x)
         dispatch = self._new_dispatch if request.handle is None else self._cached_dispatch
         with self._lock, self._errors:
             stream = self._streams.enter()
@@ -260,12 +262,13 @@ class CudaTransport:
     def combine(self, request: CombineRequest) -> CombineOutput:
         """See :meth:`Transport.combine`."""
         rows, handle = request.rows, request.handle
-        self._check_row_bytes("rows", rows)
+        check_alignment("rows", rows)
         num_tokens, num_topk, hidden = handle.num_tokens, handle.num_topk, rows.shape[1]
         args, routes = self._core.CombineArgs(), None
         args.rows, args.num_rows, args.dtype = rows.data_ptr(), rows.shape[0], self._dtypes[rows.dtype]
         args.weighted, args.reduce = request.weighted, getattr(self._reduces, request.reduce)
         if request.bias is not None:
+            check_alignment("bias", request.bias)
             args.bias = request.bias.data_ptr()
         if request.keep_routes:
             routes = torch.empty(num_topk, num_tokens, hidden, dtype=rows.dtype, device=self.device)
@@ -412,7 +415,17 @@ class CudaTransport:
         self._buffer.pull_dispatch(args, plan.core, cached, num_sms, stream)
         return x, x_scales
 
-    def _check_row_bytes(self, name: str, rows: torch.Tensor) -> None:
-        row_bytes = rows.shape[1] * rows.element_size()
-        if row_bytes % 16:
-            raise InvalidArgumentError(name, tuple(rows.shape), f"rows must be a multiple of 16 bytes, not {row_bytes}")
+
+def check_alignment(name: str, rows: torch.Tensor) -> None:
+    """Kernels move rows in pieces of 16 bytes; an address in between would end the process's CUDA context.
+
+    Raises:
+        InvalidArgumentError: rows have another size, or the first one begins elsewhere (a view into another tensor).
+    """
+    row_bytes = rows.shape[1] * rows.element_size()
+    if row_bytes % ROW_ALIGNMENT:
+        rule = f"rows must be a multiple of {ROW_ALIGNMENT} bytes, not {row_bytes}"
+        raise InvalidArgumentError(name, tuple(rows.shape), rule)
+    if rows.data_ptr() % ROW_ALIGNMENT:
+        rule = f"must begin at a multiple of {ROW_ALIGNMENT} bytes in memory (call .clone())"
+        raise InvalidArgumentError(name, f"address {rows.data_ptr():#x}", rule)
