@@ -103,7 +103,7 @@ class Buffer:
         """Send each token's row to the ranks of its experts; collective.
 
         Args:
-            x: ``[T, H]`` float32, bfloat16, float16 or float8_e4m3fn, contiguous; on GPUs rows of a multiple of 16 bytes.
+            x: ``[T, H]`` float32, bfloat16, float16 or float8_e4m3fn, contiguous; GPUs: H of a multiple of 16 bytes.
             topk_idx: ``[T, K]`` int64 or int32, expert ids in ``[0, E)``, -1 = none.
             topk_weights: ``[T, K]`` float32; ones where left out.
             x_scales: ``[T, H / 128]`` float32, with float8 rows and only then.

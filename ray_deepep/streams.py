@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import threading
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -32,6 +33,8 @@ class Streams:
         self._last_number = -1
         self._last_done: torch.cuda.Event | None = None
         self._communication: torch.cuda.Stream | None = None
+        # Operations start on the autograd engine's threads too, and a tensor must not go before its own event.
+        self._held_lock = threading.Lock()
         self._held: collections.deque[tuple[torch.cuda.Event, list[torch.Tensor]]] = collections.deque()
 
     def enter(self) -> int:
@@ -81,8 +84,9 @@ class Streams:
 
     def release_inputs(self) -> None:
         """Let go of heap tensors whose operations have ended."""
-        while self._held and self._held[0][0].query():
-            self._held.popleft()
+        with self._held_lock:
+            while self._held and self._held[0][0].query():
+                self._held.popleft()
 
     def _communication_stream(self) -> torch.cuda.Stream:
         if self._communication is None:
