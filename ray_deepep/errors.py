@@ -145,14 +145,14 @@ class FaultRecord:
     """Why an operation failed: what waited, for whom, and what was seen."""
 
     operation: str
-    """``dispatch``, ``combine`` or ``allocate``."""
+    """``dispatch``, ``combine`` or ``combine_weights``."""
     sequence: int
     """Sequence number of the operation in its buffer, from 1."""
     phase: str
     """Step that waited, such as ``wait_published``."""
     cause: str
     """``timeout`` (no signal within the deadline), ``peer_died`` (its process is gone), ``peer_closed`` (it closed
-    the communicator) or ``aborted`` (``Communicator.abort`` was called)."""
+    the communicator) or ``aborted`` (it was interrupted while it waited, or its own waits were ended)."""
     rank: int
     """Rank that reports."""
     peer: int
