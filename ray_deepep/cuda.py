@@ -119,7 +119,8 @@ class CudaTransport:
         self._reduces = domain.core.Reduce
         self._kinds = domain.core.LayoutKind
         sizes = self._sizes(domain.rank)
-        self._nvshmem, self._block = nvshmem, self._allocate(nvshmem, sizes)
+        with self._errors:
+            self._nvshmem, self._block = nvshmem, self._allocate(nvshmem, sizes)
         try:
             with self._errors:
                 self._buffer = self._core.DeviceBuffer(

@@ -1,6 +1,9 @@
 #include "cuda/segment_layout.h"
 
 #include <algorithm>
+#include <string>
+
+#include "common/fault.h"
 
 namespace ray_deepep {
 namespace {
@@ -22,6 +25,11 @@ class Cursor {
 }  // namespace
 
 SegmentLayout make_segment_layout(const DeviceSizes& sizes) {
+    // Signals, and what kernels know of peers, have room for so many.
+    if (sizes.num_ranks > kMaxRanks) {
+        throw ArgumentError("num_ranks", std::to_string(sizes.num_ranks),
+                            "must be at most " + std::to_string(kMaxRanks) + " on GPUs of one domain");
+    }
     const int64_t routes = sizes.max_tokens * sizes.num_topk;
     Cursor cursor;
     AreaLayout area;
