@@ -182,7 +182,9 @@ class CudaTransport:
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """See :meth:`Transport.dispatch`."""
-        check_alignment("x", request.x)
+        check_rows("x", request.x)
+        if request.x_scales is not None:
+            check_address("x_scales", request.x_scales)
         dispatch = self._new_dispatch if request.handle is None else self._cached_dispatch
         with self._lock, self._errors:
             stream = self._streams.enter()
@@ -263,13 +265,13 @@ class CudaTransport:
     def combine(self, request: CombineRequest) -> CombineOutput:
         """See :meth:`Transport.combine`."""
         rows, handle = request.rows, request.handle
-        check_alignment("rows", rows)
+        check_rows("rows", rows)
         num_tokens, num_topk, hidden = handle.num_tokens, handle.num_topk, rows.shape[1]
         args, routes = self._core.CombineArgs(), None
         args.rows, args.num_rows, args.dtype = rows.data_ptr(), rows.shape[0], self._dtypes[rows.dtype]
         args.weighted, args.reduce = request.weighted, getattr(self._reduces, request.reduce)
         if request.bias is not None:
-            check_alignment("bias", request.bias)
+            check_rows("bias", request.bias)
             args.bias = request.bias.data_ptr()
         if request.keep_routes:
             routes = torch.empty(num_topk, num_tokens, hidden, dtype=rows.dtype, device=self.device)
@@ -417,16 +419,26 @@ class CudaTransport:
         return x, x_scales
 
 
-def check_alignment(name: str, rows: torch.Tensor) -> None:
+def check_rows(name: str, rows: torch.Tensor) -> None:
     """Kernels move rows in pieces of 16 bytes; an address in between would end the process's CUDA context.
 
     Raises:
-        InvalidArgumentError: rows have another size, or the first one begins elsewhere (a view into another tensor).
+        InvalidArgumentError: rows have another size, or the first one begins elsewhere.
     """
     row_bytes = rows.shape[1] * rows.element_size()
     if row_bytes % ROW_ALIGNMENT:
         rule = f"rows must be a multiple of {ROW_ALIGNMENT} bytes, not {row_bytes}"
         raise InvalidArgumentError(name, tuple(rows.shape), rule)
-    if rows.data_ptr() % ROW_ALIGNMENT:
+    check_address(name, rows)
+
+
+def check_address(name: str, tensor: torch.Tensor) -> None:
+    """A view into another tensor may begin anywhere.
+
+    Raises:
+        InvalidArgumentError: ``tensor`` begins between multiples of 16 bytes.
+    """
+    begin = tensor.data_ptr()
+    if begin % ROW_ALIGNMENT:
         rule = f"must begin at a multiple of {ROW_ALIGNMENT} bytes in memory (call .clone())"
-        raise InvalidArgumentError(name, f"address {rows.data_ptr():#x}", rule)
+        raise InvalidArgumentError(name, f"address {begin:#x}", rule)
