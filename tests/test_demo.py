@@ -20,7 +20,7 @@ from train.inject import Injection
 from train.local_ray import LocalRay, LocalRayError
 from train.presets import get_preset
 from train.ray_jobs import JobFailedError, reason_of
-from train.ray_main import RayOptions, check_resources, with_absolute_paths
+from train.ray_main import RayOptions, check_resources, connect, with_absolute_paths
 from train.timeline import RecoveryTimes, StartTimes
 
 ROOT = Path(__file__).parents[1]
@@ -282,6 +282,12 @@ def test_a_cluster_that_is_not_there(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("RAY_ADDRESS", "http://127.0.0.1:1")
     assert main(["--preset", "tiny", "--out", str(tmp_path / "demo")]) == 2
     assert "127.0.0.1:1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:1", "nonsense"])
+def test_a_cluster_to_train_on_that_is_not_there(address):
+    with pytest.raises(ConfigError, match=f"--address = '{address}': must be that of a running Ray cluster"):
+        connect(RayOptions(address=address))
 
 
 def test_an_address_that_is_none(tmp_path, monkeypatch, capsys):

@@ -16,6 +16,7 @@ import json
 import logging
 import math
 import os
+import socket
 import sys
 import time
 import uuid
@@ -31,6 +32,7 @@ from train.inject import Injection, injected_file
 from train.ray_jobs import RESULT_PREFIX
 from train.timeline import RecoveryTimes, StartTimes, process_started
 
+_KNOCK_S = 10.0
 # Ray's own defaults poll every 2 s, print every line twice and keep the run out of the dashboard.
 _TRAIN_SETTINGS: Mapping[str, str] = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
@@ -162,15 +164,31 @@ def with_absolute_paths(config: TrainConfig) -> TrainConfig:
 
 
 def connect(options: RayOptions) -> None:
-    """Connect to the cluster of `options.address`, or start a Ray that ends with this process."""
+    """Connect to the cluster of `options.address`, or start a Ray that ends with this process.
+
+    Raises ConfigError when there is no cluster at that address.
+    """
     import ray
 
     if options.address:
-        ray.init(address=options.address)
+        try:
+            _knock(options.address)
+            ray.init(address=options.address)
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                "--address", options.address, f"must be that of a running Ray cluster ({error})"
+            ) from error
         return
     num_cpus = max(4, math.ceil(options.num_workers * options.cpus_per_worker) + 2, os.cpu_count() or 1)
     # Workers of Ray Train have an environment of their own, so spare ones without it would start in vain.
     ray.init(address="local", num_cpus=num_cpus, _system_config={"prestart_worker_first_driver": False})
+
+
+def _knock(address: str) -> None:
+    """Raise OSError at once if nothing listens at HOST:PORT, where Ray itself would try for many minutes."""
+    host, _, port = address.rpartition(":")
+    if "://" not in address and port.isdigit():
+        socket.create_connection((host.strip("[]"), int(port)), timeout=_KNOCK_S).close()
 
 
 def check_resources(config: TrainConfig, options: RayOptions, cluster: Mapping[str, float]) -> bool:
