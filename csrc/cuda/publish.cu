@@ -6,7 +6,7 @@
 namespace ray_deepep {
 namespace {
 
-constexpr int kThreads = 256;
+constexpr int kThreads = 512;
 
 // Counts of one chunk of tokens, by destination rank and by expert. `experts` is [kChunkTokens * K] in shared memory.
 __device__ void publish_chunk(const PublishParams& p, uint32_t sequence, int chunk, int* experts, int* rank_count,
@@ -53,7 +53,7 @@ __device__ void publish_chunk(const PublishParams& p, uint32_t sequence, int chu
 
 // Counts per chunk become sums over the chunks before; by the last block, whose view of the others' counts is complete.
 __device__ void sum_chunks(int32_t* counts, int32_t* totals, int num_chunks, int columns) {
-    constexpr int kTile = 64;  // loads in flight
+    constexpr int kTile = 32;  // loads in flight
     for (int column = threadIdx.x; column < columns; column += kThreads) {
         int base = 0;
         for (int first = 0; first < num_chunks; first += kTile) {

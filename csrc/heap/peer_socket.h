@@ -16,7 +16,7 @@ struct PeerMessage {
     uint32_t kind = 0;
     int32_t rank = -1;
     char secret[32] = {};
-    uint64_t values[8] = {};
+    uint64_t values[12] = {};
     unsigned char blob[64] = {};  // a handle that is not a descriptor
 };
 
