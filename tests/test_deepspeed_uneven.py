@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import pathlib
+import re
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from harness import RankContext, Ranks, error_of
 
 from ray_deepep import Buffer, InvalidArgumentError, MismatchError
 from ray_deepep.deepspeed import enable
+from ray_deepep.deepspeed.forward import CAPACITY_FIELDS
 from ray_deepep.deepspeed.gating import route
 
 
@@ -196,3 +199,11 @@ def check_too_many_tokens(context: RankContext) -> None:
 
 def test_too_many_tokens(ranks: Ranks) -> None:
     ranks.run(2, check_too_many_tokens)
+
+
+def test_the_word_of_the_cuda_core_for_a_capacity_is_known() -> None:
+    """Its mismatches name fields by their place in a signature; an unknown name would be raised to the user."""
+    source = (pathlib.Path(__file__).parents[1] / "csrc/cuda/device_faults.cpp").read_text()
+    fields = re.findall(r'"([^"]+)"', source[source.index("kFields[]") : source.index("check_cuda(cudaDeviceSync")])
+    named = [field for field in fields if "capacity" in field]
+    assert len(named) == 1 and named[0] in CAPACITY_FIELDS

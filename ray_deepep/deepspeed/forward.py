@@ -24,6 +24,9 @@ from .exchange import Dispatched, Routes, combine, dispatch
 from .gating import route
 from .registry import BufferRegistry, SharedBuffer
 
+CAPACITY_FIELDS = ("layout", "layout.capacity", "weighted, capacity or max_recv_tokens")
+"""What a mismatch of capacities is called: by the CPU core and the reference, and by the CUDA core."""
+
 
 def stock_reason(layer: MOELayer, hidden_states: torch.Tensor) -> str:
     """Why this layer must run as DeepSpeed wrote it, or an empty string. The same on every rank."""
@@ -107,7 +110,7 @@ def _dispatch_padded(shared: SharedBuffer, tokens: torch.Tensor, routes: Routes,
         try:
             return dispatch(shared.buffer, tokens, routes, layout=Padded(routes.capacity), **how)
         except MismatchError as error:
-            if error.field not in ("layout", "capacity", "layout.capacity"):
+            if error.field not in CAPACITY_FIELDS:
                 raise
             shared.capacities_differ = True
     capacity = _largest_capacity(shared, tokens, routes.capacity)

@@ -15,7 +15,9 @@ pytest.importorskip("deepspeed", reason="DeepSpeed is not installed here")
 pytestmark = pytest.mark.skipif(bool(cuda_problem()), reason=f"transport cuda: {cuda_problem()}")
 
 
-def layer_on_both(context: RankContext, k: int, drop_tokens: bool, layout: str, combine: str) -> list[str]:
+def layer_on_both(
+    context: RankContext, k: int, drop_tokens: bool, layout: str, combine: str, uneven: bool = False
+) -> list[str]:
     import deepspeed_cases as ds
 
     from ray_deepep import CommConfig
@@ -32,14 +34,14 @@ def layer_on_both(context: RankContext, k: int, drop_tokens: bool, layout: str, 
     for device, transport in (("cpu", "shm"), ("cuda", "cuda")):
         comm = CommConfig(**{**CASE_CONFIG, "transport": transport, "device_heap_gib": 0.05})
         with enable(SwapConfig(layout=layout, combine=combine, comm=comm)) as swap:
-            results.append(_step(layer.to(device), context.rank, device))
+            results.append(_step(layer.to(device), context.rank, device, 4 + context.rank if uneven else 4))
             assert [c.transport for c in swap.communicators] == [transport]
     return ds.differences(*results, atol=2e-5)
 
 
-def _step(layer: torch.nn.Module, rank: int, device: str) -> dict[str, torch.Tensor]:
+def _step(layer: torch.nn.Module, rank: int, device: str, num_sequences: int) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(rank)
-    shape = (4, 16, layer.deepspeed_moe.gate.wg.weight.shape[1])
+    shape = (num_sequences, 16, layer.deepspeed_moe.gate.wg.weight.shape[1])
     x = torch.randn(shape, generator=generator).to(device).requires_grad_()
     weight = torch.randn(shape, generator=generator).to(device)
     layer.zero_grad()
@@ -55,4 +57,11 @@ def _step(layer: torch.nn.Module, rank: int, device: str) -> dict[str, torch.Ten
 @pytest.mark.parametrize("num_ranks", (2, 4))
 def test_layer(ranks: Ranks, num_ranks: int, k: int, drop_tokens: bool, layout: str, combine: str) -> None:
     for differences in ranks.run(num_ranks, layer_on_both, k, drop_tokens, layout, combine, deadline_s=120.0):
+        assert differences == []
+
+
+@pytest.mark.parametrize("layout", ("padded", "compact"))
+def test_ranks_with_different_token_counts(ranks: Ranks, layout: str) -> None:
+    """Padded: their capacities differ, which the core reports as a mismatch before ranks agree on one."""
+    for differences in ranks.run(2, layer_on_both, 2, True, layout, "exact", True, deadline_s=120.0):
         assert differences == []
