@@ -17,12 +17,13 @@ from .communicator import Communicator
 from .errors import ClosedError
 from .float8 import Float8Cast, quantize
 from .handle import CombineResult, DispatchHandle, DispatchResult, Layout
+from .low_latency_buffer import LowLatencyCalls, check_transport
 from .telemetry import CommRecorder, CommStats
 from .transport import BufferGeometry, CombineRequest, DispatchOutput, DispatchRequest
 from .work import Work
 
 
-class Buffer:
+class Buffer(LowLatencyCalls):
     """Room for dispatch and combine on all ranks of ``comm``. Making one is collective, and so are its calls.
 
     Args:
@@ -32,11 +33,14 @@ class Buffer:
         num_topk: largest K, 1 to 32.
         max_tokens: largest T that any rank will dispatch.
         max_capacity: largest capacity of a ``Padded`` layout; 0 if there is none.
+        low_latency_max_tokens: M, largest T that any rank will give to a low-latency call, at most 1,024; 0 if there
+            are none. H is then a multiple of 128. Not on transport ``cuda`` yet.
         symm_bytes: bytes of this rank's heap for tensors of :meth:`symm_empty`, the same on every rank; only used
             on GPUs.
 
     Raises:
         InvalidArgumentError: a size breaks its rule.
+        TransportUnavailableError: the transport has no low-latency calls.
         BootstrapError: a rank did not take part within ``comm.config.bootstrap_deadline_s``.
     """
 
@@ -49,6 +53,7 @@ class Buffer:
         num_topk: int,
         max_tokens: int,
         max_capacity: int = 0,
+        low_latency_max_tokens: int = 0,
         symm_bytes: int = 0,
     ) -> None:
         self.comm = comm
@@ -58,14 +63,17 @@ class Buffer:
             num_topk=num_topk,
             max_tokens=max_tokens,
             max_capacity=max_capacity,
+            low_latency_max_tokens=low_latency_max_tokens,
             symm_bytes=symm_bytes,
         )
         checks.geometry(self.geometry, comm.num_ranks)
+        check_transport(comm, self.geometry)
         self.num_local_experts = num_experts // comm.num_ranks
         # Not id(self): handles outlive buffers, and a new buffer may take a freed one's place in memory.
         self._identity = secrets.randbits(63)
         self._recorder = CommRecorder()
         self._transport = comm.make_transport(self.geometry)
+        self._low_latency = self._make_low_latency()
         self._closed = False
         comm.adopt(self)
 
@@ -273,6 +281,8 @@ class Buffer:
         if not self._closed:
             self._closed = True
             self._transport.close()
+            if self._low_latency is not None:
+                self._low_latency.close()
             self.comm.release(self)
 
     def __enter__(self) -> Buffer:

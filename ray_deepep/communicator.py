@@ -25,6 +25,9 @@ from .errors import (
     TransportUnavailableError,
     describe_shared_gpus,
 )
+from .low_latency_reference import ReferenceLowLatency
+from .low_latency_shm import ShmLowLatency
+from .low_latency_transport import LowLatencyTransport
 from .reference import ReferenceTransport
 from .transport import BufferGeometry, Transport
 
@@ -168,6 +171,12 @@ class Communicator:
         if self.transport == "shm":
             return shm.ShmTransport(self._domain, geometry, on_fault=self.mark_fault)
         return ReferenceTransport(self, geometry)
+
+    def make_low_latency(self, geometry: BufferGeometry) -> LowLatencyTransport:
+        """The low-latency calls of one buffer; collective. Not for transport ``cuda``."""
+        if self.transport == "shm":
+            return ShmLowLatency(self._domain, geometry, on_fault=self.mark_fault)
+        return ReferenceLowLatency(self, geometry)
 
     def adopt(self, buffer: Buffer) -> None:
         """Close ``buffer`` when the communicator closes."""

@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-from .errors import BootstrapError, CommFaultError, FaultRecord, InvalidArgumentError, MismatchError
+from .errors import (
+    BootstrapError,
+    CommFaultError,
+    FaultRecord,
+    InvalidArgumentError,
+    MismatchError,
+    RankMaskedError,
+)
 
 if TYPE_CHECKING:
     from .shm import ShmDomain
@@ -31,6 +38,8 @@ class PublicErrors:
             record = FaultRecord(**fields, peer_host=peer.host, peer_pid=peer.pid, peer_gpu=peer.gpu)
             self._on_fault(record)
             raise CommFaultError(record) from None
+        if isinstance(error, core.CoreMasked):
+            raise RankMaskedError(*error.args) from None
         if isinstance(error, core.CoreMismatch):
             raise MismatchError(*error.args) from None
         if isinstance(error, core.CoreBootstrapError):

@@ -37,10 +37,12 @@ HostBuffer::HostBuffer(std::shared_ptr<Domain> domain, const BufferSizes& sizes,
     if (largest < 64 * kPage) {
         throw ArgumentError("heap_gib", std::to_string(gib(sizes.max_segment_bytes)), "must be at least 0.001");
     }
-    const AgreedSizes agreed{{"num_experts", "hidden", "num_topk", "max_tokens", "max_capacity", "heap_bytes"},
-                             {static_cast<uint64_t>(sizes.num_experts), static_cast<uint64_t>(sizes.hidden),
-                              static_cast<uint64_t>(sizes.num_topk), static_cast<uint64_t>(sizes.max_tokens),
-                              static_cast<uint64_t>(sizes.max_capacity), static_cast<uint64_t>(area_bytes_)}};
+    const AgreedSizes agreed{
+        {"num_experts", "hidden", "num_topk", "max_tokens", "max_capacity", "low_latency_max_tokens", "heap_bytes"},
+        {static_cast<uint64_t>(sizes.num_experts), static_cast<uint64_t>(sizes.hidden),
+         static_cast<uint64_t>(sizes.num_topk), static_cast<uint64_t>(sizes.max_tokens),
+         static_cast<uint64_t>(sizes.max_capacity), static_cast<uint64_t>(sizes.low_latency_max_tokens),
+         static_cast<uint64_t>(area_bytes_)}};
     heap_ = allocate_shared_heap(*domain_, kPage + 2 * area_bytes_, agreed, bootstrap_deadline_s);
     std::vector<ControlBlock*> blocks;
     for (const Segment& segment : heap_.segments) blocks.push_back(reinterpret_cast<ControlBlock*>(segment.data()));

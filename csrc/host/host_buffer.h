@@ -29,6 +29,7 @@ struct BufferSizes {
     int num_topk = 1;
     int64_t max_tokens = 0;
     int64_t max_capacity = 0;
+    int64_t low_latency_max_tokens = 0;  // only to agree on: those calls have a heap of their own
     int64_t max_segment_bytes = 0;
     // Bytes of one area for these sizes, before the limit.
     int64_t area_bytes(int num_ranks) const;

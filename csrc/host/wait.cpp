@@ -51,14 +51,14 @@ void Signals::raise(uint32_t sequence) {
 void Signals::wait_published(uint32_t sequence, Operation operation, double deadline_s) {
     const Deadline deadline(deadline_s);
     for (int peer = 0; peer < domain_->num_ranks(); ++peer) {
-        if (!reached(blocks_[peer]->published.load(std::memory_order_acquire), sequence)) {
-            wait_for_peer(peer, sequence, operation, deadline);
-        }
+        if (const auto lost = await_peer(peer, sequence, operation, deadline)) fail(*lost);
     }
 }
 
-void Signals::wait_for_peer(int peer, uint32_t sequence, Operation operation, const Deadline& deadline) {
+std::optional<FaultRecord> Signals::await_peer(int peer, uint32_t sequence, Operation operation,
+                                               const Deadline& deadline, const std::function<bool()>& give_up) {
     const auto& signal = blocks_[peer]->published;
+    if (reached(signal.load(std::memory_order_acquire), sequence)) return std::nullopt;
     own_->waiting_sequence.store(sequence, std::memory_order_relaxed);
     own_->waiting_for.store(peer, std::memory_order_release);
     double next_interrupt_s = kInterruptEvery_s;
@@ -83,8 +83,12 @@ void Signals::wait_for_peer(int peer, uint32_t sequence, Operation operation, co
         record.seen = seen;
         record.elapsed_s = deadline.elapsed_s();
         record.deadline_s = deadline.limit_s();
-        check_peer(peer, record);
-        if (deadline.expired()) fail(record, follow_waits(peer), Cause::kTimeout);
+        if (will_not_come(peer, &record)) return record;
+        if (deadline.expired() || (give_up && give_up())) {
+            record.peer = follow_waits(peer);
+            record.cause = Cause::kTimeout;
+            return record;
+        }
         if (interrupt_ && deadline.elapsed_s() >= next_interrupt_s) {
             next_interrupt_s = deadline.elapsed_s() + kInterruptEvery_s;
             try {
@@ -96,29 +100,32 @@ void Signals::wait_for_peer(int peer, uint32_t sequence, Operation operation, co
         }
         futex_wait(&signal, seen, std::min(kSleep_s, deadline.remaining_s() + 1e-4));
     }
-    own_->waiting_for.store(-1, std::memory_order_release);
+    stop_waiting();
+    return std::nullopt;
 }
 
-// Throw if the peer will never come: it failed, closed, or its process ended.
-void Signals::check_peer(int peer, const FaultRecord& record) {
+// Whether the peer failed, closed, or its process ended; `record` then names the cause.
+bool Signals::will_not_come(int peer, FaultRecord* record) const {
     // Liveness first: whatever the peer wrote before it ended is then visible below.
     const bool gone = domain_->peer_is_gone(peer);
     const ControlBlock& block = *blocks_[peer];
     const RankState state = block.state.load(std::memory_order_acquire);
     // It may have published between our look at the signal and its end.
-    if (reached(block.published.load(std::memory_order_acquire), record.expected)) return;
+    if (reached(block.published.load(std::memory_order_acquire), record->expected)) return false;
     if (state == RankState::kFailed) {
         const int blamed = block.blamed_peer.load(std::memory_order_relaxed);
-        fail(record, blamed >= 0 ? blamed : peer, block.blamed_cause.load(std::memory_order_relaxed));
+        record->peer = blamed >= 0 ? blamed : peer;
+        record->cause = block.blamed_cause.load(std::memory_order_relaxed);
+    } else if (state == RankState::kClosed) {
+        record->cause = Cause::kPeerClosed;
+    } else if (gone) {
+        record->cause = Cause::kPeerDied;
     }
-    if (state == RankState::kClosed) fail(record, peer, Cause::kPeerClosed);
-    if (gone) fail(record, peer, Cause::kPeerDied);
+    return record->cause != Cause::kNone;
 }
 
-void Signals::fail(FaultRecord record, int peer, Cause cause) {
-    record.peer = peer;
-    record.cause = cause;
-    leave(RankState::kFailed, peer, cause);
+void Signals::fail(FaultRecord record) {
+    leave(RankState::kFailed, record.peer, record.cause);
     throw FaultError(std::move(record));
 }
 
