@@ -260,7 +260,7 @@ class Buffer(LowLatencyCalls):
         return self._transport.symm_empty(num_rows, dtype)
 
     def stats(self, *, reset: bool = False) -> CommStats:
-        """Calls, ms and bytes of this buffer since the last reset."""
+        """Calls, ms and bytes of this buffer since the last reset; low-latency calls are not in it."""
         return self._recorder.stats(reset=reset)
 
     def check(self) -> None:

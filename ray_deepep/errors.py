@@ -174,7 +174,7 @@ class FaultRecord:
     """Why an operation failed: what waited, for whom, and what was seen."""
 
     operation: str
-    """``dispatch``, ``combine`` or ``allocate``."""
+    """``dispatch``, ``combine``, ``low_latency_dispatch``, ``low_latency_combine`` or ``allocate``."""
     sequence: int
     """Sequence number of the operation in its buffer, from 1."""
     phase: str

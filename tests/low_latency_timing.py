@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import os
 import time
 from collections.abc import Callable
 
@@ -41,12 +42,6 @@ class Timed:
 def pause(seconds: float) -> None:
     """Be late."""
     time.sleep(seconds)
-
-
-def heap_bytes(*, num_ranks: int, max_tokens: int, num_topk: int, hidden: int, element_bytes: int) -> dict[str, int]:
-    """Rows that a rank's heap holds at most, by the reduction of combine; the formula of docs/design.md."""
-    tokens = 4 * num_ranks * max_tokens * hidden * element_bytes
-    return {"fast": tokens, "exact": tokens * num_topk}
 
 
 def remote_rows(sizes: Sizes, topk_idx: torch.Tensor, context: RankContext) -> tuple[int, int]:
@@ -225,6 +220,8 @@ def sizes_of(args: argparse.Namespace, num_tokens: int) -> Sizes:
 
 def announce() -> None:
     """What is measured, and what is not."""
+    # Before the server of the ranks starts: DeepSpeed, if it is there, looks for an accelerator and warns.
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
     if shm_problem():
         raise SystemExit(shm_problem())
     if not cuda_problem():

@@ -18,7 +18,7 @@ from ray_deepep import BootstrapError, Buffer, CommFaultError, FaultRecord, Hook
 
 FULL = Case(seed=7, num_tokens=(9, 4, 11), num_experts=9, num_topk=4, reduce="exact")
 WITHOUT_2 = dataclasses.replace(FULL, absent=frozenset({2}), reduce="fast")
-TIMEOUT_S = 1.0
+TIMEOUT_S = 1.5
 LONG_S = 15.0
 MASKING = {"on_timeout": "mask", "timeout_s": TIMEOUT_S}
 
@@ -118,7 +118,7 @@ def stops_and_returns(context: RankContext, transport: str) -> None:
             check_dispatch(full, rank, sent)
             start = time.monotonic()
             masked_steps(buffer, rank, 20, **MASKING)
-            # One wait of 1 s for all; 40 if every operation waited.
+            # One wait for all; 40 if every operation waited.
             assert time.monotonic() - start < 10 * TIMEOUT_S
             assert buffer.masked_ranks == (2,)
             # The hook's operation of rank 2 had come; the time-out was the next one's.
@@ -158,7 +158,7 @@ def test_killed_rank_is_masked(transport: str) -> None:
 
 
 def is_killed_and_nobody_asked(context: RankContext) -> list[str]:
-    comm = context.new_communicator("shm", deadline_s=TIMEOUT_S)
+    comm = context.new_communicator("shm", deadline_s=LONG_S)
     sizes = {"num_experts": 9, "hidden": 128, "num_topk": 4, "max_tokens": 0, "low_latency_max_tokens": 12}
     buffer, full = Buffer(comm, **sizes), World(FULL)
     sent = dispatch(buffer, full, context.rank, return_recv_hook=True)
@@ -180,7 +180,7 @@ def test_killed_rank_is_a_fault_unless_masks_are_asked_for() -> None:
             record = FaultRecord.from_json(outcomes[rank].value)
             assert (record.operation, record.sequence) == ("low_latency_combine", 2)
             assert (record.peer, record.cause, record.peer_pid) == (2, "peer_died", pool.processes[2].pid)
-            assert record.elapsed_s < TIMEOUT_S, "a dead process shows at once"
+            assert record.elapsed_s < LONG_S / 2, "a dead process shows at once"
 
 
 def own_buffer(context: RankContext, transport: str, **config: object) -> Buffer:
