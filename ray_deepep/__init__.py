@@ -10,10 +10,12 @@ from .errors import (
     CommFaultError,
     FaultRecord,
     HeapFullError,
+    HookError,
     InvalidArgumentError,
     InvalidTypeError,
     MismatchError,
     NvshmemError,
+    RankMaskedError,
     RayDeepEPError,
     ReceiveOverflowError,
     SharedGpuError,
@@ -21,6 +23,14 @@ from .errors import (
 )
 from .float8 import Float8Cast, Float8Rows
 from .handle import CombineResult, DeviceCounts, DispatchHandle, DispatchResult, ExpertMajor, Padded, TokenMajor
+from .low_latency import (
+    ExpertBlocks,
+    LayoutRanges,
+    LowLatencyCombineResult,
+    LowLatencyDispatchResult,
+    LowLatencyHandle,
+    LowLatencyStats,
+)
 from .progress import Beacon, Progress
 from .telemetry import CommStats
 from .version import __version__
@@ -39,18 +49,26 @@ __all__ = [
     "DeviceCounts",
     "DispatchHandle",
     "DispatchResult",
+    "ExpertBlocks",
     "ExpertMajor",
     "FaultRecord",
     "Float8Cast",
     "Float8Rows",
     "HeapFullError",
+    "HookError",
     "InvalidArgumentError",
     "InvalidTypeError",
+    "LayoutRanges",
+    "LowLatencyCombineResult",
+    "LowLatencyDispatchResult",
+    "LowLatencyHandle",
+    "LowLatencyStats",
     "MismatchError",
     "NvshmemConfig",
     "NvshmemError",
     "Padded",
     "Progress",
+    "RankMaskedError",
     "RayDeepEPError",
     "ReceiveOverflowError",
     "SharedGpuError",

@@ -18,12 +18,13 @@ from .communicator import Communicator
 from .errors import ClosedError, FaultRecord
 from .float8 import Float8Cast, quantize
 from .handle import CombineResult, DispatchHandle, DispatchResult, Layout
+from .low_latency_buffer import LowLatencyCalls, check_transport
 from .telemetry import CommRecorder, CommStats
 from .transport import BufferGeometry, CombineRequest, DispatchOutput, DispatchRequest
 from .work import Work
 
 
-class Buffer:
+class Buffer(LowLatencyCalls):
     """Room for dispatch and combine on all ranks of ``comm``. Making one is collective, and so are its calls.
 
     Args:
@@ -33,6 +34,8 @@ class Buffer:
         num_topk: largest K, 1 to 32.
         max_tokens: largest T that any rank will dispatch.
         max_capacity: largest capacity of a ``Padded`` layout; 0 if there is none.
+        low_latency_max_tokens: M, largest T that any rank will give to a low-latency call, at most 1,024; 0 if there
+            are none. H is then a multiple of 128. Not on transport ``cuda`` yet.
         symm_bytes: bytes of this rank's heap for tensors of :meth:`symm_empty`, the same on every rank; not used by
             transport ``reference``.
         max_rows: most rows S that a dispatch may bring to any rank; None: the worst case, all tokens of all ranks on
@@ -43,6 +46,7 @@ class Buffer:
 
     Raises:
         InvalidArgumentError: a size breaks its rule.
+        TransportUnavailableError: the transport has no low-latency calls.
         BootstrapError: a rank did not take part within ``comm.config.bootstrap_deadline_s``; ``comm`` is closed then,
             but for transport ``reference``.
     """
@@ -56,6 +60,7 @@ class Buffer:
         num_topk: int,
         max_tokens: int,
         max_capacity: int = 0,
+        low_latency_max_tokens: int = 0,
         symm_bytes: int = 0,
         max_rows: int | None = None,
         max_element_size: int = 4,
@@ -67,11 +72,13 @@ class Buffer:
             num_topk=num_topk,
             max_tokens=max_tokens,
             max_capacity=max_capacity,
+            low_latency_max_tokens=low_latency_max_tokens,
             symm_bytes=symm_bytes,
             max_rows=max_rows,
             max_element_size=max_element_size,
         )
         checks.geometry(self.geometry, comm.num_ranks)
+        check_transport(comm, self.geometry)
         self.num_local_experts = num_experts // comm.num_ranks
         # Not id(self): handles outlive buffers, and a new buffer may take a freed one's place in memory.
         self._identity = secrets.randbits(63)
@@ -80,6 +87,7 @@ class Buffer:
         before, self._progress.phase = self._progress.phase, "allocate"
         self._transport = comm.make_transport(self.geometry)
         self._progress.phase = before
+        self._low_latency = self._make_low_latency()
         self._closed = False
         comm.adopt(self)
 
@@ -315,7 +323,7 @@ class Buffer:
         return self._transport.symm_empty(num_rows, dtype)
 
     def stats(self, *, reset: bool = False) -> CommStats:
-        """Calls, ms and bytes of this buffer since the last reset."""
+        """Calls, ms and bytes of this buffer since the last reset; low-latency calls are not in it."""
         return self._recorder.stats(reset=reset)
 
     def check(self) -> None:
@@ -347,6 +355,8 @@ class Buffer:
         if not self._closed:
             self._closed = True
             self._transport.close()
+            if self._low_latency is not None:
+                self._low_latency.close()
             self.comm.release(self)
 
     def __enter__(self) -> Buffer:

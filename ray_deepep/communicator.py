@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
 
@@ -27,6 +27,9 @@ from .errors import (
     TransportUnavailableError,
     describe_shared_gpus,
 )
+from .low_latency_reference import ReferenceLowLatency
+from .low_latency_shm import ShmLowLatency
+from .low_latency_transport import LowLatencyTransport
 from .progress import Progress
 from .reference import ReferenceTransport
 from .transport import BufferGeometry, Transport
@@ -35,6 +38,8 @@ if TYPE_CHECKING:
     from .buffer import Buffer
 
 logger = logging.getLogger("ray_deepep")
+
+R = TypeVar("R")
 
 Exchange = Callable[[str, bytes], list[bytes]]
 """``exchange(phase, payload)`` returns the payloads of all ranks in rank order. It must raise ``BootstrapError``
@@ -181,8 +186,17 @@ class Communicator:
             BootstrapError: a rank did not come; over shared memory or GPUs the communicator is closed then.
         """
         self.check_usable("allocate")
+        return self._allocate(lambda: self._make_transport(geometry))
+
+    def make_low_latency(self, geometry: BufferGeometry) -> LowLatencyTransport:
+        """The low-latency calls of one buffer; collective. Not for transport ``cuda``. Raises as ``make_transport``."""
+        if self.transport == "shm":
+            return self._allocate(lambda: ShmLowLatency(self._domain, geometry, on_fault=self.mark_fault))
+        return ReferenceLowLatency(self, geometry)
+
+    def _allocate(self, make: Callable[[], R]) -> R:
         try:
-            return self._make_transport(geometry)
+            return make()
         except BootstrapError:
             if self._domain is not None:
                 # A rank that comes late takes our offer for that of the next attempt; so there must be none.

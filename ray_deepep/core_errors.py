@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from .errors import BootstrapError, CommFaultError, FaultRecord, InvalidArgumentError, MismatchError
+from .errors import (
+    BootstrapError,
+    CommFaultError,
+    FaultRecord,
+    InvalidArgumentError,
+    MismatchError,
+    RankMaskedError,
+)
 
 if TYPE_CHECKING:
     from .shm import ShmDomain
@@ -36,6 +43,8 @@ class PublicErrors:
             record = self.record(error.args[0])
             self._on_fault(record)
             raise CommFaultError(record) from None
+        if isinstance(error, core.CoreMasked):
+            raise RankMaskedError(*error.args) from None
         if isinstance(error, core.CoreMismatch):
             raise MismatchError(*error.args) from None
         if isinstance(error, core.CoreBootstrapError):

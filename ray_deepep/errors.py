@@ -40,16 +40,47 @@ class MismatchError(RayDeepEPError, ValueError):
     Every rank of the group raises it for the same call, before a row is moved; the communicator stays usable.
     """
 
-    def __init__(self, operation: str, peer: int, field: str, expected: Any, seen: Any) -> None:
+    def __init__(self, operation: str, peer: int, field: str, expected: Any, seen: Any, first: int = 0) -> None:
         self.operation, self.peer, self.field, self.expected, self.seen = operation, peer, field, expected, seen
-        super().__init__(f"{operation}: rank {peer} passed {field}={seen}, rank 0 passed {field}={expected}")
+        self.first = first
+        super().__init__(f"{operation}: rank {peer} passed {field}={seen}, rank {first} passed {field}={expected}")
 
     def __reduce__(self):
-        return type(self), (self.operation, self.peer, self.field, self.expected, self.seen)
+        return type(self), (self.operation, self.peer, self.field, self.expected, self.seen, self.first)
 
 
 class ClosedError(RayDeepEPError, RuntimeError):
     """A communicator or buffer was used after ``close()``."""
+
+
+class HookError(RayDeepEPError, RuntimeError):
+    """A low-latency operation was received twice, before an earlier one, or not at all although it had to be.
+
+    Attributes: ``call`` (what was called), ``expected`` (what should be called first; empty if nothing), ``reason``.
+    Nothing was sent or received; the calls go on in the right order.
+    """
+
+    def __init__(self, call: str, expected: str, reason: str) -> None:
+        self.call, self.expected, self.reason = call, expected, reason
+        super().__init__(f"{call}: {reason}" + (f"; call {expected} first" if expected else ""))
+
+    def __reduce__(self):
+        return type(self), (self.call, self.expected, self.reason)
+
+
+class RankMaskedError(RayDeepEPError, RuntimeError):
+    """Peers went on with low-latency calls without this rank, which they had masked; nothing it does reaches them.
+
+    Attributes: ``operation``, ``by`` (those peers). Call ``Buffer.rejoin()``, and let all peers unmask this rank.
+    """
+
+    def __init__(self, operation: str, by: list[int]) -> None:
+        self.operation, self.by = operation, list(by)
+        who = f"rank{'s' if len(self.by) != 1 else ''} {', '.join(map(str, self.by))}"
+        super().__init__(f"{operation}: {who} masked this rank and went on without it; call rejoin()")
+
+    def __reduce__(self):
+        return type(self), (self.operation, self.by)
 
 
 class TransportUnavailableError(RayDeepEPError, RuntimeError):
@@ -145,7 +176,7 @@ class FaultRecord:
     """Why an operation failed: what waited, for whom, and what was seen."""
 
     operation: str
-    """``dispatch``, ``combine`` or ``combine_weights``."""
+    """``dispatch``, ``combine``, ``low_latency_dispatch``, ``low_latency_combine`` or ``allocate``."""
     sequence: int
     """Sequence number of the operation in its buffer, from 1."""
     phase: str

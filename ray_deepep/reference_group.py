@@ -32,12 +32,16 @@ Signature = dict[str, object]
 """What a rank asks for: JSON values by field name; all fields must agree between ranks."""
 
 
-def check_signatures(operation: str, signatures: Sequence[Signature]) -> None:
-    """Raise ``MismatchError`` for the first field of the first rank that differs from rank 0's."""
-    for peer, signature in enumerate(signatures):
+def check_signatures(operation: str, signatures: Sequence[Signature], ranks: Sequence[int] | None = None) -> None:
+    """Raise ``MismatchError`` for the first field of the first rank that differs from the first one's.
+
+    ``ranks`` are those that the signatures are of; all if None.
+    """
+    ranks = range(len(signatures)) if ranks is None else ranks
+    for peer, signature in zip(ranks, signatures):
         for field, expected in signatures[0].items():
             if signature.get(field) != expected:
-                raise MismatchError(operation, peer, field, str(expected), str(signature.get(field)))
+                raise MismatchError(operation, peer, field, str(expected), str(signature.get(field)), ranks[0])
 
 
 class ReferenceGroup:

@@ -79,6 +79,14 @@ class ShmDomain:
     def __init__(self, exchange: Exchange, *, peers: tuple[RankInfo, ...], rank: int, config: CommConfig) -> None:
         self.config, self.peers, self.rank = config, peers, rank
         self.core = _load()
+        self.num_threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // len(peers))
+        types = self.core.DType
+        self.dtypes = {
+            torch.float32: types.FLOAT32,
+            torch.bfloat16: types.BFLOAT16,
+            torch.float16: types.FLOAT16,
+            torch.float8_e4m3fn: types.FLOAT8_E4M3,
+        }
         self._pool = self.core.BlockPool(MAX_IDLE_BYTES)
         self._domain = self.core.Domain(rank, len(peers))
         payload = json.dumps([self._domain.address, self._domain.secret]).encode()
@@ -94,11 +102,7 @@ class ShmDomain:
 
     def empty(self, *shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """As ``torch.empty``; the memory of a large tensor comes from this domain's pool and goes back when it dies."""
-        count = math.prod(shape)
-        if count * dtype.itemsize < POOLED_BYTES:
-            return torch.empty(shape, dtype=dtype)
-        block = self._pool.take(count * dtype.itemsize)
-        return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
+        return pooled_empty(self._pool, *shape, dtype=dtype)
 
     def make_buffer(self, geometry: BufferGeometry):
         """A core buffer; collective."""
@@ -106,14 +110,14 @@ class ShmDomain:
         sizes.num_experts, sizes.hidden, sizes.num_topk = geometry.num_experts, geometry.hidden, geometry.num_topk
         sizes.max_tokens, sizes.max_capacity = geometry.max_tokens, geometry.max_capacity
         sizes.symm_bytes = geometry.symm_bytes
+        sizes.low_latency_max_tokens = geometry.low_latency_max_tokens
         sizes.max_segment_bytes = int(self.config.heap_gib * 2**30)
-        num_threads = self.config.num_threads or max(1, len(os.sched_getaffinity(0)) // len(self.peers))
         return self.core.HostBuffer(
             self._domain,
             sizes,
             bootstrap_deadline_s=self.config.bootstrap_deadline_s,
             deadline_s=self.config.deadline_s,
-            num_threads=num_threads,
+            num_threads=self.num_threads,
         )
 
     def close(self) -> None:
@@ -133,12 +137,7 @@ class ShmTransport(BlockingTransport):
         self._errors = PublicErrors(domain, on_fault)
         # The autograd engine calls backward from threads of its own.
         self._lock = threading.Lock()
-        self._dtypes = {
-            torch.float32: self._core.DType.FLOAT32,
-            torch.bfloat16: self._core.DType.BFLOAT16,
-            torch.float16: self._core.DType.FLOAT16,
-            torch.float8_e4m3fn: self._core.DType.FLOAT8_E4M3,
-        }
+        self._dtypes = domain.dtypes
         with self._errors:
             self._buffer = domain.make_buffer(geometry)
             self._region = self._buffer.symm_region()
@@ -274,6 +273,15 @@ class ShmTransport(BlockingTransport):
             ),
             plan=plan,
         )
+
+
+def pooled_empty(pool, *shape: int, dtype: torch.dtype) -> torch.Tensor:
+    """As ``torch.empty``, on memory of a core's ``BlockPool`` where the tensor is large."""
+    count = math.prod(shape)
+    if count * dtype.itemsize < POOLED_BYTES:
+        return torch.empty(shape, dtype=dtype)
+    block = pool.take(count * dtype.itemsize)
+    return torch.frombuffer(block, dtype=dtype, count=count).view(shape)
 
 
 def address(tensor: torch.Tensor | None) -> int:

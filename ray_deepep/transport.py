@@ -39,6 +39,8 @@ class BufferGeometry:
     """Largest T of any rank."""
     max_capacity: int = 0
     """Largest capacity of a :class:`~ray_deepep.Padded` layout; 0: no such layout is used."""
+    low_latency_max_tokens: int = 0
+    """M, largest T of any rank in low-latency calls, at most 1,024; 0: there are no such calls."""
     symm_bytes: int = 0
     """Bytes of each rank's heap for the user's own tensors (``Buffer.symm_empty``)."""
     max_rows: int | None = None

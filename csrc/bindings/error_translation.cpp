@@ -47,7 +47,9 @@ void translate_errors() {
                   py::make_tuple(error.phase(), error.missing(), error.deadline_s(), error.what()));
         } catch (const MismatchError& error) {
             raise("CoreMismatch", py::make_tuple(to_string(error.operation()), error.peer(), error.field(),
-                                                 error.expected(), error.seen()));
+                                                 error.expected(), error.seen(), error.first()));
+        } catch (const MaskedError& error) {
+            raise("CoreMasked", py::make_tuple(to_string(error.operation()), error.by()));
         } catch (const ArgumentError& error) {
             raise("CoreArgumentError", py::make_tuple(error.argument(), error.value(), error.what()));
         }

@@ -14,7 +14,7 @@ void add_exception(py::module_& module, const char* name) {
 }  // namespace
 
 void register_errors(py::module_& module) {
-    for (const char* name : {"CoreFault", "CoreBootstrapError", "CoreMismatch", "CoreArgumentError"}) {
+    for (const char* name : {"CoreFault", "CoreBootstrapError", "CoreMismatch", "CoreArgumentError", "CoreMasked"}) {
         add_exception(module, name);
     }
     translate_errors();

@@ -7,13 +7,13 @@
 namespace py = pybind11;
 
 namespace ray_deepep {
-namespace {
 
-// Lets Ctrl-C and signal handlers run while C++ waits.
 void run_signal_handlers() {
     const py::gil_scoped_acquire gil;
     if (PyErr_CheckSignals() != 0) throw py::error_already_set();
 }
+
+namespace {
 
 struct SymmBytes {
     std::shared_ptr<const SharedHeap> heap;
@@ -56,6 +56,7 @@ void register_arguments(py::module_& module) {
         .def_readwrite("num_topk", &BufferSizes::num_topk)
         .def_readwrite("max_tokens", &BufferSizes::max_tokens)
         .def_readwrite("max_capacity", &BufferSizes::max_capacity)
+        .def_readwrite("low_latency_max_tokens", &BufferSizes::low_latency_max_tokens)
         .def_readwrite("max_segment_bytes", &BufferSizes::max_segment_bytes)
         .def_readwrite("symm_bytes", &BufferSizes::symm_bytes);
     py::class_<Layout>(module, "Layout")

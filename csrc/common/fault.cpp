@@ -8,6 +8,8 @@ const char* to_string(Operation operation) {
         case Operation::kCombine: return "combine";
         case Operation::kCombineWeights: return "combine_weights";
         case Operation::kAllocate: return "allocate";
+        case Operation::kLowLatencyDispatch: return "low_latency_dispatch";
+        case Operation::kLowLatencyCombine: return "low_latency_combine";
         case Operation::kNone: break;
     }
     return "none";

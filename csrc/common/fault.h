@@ -12,7 +12,15 @@
 
 namespace ray_deepep {
 
-enum class Operation : int32_t { kNone = 0, kDispatch = 1, kCombine = 2, kCombineWeights = 3, kAllocate = 4 };
+enum class Operation : int32_t {
+    kNone = 0,
+    kDispatch = 1,
+    kCombine = 2,
+    kCombineWeights = 3,
+    kAllocate = 4,
+    kLowLatencyDispatch = 5,
+    kLowLatencyCombine = 6
+};
 enum class Cause : int32_t { kNone = 0, kTimeout = 1, kPeerDied = 2, kPeerClosed = 3, kAborted = 4 };
 
 const char* to_string(Operation operation);
@@ -76,23 +84,40 @@ class BootstrapError : public std::runtime_error {
 // Ranks called one collective with arguments that do not fit each other.
 class MismatchError : public std::runtime_error {
   public:
-    MismatchError(Operation operation, int peer, std::string field, std::string expected, std::string seen)
+    // `expected` is what rank `first` passed.
+    MismatchError(Operation operation, int peer, std::string field, std::string expected, std::string seen,
+                  int first = 0)
         : std::runtime_error(field),
           operation_(operation),
           peer_(peer),
+          first_(first),
           field_(std::move(field)),
           expected_(std::move(expected)),
           seen_(std::move(seen)) {}
     Operation operation() const { return operation_; }
     int peer() const { return peer_; }
+    int first() const { return first_; }
     const std::string& field() const { return field_; }
     const std::string& expected() const { return expected_; }
     const std::string& seen() const { return seen_; }
 
   private:
     Operation operation_;
-    int peer_;
+    int peer_, first_;
     std::string field_, expected_, seen_;
+};
+
+// Peers went on without this rank: they had masked it. Nothing that this rank does reaches them until it rejoins.
+class MaskedError : public std::runtime_error {
+  public:
+    MaskedError(Operation operation, std::vector<int> by)
+        : std::runtime_error(to_string(operation)), operation_(operation), by_(std::move(by)) {}
+    Operation operation() const { return operation_; }
+    const std::vector<int>& by() const { return by_; }
+
+  private:
+    Operation operation_;
+    std::vector<int> by_;
 };
 
 // A value that breaks a rule which only the core can check; raised before anything is published.

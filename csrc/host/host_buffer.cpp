@@ -38,11 +38,12 @@ HostBuffer::HostBuffer(std::shared_ptr<Domain> domain, const BufferSizes& sizes,
         throw ArgumentError("heap_gib", std::to_string(gib(sizes.max_segment_bytes)), "must be at least 0.001");
     }
     const AgreedSizes agreed{
-        {"num_experts", "hidden", "num_topk", "max_tokens", "max_capacity", "heap_bytes", "symm_bytes"},
+        {"num_experts", "hidden", "num_topk", "max_tokens", "max_capacity", "low_latency_max_tokens", "heap_bytes",
+         "symm_bytes"},
         {static_cast<uint64_t>(sizes.num_experts), static_cast<uint64_t>(sizes.hidden),
          static_cast<uint64_t>(sizes.num_topk), static_cast<uint64_t>(sizes.max_tokens),
-         static_cast<uint64_t>(sizes.max_capacity), static_cast<uint64_t>(area_bytes_),
-         static_cast<uint64_t>(sizes.symm_bytes)}};
+         static_cast<uint64_t>(sizes.max_capacity), static_cast<uint64_t>(sizes.low_latency_max_tokens),
+         static_cast<uint64_t>(area_bytes_), static_cast<uint64_t>(sizes.symm_bytes)}};
     const int64_t bytes = kPage + 2 * area_bytes_ + round_up(sizes.symm_bytes, kPage);
     heap_ = std::make_shared<SharedHeap>(allocate_shared_heap(*domain_, bytes, agreed, bootstrap_deadline_s));
     std::vector<ControlBlock*> blocks;

@@ -31,6 +31,7 @@ struct BufferSizes {
     int num_topk = 1;
     int64_t max_tokens = 0;
     int64_t max_capacity = 0;
+    int64_t low_latency_max_tokens = 0;  // only to agree on: those calls have a heap of their own
     int64_t max_segment_bytes = 0;
     int64_t symm_bytes = 0;  // room for the caller's own tensors, behind the areas
     // Bytes of one area for these sizes, before the limit.

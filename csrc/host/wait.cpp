@@ -68,15 +68,20 @@ void Signals::wait_finished(uint32_t sequence, Operation operation, double deadl
 void Signals::wait_for_all(Signal signal, uint32_t sequence, Operation operation, double deadline_s) {
     const Deadline deadline(deadline_s);
     for (int peer = 0; peer < domain_->num_ranks(); ++peer) {
-        if (!reached((blocks_[peer]->*signal).load(std::memory_order_acquire), sequence)) {
-            wait_for_peer(peer, signal, sequence, operation, deadline);
-        }
+        if (const auto lost = await_signal(peer, signal, sequence, operation, deadline, {})) fail(*lost);
     }
 }
 
-void Signals::wait_for_peer(int peer, Signal which, uint32_t sequence, Operation operation, const Deadline& deadline) {
+std::optional<FaultRecord> Signals::await_peer(int peer, uint32_t sequence, Operation operation,
+                                               const Deadline& deadline, const std::function<bool()>& give_up) {
+    return await_signal(peer, &ControlBlock::published, sequence, operation, deadline, give_up);
+}
+
+std::optional<FaultRecord> Signals::await_signal(int peer, Signal which, uint32_t sequence, Operation operation,
+                                                 const Deadline& deadline, const std::function<bool()>& give_up) {
     const auto& signal = blocks_[peer]->*which;
     const bool finished = which == &ControlBlock::finished;
+    if (reached(signal.load(std::memory_order_acquire), sequence)) return std::nullopt;
     own_->waiting_sequence.store(sequence, std::memory_order_relaxed);
     own_->waiting_finished.store(finished, std::memory_order_relaxed);
     own_->waiting_for.store(peer, std::memory_order_release);
@@ -102,8 +107,12 @@ void Signals::wait_for_peer(int peer, Signal which, uint32_t sequence, Operation
         record.seen = seen;
         record.elapsed_s = deadline.elapsed_s();
         record.deadline_s = deadline.limit_s();
-        check_peer(peer, which, record);
-        if (deadline.expired()) fail(record, follow_waits(peer), Cause::kTimeout);
+        if (will_not_come(peer, which, &record)) return record;
+        if (deadline.expired() || (give_up && give_up())) {
+            record.peer = follow_waits(peer);
+            record.cause = Cause::kTimeout;
+            return record;
+        }
         if (interrupt_ && deadline.elapsed_s() >= next_interrupt_s) {
             next_interrupt_s = deadline.elapsed_s() + kInterruptEvery_s;
             try {
@@ -115,30 +124,33 @@ void Signals::wait_for_peer(int peer, Signal which, uint32_t sequence, Operation
         }
         futex_wait(&signal, seen, std::min(kSleep_s, deadline.remaining_s() + 1e-4));
     }
-    own_->waiting_for.store(-1, std::memory_order_release);
+    stop_waiting();
+    return std::nullopt;
 }
 
-// Throw if the peer will never come: it failed, closed, or its process ended.
-void Signals::check_peer(int peer, Signal signal, const FaultRecord& record) {
+// Whether the peer failed, closed, or its process ended; `record` then names the cause.
+bool Signals::will_not_come(int peer, Signal signal, FaultRecord* record) const {
     // Liveness first: whatever the peer wrote before it ended is then visible below.
     const bool gone = domain_->peer_is_gone(peer);
     const ControlBlock& block = *blocks_[peer];
     const RankState state = block.state.load(std::memory_order_acquire);
     // It may have raised it between our look at the signal and its end.
-    if (reached((block.*signal).load(std::memory_order_acquire), record.expected)) return;
+    if (reached((block.*signal).load(std::memory_order_acquire), record->expected)) return false;
     if (state == RankState::kFailed) {
         const int blamed = block.blamed_peer.load(std::memory_order_relaxed);
-        fail(record, blamed >= 0 ? blamed : peer, block.blamed_cause.load(std::memory_order_relaxed));
+        record->peer = blamed >= 0 ? blamed : peer;
+        record->cause = block.blamed_cause.load(std::memory_order_relaxed);
+    } else if (state == RankState::kClosed) {
+        record->cause = Cause::kPeerClosed;
+    } else if (gone) {
+        record->cause = Cause::kPeerDied;
     }
-    if (state == RankState::kClosed) fail(record, peer, Cause::kPeerClosed);
-    if (gone) fail(record, peer, Cause::kPeerDied);
+    return record->cause != Cause::kNone;
 }
 
-void Signals::fail(FaultRecord record, int peer, Cause cause) {
-    record.peer = peer;
-    record.cause = cause;
+void Signals::fail(FaultRecord record) {
     fault_slot_->set(record);
-    leave(RankState::kFailed, peer, cause);
+    leave(RankState::kFailed, record.peer, record.cause);
     throw FaultError(std::move(record));
 }
 

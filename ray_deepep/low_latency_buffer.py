@@ -1,0 +1,451 @@
+"""The low-latency calls of ``Buffer``: decode steps of few tokens, in fixed shapes, sent and received apart.
+
+The calls check their arguments, keep the order of receives, and build frozen results; a ``LowLatencyTransport`` moves
+rows.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from . import low_latency_checks as checks
+from .checks import devices
+from .errors import HookError, InvalidArgumentError, TransportUnavailableError
+from .float8 import FLOAT8, SCALE_BLOCK, Float8Cast
+from .low_latency import (
+    ExpertBlocks,
+    LayoutRanges,
+    LowLatencyCombineResult,
+    LowLatencyDispatchResult,
+    LowLatencyHandle,
+    LowLatencyLayout,
+    LowLatencyStats,
+)
+from .low_latency_transport import (
+    LowLatencyCombineOutputs,
+    LowLatencyCombineRequest,
+    LowLatencyDispatchOutputs,
+    LowLatencyDispatchRequest,
+    LowLatencyTransport,
+    LowLatencyWait,
+)
+from .work import Work
+
+if TYPE_CHECKING:
+    from .communicator import Communicator
+    from .transport import BufferGeometry, Transport
+
+MAX_IN_FLIGHT = 2
+"""Operations that may be sent and not yet received: two micro-batches."""
+
+
+@dataclasses.dataclass(eq=False, kw_only=True)
+class _Flight:
+    """One operation from its send to its receive."""
+
+    rank: int
+    operation: str
+    number: int
+    receive: Callable[[], Any] | None = None
+    plan: Any = None
+    over: str = ""
+    """Why it cannot be received (again)."""
+
+    def __str__(self) -> str:
+        return f"{self.operation} #{self.number}"
+
+
+class LowLatency:
+    """Operations in flight on one transport, and the statistics of the buffer. Making one is collective."""
+
+    def __init__(self, comm: Communicator, geometry: BufferGeometry) -> None:
+        self.transport: LowLatencyTransport = comm.make_low_latency(geometry)
+        self.rank, self.num_ranks = comm.rank, comm.num_ranks
+        self.num_local_experts = geometry.num_experts // comm.num_ranks
+        self.device = self.transport.device
+        self.stats = LowLatencyStats(
+            num_tokens_per_expert=torch.zeros(self.num_local_experts, dtype=torch.int64, device=self.device),
+            wait_ns=torch.zeros(comm.num_ranks, dtype=torch.int64, device=self.device),
+        )
+        self._lock = threading.RLock()
+        self._flying: deque[_Flight] = deque()
+        self._number = 0
+
+    def send(self, operation: str, send: Callable[[], Any], receive: Callable[[Any], Any], *, hook: bool) -> _Flight:
+        """Send; and receive, unless a hook will.
+
+        Raises:
+            HookError: an earlier operation has to be received first. Nothing was sent.
+        """
+        with self._lock:
+            self._check_room(operation, hook=hook)
+            call = send()
+            self._number += 1
+            flight = _Flight(rank=self.rank, operation=operation, number=self._number, receive=lambda: receive(call))
+            self._flying.append(flight)
+            if not hook:
+                self.receive(flight)
+            return flight
+
+    def receive(self, flight: _Flight) -> None:
+        """What a hook does."""
+        with self._lock:
+            name = f"the hook of {flight}"
+            if flight.over:
+                raise HookError(name, "", flight.over)
+            first = self._flying[0]
+            if first is not flight:
+                raise HookError(name, f"the hook of {first}", f"{first} was sent before")
+            self._flying.popleft()
+            receive, flight.receive, flight.over = flight.receive, None, "it had failed"
+            flight.plan = receive()
+            flight.over = "it was called before"
+
+    def plan_of(self, handle: LowLatencyHandle) -> Any:
+        """The plan of a dispatch that was received."""
+        flight = handle.flight
+        if not flight.over:
+            raise HookError("low_latency_combine", f"the hook of {flight}", f"{flight} was not received yet")
+        if flight.plan is None:
+            rule = "must come from a dispatch that was received"
+            raise InvalidArgumentError("handle", f"{flight}, which failed", rule)
+        return flight.plan
+
+    def rejoin(self, deadline_s: float) -> None:
+        """Forget what is in flight, and take part again."""
+        with self._lock:
+            self.give_up("this rank rejoined since")
+            self.transport.rejoin(deadline_s)
+
+    def close(self) -> None:
+        """Free this rank's room."""
+        with self._lock:
+            self.give_up("the buffer is closed")
+            self.transport.close()
+
+    def give_up(self, why: str) -> None:
+        """Operations in flight cannot be received any more."""
+        for flight in self._flying:
+            flight.receive, flight.over = None, why
+        self._flying.clear()
+
+    def _check_room(self, operation: str, *, hook: bool) -> None:
+        if not self._flying:
+            return
+        first = self._flying[0]
+        if not hook:
+            raise HookError(operation, f"the hook of {first}", "without return_recv_hook it receives at once")
+        if len(self._flying) == MAX_IN_FLIGHT:
+            reason = f"{' and '.join(map(str, self._flying))} are in flight, as many as can be"
+            raise HookError(operation, f"the hook of {first}", reason)
+
+
+class LowLatencyCalls:
+    """Mixed into :class:`~ray_deepep.Buffer`."""
+
+    comm: Communicator
+    geometry: BufferGeometry
+    _identity: int
+    _transport: Transport
+    _low_latency: LowLatency | None
+
+    def low_latency_dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        *,
+        topk_weights: torch.Tensor | None = None,
+        x_scales: torch.Tensor | None = None,
+        layout: LowLatencyLayout | None = None,
+        max_recv_tokens: int | None = None,
+        cast: Float8Cast | None = None,
+        on_timeout: str = "raise",
+        timeout_s: float | None = None,
+        stats: LowLatencyStats | None = None,
+        num_sms: int | None = None,
+        return_recv_hook: bool = False,
+        async_op: bool = False,
+        after: torch.cuda.Event | None = None,
+    ) -> LowLatencyDispatchResult | Work[LowLatencyDispatchResult]:
+        """Send each token's row to its experts; collective. For few tokens: shapes do not depend on the routing.
+
+        M is the buffer's ``low_latency_max_tokens``. A row crosses once per (token, rank).
+
+        Args:
+            x: ``[T, H]`` float32, bfloat16, float16 or float8_e4m3fn, contiguous, T at most M, also 0.
+            topk_idx: ``[T, K]`` int64 or int32, expert ids in ``[0, E)``, no expert twice in a token; -1 = none.
+            topk_weights: ``[T, K]`` float32, for the combine; ones where left out.
+            x_scales: ``[T, H / 128]`` float32, with float8 rows and only then.
+            layout: :class:`ExpertBlocks` by default: ``[L, N * M, H]``. Or :class:`ExpertMajor`:
+                ``[max_recv_tokens, H]``, aligned groups one after the other.
+            max_recv_tokens: rows of an :class:`ExpertMajor` output; enough for any routing if None, which is
+                ``N * M * min(K, L) + L * (alignment - 1)``. If more come they are left out: ask ``handle.check()``.
+            cast: send float32, bfloat16 or float16 rows as float8.
+            on_timeout: ``raise``, or ``mask``: a rank that did not come in time, or is gone, is masked from now on
+                (see :meth:`mask_rank`), and stands in ``absent``. All ranks pass the same.
+            timeout_s: seconds that this rank waits while it receives; ``comm.config.deadline_s`` if None.
+            stats: tensors to add to; the buffer's :attr:`low_latency_stats` if None.
+            num_sms: multiprocessors; CPUs ignore it.
+            return_recv_hook: only send. ``result.hook()`` receives; until then tensors of the result are undefined,
+                and all arguments but ``stats`` may be overwritten. Two operations may be in flight.
+            async_op: return a :class:`~ray_deepep.Work`; not with ``return_recv_hook``. On CPUs the operation has
+                ended when the call returns.
+            after: an event to wait for, with ``async_op``; GPUs only.
+
+        Raises:
+            InvalidArgumentError, InvalidTypeError: naming the argument, before anything is sent.
+            HookError: an operation in flight has to be received first; nothing was sent.
+            MismatchError: ranks passed arguments that do not fit each other. Raised on all ranks, by the hook if
+                there is one; the operation is over, and the next may come.
+            RankMaskedError: peers had masked this rank.
+            CommFaultError: a peer died or was late.
+            ClosedError: after ``close()``.
+        """
+        engine = self._engine("low_latency_dispatch")
+        options = self._options(return_recv_hook, async_op, after, num_sms, on_timeout, timeout_s, stats)
+        devices(engine.device, x=x, topk_idx=topk_idx, topk_weights=topk_weights, x_scales=x_scales)
+        request = checks.dispatch_request(
+            self.geometry,
+            num_ranks=engine.num_ranks,
+            x=x,
+            topk_idx=topk_idx,
+            topk_weights=topk_weights,
+            x_scales=x_scales,
+            layout=layout,
+            max_recv_tokens=max_recv_tokens,
+            cast=cast,
+            options=options,
+        )
+        inputs = (x, topk_idx, topk_weights, x_scales)
+        return self._run(lambda: self._low_latency_dispatch(engine, request, options), inputs, options)
+
+    def low_latency_combine(
+        self,
+        rows: torch.Tensor,
+        handle: LowLatencyHandle,
+        topk_weights: torch.Tensor | None = None,
+        *,
+        reduce: str = "fast",
+        out: torch.Tensor | None = None,
+        on_timeout: str = "raise",
+        timeout_s: float | None = None,
+        stats: LowLatencyStats | None = None,
+        num_sms: int | None = None,
+        return_recv_hook: bool = False,
+        async_op: bool = False,
+        after: torch.cuda.Event | None = None,
+    ) -> LowLatencyCombineResult | Work[LowLatencyCombineResult]:
+        """Bring expert outputs back to their tokens, weighted and added up in float32; collective.
+
+        Args:
+            rows: expert outputs, float32, bfloat16 or float16, contiguous, shape of the dispatched rows.
+            handle: of the low-latency dispatch, which has been received.
+            topk_weights: ``[T, K]`` float32, this rank's own, instead of those of the dispatch; only with ``exact``.
+            reduce: ``fast``: rows are weighted and added up where the experts are, in k order, and rounded; one row
+                per (token, rank) crosses, and these are added by rank. ``exact``: one row per (token, expert)
+                crosses, and the source adds them in k order and rounds once: the same bits for any number of ranks.
+            out: ``[T, H]``, dtype of ``rows``: written and returned as the result's ``x``.
+            stats: only ``wait_ns`` is added to.
+            on_timeout, timeout_s, num_sms, return_recv_hook, async_op, after: as for :meth:`low_latency_dispatch`.
+                After a send ``rows`` and ``topk_weights`` may be overwritten; ``out`` may not.
+
+        Raises:
+            As :meth:`low_latency_dispatch`.
+        """
+        engine = self._engine("low_latency_combine")
+        options = self._options(return_recv_hook, async_op, after, num_sms, on_timeout, timeout_s, stats)
+        devices(engine.device, rows=rows, topk_weights=topk_weights, out=out)
+        handle = checks.handle(handle, self._identity)
+        request = checks.combine_request(
+            self.geometry,
+            rows=rows,
+            handle=handle,
+            topk_weights=topk_weights,
+            reduce=reduce,
+            out=out,
+            num_sms=num_sms,
+        )
+        request.plan = engine.plan_of(handle)
+        if out is None:
+            shape = (handle.num_tokens, self.geometry.hidden)
+            out = engine.transport.empty(*shape, dtype=rows.dtype, device=rows.device)
+        return self._run(lambda: self._low_latency_combine(engine, request, out, options), (rows, out), options)
+
+    def mask_rank(self, rank: int, masked: bool = True) -> None:
+        """Go on without ``rank``, or with it again. Local: every rank has its own mask.
+
+        A masked rank is not waited for; its tokens do not come, and what its experts would contribute is missing in
+        combines. Results say so in ``absent``. May be called from another thread, and then ends its wait for ``rank``.
+        Only low-latency calls know masks.
+
+        A rank that was masked while it was stopped finds out with a ``RankMaskedError``, and calls :meth:`rejoin`; it
+        stands in :attr:`returning_ranks` while it waits there. Every other rank then unmasks it, all of them before
+        the same operation, also those that had not masked it.
+
+        Raises:
+            InvalidArgumentError: ``rank`` is not another rank of the communicator.
+        """
+        engine = self._engine("mask_rank")
+        checks.peer("rank", rank, engine.rank, engine.num_ranks)
+        engine.transport.mask(rank, bool(masked))
+
+    @property
+    def masked_ranks(self) -> tuple[int, ...]:
+        """Ranks that this rank has masked, ascending."""
+        return self._engine("masked_ranks").transport.masked()
+
+    @property
+    def returning_ranks(self) -> tuple[int, ...]:
+        """Masked ranks that wait in :meth:`rejoin` to be unmasked, ascending."""
+        return self._engine("returning_ranks").transport.returning()
+
+    def rejoin(self, deadline_s: float | None = None) -> None:
+        """Take part in low-latency calls again, after a ``RankMaskedError``. Operations in flight are given up.
+
+        Waits until all ranks that this one has not masked have called ``mask_rank(this rank, False)``; the next
+        operation of this rank is then the next of theirs.
+
+        Args:
+            deadline_s: seconds to wait; ``comm.config.bootstrap_deadline_s`` if None.
+
+        Raises:
+            BootstrapError: naming the ranks that did not, or that did so before another operation than the others.
+        """
+        deadline_s = self.comm.config.bootstrap_deadline_s if deadline_s is None else deadline_s
+        self._engine("rejoin").rejoin(deadline_s)
+
+    @property
+    def low_latency_stats(self) -> LowLatencyStats:
+        """Running totals of the low-latency calls that were not given others."""
+        return self._engine("low_latency_stats").stats
+
+    def _engine(self, operation: str) -> LowLatency:
+        self._check_open(operation)
+        if self._low_latency is None:
+            rule = f"must be given when the buffer is made, 1 or more, for {operation}"
+            raise InvalidArgumentError("low_latency_max_tokens", 0, rule)
+        return self._low_latency
+
+    def _make_low_latency(self) -> LowLatency | None:
+        return LowLatency(self.comm, self.geometry) if self.geometry.low_latency_max_tokens else None
+
+    def _options(
+        self,
+        return_recv_hook: bool,
+        async_op: bool,
+        after: torch.cuda.Event | None,
+        num_sms: int | None,
+        on_timeout: str,
+        timeout_s: float | None,
+        stats: LowLatencyStats | None,
+    ) -> checks.CallOptions:
+        engine = self._low_latency
+        options = checks.CallOptions(
+            return_recv_hook=return_recv_hook,
+            async_op=async_op,
+            after=after,
+            num_sms=num_sms,
+            on_timeout=on_timeout,
+            timeout_s=self.comm.config.deadline_s if timeout_s is None else timeout_s,
+            stats=engine.stats if stats is None else stats,
+        )
+        checks.call_options(options, engine.num_local_experts, engine.num_ranks)
+        given = options.stats
+        devices(engine.device, num_tokens_per_expert=given.num_tokens_per_expert, wait_ns=given.wait_ns)
+        return options
+
+    def _run(self, run: Callable[[], Any], inputs: tuple[torch.Tensor | None, ...], options: checks.CallOptions) -> Any:
+        if options.async_op:
+            return self._transport.start(run, inputs, options.after)
+        if options.after is not None:
+            self._transport.wait_for(options.after)
+        return run()
+
+    def _low_latency_dispatch(
+        self, engine: LowLatency, request: LowLatencyDispatchRequest, options: checks.CallOptions
+    ) -> LowLatencyDispatchResult:
+        out = self._dispatch_outputs(engine, request)
+        wait = LowLatencyWait(timeout_s=options.timeout_s, on_timeout=options.on_timeout, stats=options.stats)
+        flight = engine.send(
+            "low_latency_dispatch",
+            lambda: engine.transport.send_dispatch(request),
+            lambda call: engine.transport.receive_dispatch(call, request, out, wait),
+            hook=options.return_recv_hook,
+        )
+        handle = LowLatencyHandle(
+            layout=request.layout,
+            num_tokens=request.topk_idx.shape[0],
+            num_topk=request.topk_idx.shape[1],
+            rows_shape=tuple(out.x.shape),
+            absent=out.absent,
+            needed=out.needed,
+            flight=flight,
+            owner=self._identity,
+        )
+        return LowLatencyDispatchResult(
+            x=out.x,
+            x_scales=out.x_scales,
+            counts=out.counts,
+            ranges=LayoutRanges(begin=out.range_begin, count=out.range_count),
+            expert_offsets=out.expert_offsets,
+            absent=out.absent,
+            handle=handle,
+            hook=(lambda: self._receive(flight)) if options.return_recv_hook else None,
+        )
+
+    def _low_latency_combine(
+        self, engine: LowLatency, request: LowLatencyCombineRequest, x: torch.Tensor, options: checks.CallOptions
+    ) -> LowLatencyCombineResult:
+        out = LowLatencyCombineOutputs(x=x, absent=torch.empty(engine.num_ranks, dtype=torch.bool, device=x.device))
+        wait = LowLatencyWait(timeout_s=options.timeout_s, on_timeout=options.on_timeout, stats=options.stats)
+        flight = engine.send(
+            "low_latency_combine",
+            lambda: engine.transport.send_combine(request),
+            lambda call: engine.transport.receive_combine(call, request, out, wait),
+            hook=options.return_recv_hook,
+        )
+        hook = (lambda: self._receive(flight)) if options.return_recv_hook else None
+        return LowLatencyCombineResult(x=out.x, absent=out.absent, hook=hook)
+
+    def _receive(self, flight: _Flight) -> None:
+        self._engine(f"the hook of {flight}").receive(flight)
+
+    def _dispatch_outputs(self, engine: LowLatency, request: LowLatencyDispatchRequest) -> LowLatencyDispatchOutputs:
+        num_local, num_ranks, device = engine.num_local_experts, engine.num_ranks, request.x.device
+        if isinstance(request.layout, ExpertBlocks):
+            shape = (num_local, num_ranks * self.geometry.low_latency_max_tokens)
+        else:
+            shape = (request.max_recv_tokens,)
+        hidden, dtype = self.geometry.hidden, request.x.dtype if request.cast is None else FLOAT8
+        empty, scales = engine.transport.empty, None
+        if dtype == FLOAT8:
+            scales = empty(*shape, hidden // SCALE_BLOCK, dtype=torch.float32, device=device)
+
+        def integers(*shape: int) -> torch.Tensor:
+            return torch.empty(shape, dtype=torch.int32, device=device)
+
+        return LowLatencyDispatchOutputs(
+            x=empty(*shape, hidden, dtype=dtype, device=device),
+            x_scales=scales,
+            counts=integers(num_local),
+            range_begin=integers(num_local, num_ranks),
+            range_count=integers(num_local, num_ranks),
+            expert_offsets=integers(num_local + 1),
+            needed=integers(1),
+            absent=torch.empty(num_ranks, dtype=torch.bool, device=device),
+        )
+
+
+def check_transport(comm: Communicator, geometry: BufferGeometry) -> None:
+    """Raise, before anything collective, if ``geometry`` asks for low-latency calls that the transport has not."""
+    checks.geometry(geometry)
+    if geometry.low_latency_max_tokens and comm.transport == "cuda":
+        raise TransportUnavailableError(
+            "low_latency_max_tokens: transport cuda has no low-latency kernels yet; use transport shm or reference"
+        )

@@ -1,0 +1,113 @@
+"""What a transport with low-latency calls must do, beside :class:`~ray_deepep.transport.Transport`.
+
+Sending and receiving are apart. The caller (``low_latency_buffer.py``) has checked the requests, allocated the outputs,
+and sees to the order: receives come in the order of the sends, and no more than two are outstanding.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol
+
+import torch
+
+from .float8 import Float8Cast
+from .low_latency import LowLatencyLayout, LowLatencyStats
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class LowLatencyWait:
+    """How a receive waits."""
+
+    timeout_s: float
+    on_timeout: str
+    """``raise``: a rank that does not come is a fault. ``mask``: it is masked, and the others go on."""
+    stats: LowLatencyStats
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class LowLatencyDispatchRequest:
+    """A dispatch; shapes as for ``Buffer.low_latency_dispatch``."""
+
+    x: torch.Tensor
+    x_scales: torch.Tensor | None
+    topk_idx: torch.Tensor
+    """int64 or int32."""
+    topk_weights: torch.Tensor | None
+    """None: all ones."""
+    layout: LowLatencyLayout
+    max_recv_tokens: int | None
+    """Rows of a compact output; always given with it."""
+    cast: Float8Cast | None
+    reuses_input: bool
+    """The caller may overwrite ``x`` and the others as soon as they are sent."""
+    num_sms: int | None
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class LowLatencyDispatchOutputs:
+    """Tensors that a receive fills; shapes as in ``LowLatencyDispatchResult`` and ``LowLatencyHandle``."""
+
+    x: torch.Tensor
+    x_scales: torch.Tensor | None
+    counts: torch.Tensor
+    range_begin: torch.Tensor
+    range_count: torch.Tensor
+    expert_offsets: torch.Tensor
+    needed: torch.Tensor
+    absent: torch.Tensor
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class LowLatencyCombineRequest:
+    """A combine of rows laid out by the dispatch that made ``plan``."""
+
+    rows: torch.Tensor
+    plan: Any
+    topk_weights: torch.Tensor | None
+    """Only with ``exact``; None: those of the dispatch."""
+    reduce: str
+    """``fast``: a rank adds up its experts' rows of a token (float32, k order, rounded once) and sends one row; the
+    source adds these by rank. ``exact``: every route's row comes, and the source adds them in k order, in float32."""
+    num_sms: int | None
+
+
+@dataclasses.dataclass(kw_only=True, slots=True)
+class LowLatencyCombineOutputs:
+    """Tensors that a receive fills."""
+
+    x: torch.Tensor
+    absent: torch.Tensor
+
+
+class LowLatencyTransport(Protocol):
+    """Sends return something that the receive is given; a dispatch's receive returns its plan."""
+
+    device: torch.device | None
+    """Where all tensors must be; None: anywhere."""
+
+    def send_dispatch(self, request: LowLatencyDispatchRequest) -> Any: ...
+
+    def receive_dispatch(
+        self, call: Any, request: LowLatencyDispatchRequest, out: LowLatencyDispatchOutputs, wait: LowLatencyWait
+    ) -> Any: ...
+
+    def send_combine(self, request: LowLatencyCombineRequest) -> Any: ...
+
+    def receive_combine(
+        self, call: Any, request: LowLatencyCombineRequest, out: LowLatencyCombineOutputs, wait: LowLatencyWait
+    ) -> None: ...
+
+    def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Memory of an output, not initialised."""
+
+    def mask(self, rank: int, masked: bool) -> None: ...
+
+    def masked(self) -> tuple[int, ...]: ...
+
+    def returning(self) -> tuple[int, ...]:
+        """Masked ranks that wait in ``rejoin``."""
+
+    def rejoin(self, deadline_s: float) -> None: ...
+
+    def close(self) -> None: ...
