@@ -23,7 +23,7 @@ CPP_MAY_INCLUDE = {
 
 # From the bottom: a module imports only from lower rows and from its own.
 PYTHON_LAYERS = [
-    {"version", "errors", "env", "config"},
+    {"version", "errors", "env", "config", "run_files"},
     {"handle", "telemetry", "float8", "work", "symm_pool", "nvshmem_decisions", "progress", "gpu_events"},
     {"transport"},
     {"checks", "rendezvous", "core_errors", "fixed_shapes", "streams"},
@@ -31,7 +31,7 @@ PYTHON_LAYERS = [
     {"buffer", "health"},
     {"autograd"},
     {"__init__"},
-    {"deepspeed", "doctor"},
+    {"deepspeed", "doctor", "report"},
     {"cluster"},
     {"cli"},
 ]
