@@ -55,6 +55,8 @@ class Run:
     path: Path
     steps: tuple[Mapping[str, Any], ...]
     """Records of the metrics file by ``step``, ascending, none twice."""
+    columns: Mapping[str, Sequence[tuple[int, float]]]
+    """By name of a metric, (step, value) where it is a finite number."""
     last_written_s: float | None
     """When the metrics file changed last, in seconds since the epoch; None without one."""
     config: Mapping[str, Any]
@@ -68,9 +70,9 @@ class Run:
     notes: tuple[str, ...]
     """What could not be read, and where."""
 
-    def series(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of a metric, where it is a finite number."""
-        return [(record["step"], float(record[name])) for record in self.steps if is_number(record.get(name))]
+    def series(self, name: str) -> Sequence[tuple[int, float]]:
+        """A column; empty if no record has it."""
+        return self.columns.get(name, ())
 
     @property
     def num_steps(self) -> int | None:
@@ -140,11 +142,13 @@ def read_run(path: Path, *, label: str) -> Run:
     notes: list[str] = []
     metrics = path / run_files.METRICS
     try:
-        steps = {r["step"]: r for r in _records(metrics, notes) if _is_count(r.get("step"))}
+        by_step = {r["step"]: r for r in _records(metrics, notes) if _is_count(r.get("step"))}
+        steps = tuple(by_step[step] for step in sorted(by_step))
         return Run(
             label=label,
             path=path,
-            steps=tuple(steps[step] for step in sorted(steps)),
+            steps=steps,
+            columns=_columns(steps),
             last_written_s=metrics.stat().st_mtime if metrics.is_file() else None,
             config=_read_config(path / run_files.CONFIG, notes),
             starts=_read_starts(path / run_files.STARTS, notes),
@@ -155,6 +159,15 @@ def read_run(path: Path, *, label: str) -> Run:
         )
     except OSError as error:
         raise InvalidArgumentError("run", str(path), f"its files must be readable ({error})") from error
+
+
+def _columns(steps: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[int, float]]]:
+    columns: dict[str, list[tuple[int, float]]] = {}
+    for record in steps:
+        for name, value in record.items():
+            if is_number(value):
+                columns.setdefault(name, []).append((record["step"], float(value)))
+    return columns
 
 
 def _is_count(value: object) -> bool:
