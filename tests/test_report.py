@@ -138,7 +138,7 @@ def test_runs_of_other_lengths_side_by_side(tmp_path):
         points = sum(len(e.get("points", "").split()) for e in svg.iter("polyline"))
         assert points < 3000, "long lines are thinned out"
     coloured = {e.get("class") for svg in page.svgs() for e in svg.iter("polyline")}
-    assert {"line run0", "line run1"} <= coloured
+    assert {"line run0", "line over run1"} <= coloured
 
 
 def test_a_run_that_crashed_before_its_first_step(tmp_path):

@@ -50,7 +50,7 @@ def line_chart(
     ys = [min(y, y_limit) for s in drawn for _, y in s.points]
     x_scale = Scale.over(min(xs), max(xs), _LEFT, WIDTH - _RIGHT)
     y_scale = Scale.over(min(0.0, *ys) if from_zero else min(ys), max(ys), HEIGHT - _BOTTOM, _TOP, pad=0.04)
-    lines = [_draw(s, x_scale, y_scale, y_limit) for s in drawn]
+    lines = [_draw(s, x_scale, y_scale, y_limit, over=index > 0) for index, s in enumerate(drawn)]
     svg = tag(
         "svg",
         tag("title", title),
@@ -89,10 +89,12 @@ def axes(x_scale: Scale, y_scale: Scale, *, x_label: str, y_label: str) -> Marku
     return join(*parts)
 
 
-def _draw(series: Series, x_scale: Scale, y_scale: Scale, y_limit: float) -> Markup:
+def _draw(series: Series, x_scale: Scale, y_scale: Scale, y_limit: float, *, over: bool) -> Markup:
+    """``over``: another series is drawn already; it shows through gaps in this one where both are equal."""
+
     def polyline(points: Sequence[Point], css: str) -> Markup:
         at = " ".join(f"{x_scale(x):.1f},{y_scale(min(y, y_limit)):.1f}" for x, y in points)
-        return tag("polyline", points=at, class_=f"{css} {series.css}")
+        return tag("polyline", points=at, class_=f"{css} over {series.css}" if over else f"{css} {series.css}")
 
     points = thin_out(series.points)
     if series.style == "dots" or len(points) == 1:
@@ -102,7 +104,7 @@ def _draw(series: Series, x_scale: Scale, y_scale: Scale, y_limit: float) -> Mar
                 tag("title", f"{series.name}: {y:.4f} at {compact(x)}"),
                 cx=x_scale(x),
                 cy=y_scale(min(y, y_limit)),
-                r=3.5,
+                r=3.0 if over else 4.5,
                 class_=f"dot {series.css}",
             )
             for x, y in points

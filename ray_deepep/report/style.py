@@ -71,8 +71,10 @@ svg .label{fill:var(--ink)}
 .grid{stroke:var(--rule);stroke-width:1;opacity:.6}
 .axis{stroke:var(--soft);stroke-width:1}
 .line{fill:none;stroke:var(--own);stroke-width:1.8;stroke-linejoin:round}
+.over{stroke-dasharray:10 5}
 .faint{opacity:.35;stroke-width:1}
-.dashed{stroke-dasharray:5 4;stroke-width:1.2}
+.dashed{stroke-dasharray:4 4;stroke-width:1.2}
+.dashed.over{stroke-dasharray:4 4 1 7}
 .dot{fill:var(--own)}
 .part,rect.training{fill:var(--own)}
 rect.coming{fill:var(--own);opacity:.35}
