@@ -2,6 +2,7 @@
 
 ray-deepep doctor [--bandwidth] [--json]     what this machine has, what is missing or sick, what to do about it
 ray-deepep doctor --cluster [ADDRESS]        the same on every node of a Ray cluster, and where nodes differ
+ray-deepep report RUN [RUN ...] [--out FILE] one HTML page about training runs, from their folders
 ray-deepep run script.py [args ...]          run a DeepSpeed script with its MoE layers swapped, unedited
 """
 
@@ -22,11 +23,13 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(dest="command", required=True)
     _add_doctor(commands)
+    _add_report(commands)
     run = commands.add_parser("run", help="run a DeepSpeed script with its MoE layers swapped")
     run.add_argument("script")
     run.add_argument("args", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
-    return _doctor(options) if options.command == "doctor" else _run(options)
+    handlers = {"doctor": _doctor, "report": _report, "run": _run}
+    return handlers[options.command](options)
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:
@@ -78,6 +81,24 @@ def _doctor(options: argparse.Namespace) -> int:
         print(f"ray-deepep doctor: {error}", file=sys.stderr)
         return 2
     return doctor.run(as_json=options.json, bandwidth=test)
+
+
+def _add_report(commands: argparse._SubParsersAction) -> None:
+    page = commands.add_parser("report", help="write one HTML page about training runs, from their folders")
+    page.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or a folder of such folders")
+    page.add_argument("--out", default="report.html", metavar="FILE", help="the page (default: report.html)")
+
+
+def _report(options: argparse.Namespace) -> int:
+    from .report import write_report
+
+    try:
+        runs = write_report(options.runs, options.out)
+    except InvalidArgumentError as error:
+        print(f"ray-deepep report: {error}", file=sys.stderr)
+        return 2
+    print(f"{options.out}: {', '.join(run.label for run in runs)}")
+    return 0
 
 
 if __name__ == "__main__":

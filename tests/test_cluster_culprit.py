@@ -17,7 +17,7 @@ from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollSt
 from ray_deepep import CommFaultError
 from ray_deepep.cluster import RankFault, RankState, RankStatus, decide_culprit, ep_groups
 from ray_deepep.cluster.evidence import look
-from ray_deepep.cluster.supervision import WorkerFaultError, with_culprit
+from ray_deepep.cluster.supervision import WorkerFaultError, append_fault, with_culprit
 
 
 def fault(reporter: int, blamed: int, cause: str = "timeout", sequence: int = 5, elapsed_s: float = 3.0) -> RankFault:
@@ -191,3 +191,13 @@ def test_ep_groups_are_consecutive_ranks():
 def test_ep_size_must_divide_the_world(ep_size):
     with pytest.raises(InvalidArgumentError, match="ep_size: must divide the world size 4"):
         ep_groups(4, ep_size)
+
+
+def test_a_fault_log_that_cannot_be_written_is_a_warning(tmp_path, caplog):
+    append_fault("", "{}")
+    for line in ("{}", "[]"):
+        append_fault(str(tmp_path / "faults.jsonl"), line)
+    assert (tmp_path / "faults.jsonl").read_text() == "{}\n[]\n"
+    assert not caplog.records
+    append_fault(str(tmp_path / "no" / "faults.jsonl"), "{}")
+    assert "fault_log" in caplog.text and str(tmp_path / "no") in caplog.text

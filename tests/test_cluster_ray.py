@@ -22,7 +22,15 @@ from ray.train import RunConfig
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from train_cases import losses, tiny, train
 
-from ray_deepep import Beacon, BootstrapError, CommConfig, FaultRecord, InvalidArgumentError, InvalidTypeError
+from ray_deepep import (
+    Beacon,
+    BootstrapError,
+    CommConfig,
+    FaultRecord,
+    InvalidArgumentError,
+    InvalidTypeError,
+    run_files,
+)
 from ray_deepep.cluster import (
     ExpertParallelConfig,
     NotBootstrappedError,
@@ -168,6 +176,7 @@ def test_current_outside_an_actor(cluster):
         ({"comm": {}}, InvalidTypeError),
         ({"hang_deadline_s": -1.0}, InvalidArgumentError),
         ({"init_method": "file"}, InvalidArgumentError),
+        ({"fault_log": None}, InvalidTypeError),
     ],
 )
 def test_config_refuses_bad_fields(fields, error):
@@ -205,9 +214,9 @@ def told(supervisor: FaultSupervisor, **reports: HealthReport) -> WorkerGroupPol
     return status
 
 
-def test_a_fault_is_reported_while_every_main_thread_still_waits(actors, capsys):
+def test_a_fault_is_reported_while_every_main_thread_still_waits(actors, capsys, tmp_path):
     group = FakeWorkerGroup(actors[:2], pids=ray.get([actor.pid.remote() for actor in actors[:2]]))
-    supervisor = supervisor_of(group)
+    supervisor = supervisor_of(group, fault_log=str(tmp_path / "faults.jsonl"))
     quiet = HealthReport(beacon=Beacon(step=3, phase="backward", age_s=0.1))
     assert told(supervisor, r0=quiet, r1=quiet).errors == {}
     record = FaultRecord(
@@ -228,6 +237,7 @@ def test_a_fault_is_reported_while_every_main_thread_still_waits(actors, capsys)
     culprit = status.errors[1].culprit
     assert (culprit.world_rank, culprit.cause, culprit.reporters, culprit.gpu) == (1, "late", (0,), "GPU-1")
     line = json.loads(capsys.readouterr().out.partition("RAY_DEEPEP_FAULT ")[2])
+    assert json.loads((tmp_path / "faults.jsonl").read_text()) == line
     assert (line["operation"], line["phase"], line["expected"], line["seen"]) == ("combine", "wait_published", 9, 8)
     assert line["beacons"]["1"]["phase"] == "data" and line["gpu"] == "GPU-1"
     assert line["node_id"] == ray.get_runtime_context().get_node_id()
@@ -308,6 +318,8 @@ def test_faults_are_named_and_do_not_change_the_losses(cluster, undisturbed, tmp
     named = [(fault["attempt"], fault["rank"], fault["cause"]) for fault in run.faults]
     causes = [(1, "died"), (1, "stopped"), (0, "raised"), (1, "late"), (1, "out_of_memory")]
     assert named == [(attempt, *cause) for attempt, cause in enumerate(causes, start=1)]
+    noted = (run.out / run_files.FAULTS).read_text().splitlines()
+    assert [json.loads(line) for line in noted] == run.faults
     # A process that ends or stops at once was last heard of up to half a second before.
     for fault, step in zip(run.faults[2:], range(5, 8), strict=True):
         beacon = fault["beacons"][str(fault["rank"])]

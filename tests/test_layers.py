@@ -23,7 +23,7 @@ CPP_MAY_INCLUDE = {
 
 # From the bottom: a module imports only from lower rows and from its own.
 PYTHON_LAYERS = [
-    {"version", "errors", "env", "config"},
+    {"version", "errors", "env", "config", "run_files"},
     {
         "handle",
         "telemetry",
@@ -52,7 +52,7 @@ PYTHON_LAYERS = [
     {"buffer", "low_latency_buffer", "health"},
     {"autograd"},
     {"__init__"},
-    {"deepspeed", "doctor"},
+    {"deepspeed", "doctor", "report"},
     {"cluster"},
     {"cli"},
 ]

@@ -61,6 +61,7 @@ def test_timing_stock_communication_changes_no_number(ranks, tmp_path):
     ranks.run(2, train, tiny(tmp_path / "plain", **fields).to_json(), SilentComm(), deadline_s=120)
     assert losses(tmp_path / "timed") == losses(tmp_path / "plain")
     for m in read_metrics(tmp_path / "timed" / "metrics.jsonl"):
+        assert [sum(row) for row in m.expert_tokens] == [2 * 4 * 32 * 2] * 2  # ranks, sequences, tokens, top-2
         assert m.comm_calls == 2 * 2 * 2  # two layers, two directions, forward and backward
         assert m.dispatch_ms > 0 and m.combine_ms > 0
         assert m.dispatch_ms + m.combine_ms < m.step_ms

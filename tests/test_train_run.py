@@ -154,6 +154,8 @@ def test_activation_checkpointing_changes_no_number(alone, uninterrupted, tmp_pa
     fields["model.activation_checkpointing"] = False
     alone.run(train, tiny(tmp_path / "b", **fields).to_json())
     assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    load_a, load_b = ([m.expert_tokens for m in read_metrics(tmp_path / x / "metrics.jsonl")] for x in "ab")
+    assert load_a == load_b and None not in load_a
 
 
 @pytest.mark.parametrize(
@@ -168,6 +170,18 @@ def test_activation_checkpointing_changes_no_number(alone, uninterrupted, tmp_pa
 def test_model_variants_learn(alone, tmp_path, fields):
     [(summary, _)] = alone.run(train, tiny(tmp_path, **fields).to_json())
     assert summary["stats"]["last_loss"] < summary["stats"]["first_loss"] - 0.2
+    config = TrainConfig.from_file(tmp_path / "config.json")
+    optim, model = config.optim, config.model
+    routed = optim.micro_batch * optim.grad_accum * config.data.seq_len * model.num_topk
+    for m in read_metrics(tmp_path / "metrics.jsonl"):
+        assert [len(row) for row in m.expert_tokens] == [model.num_experts] * (model.num_layers // model.moe_every)
+        assert [sum(row) for row in m.expert_tokens] == [routed] * len(m.expert_tokens)
+
+
+def test_expert_load_is_written_every_nth_step_and_last(alone, tmp_path):
+    alone.run(train, tiny(tmp_path, **{"run.load_every": 3}).to_json())
+    steps = read_metrics(tmp_path / "metrics.jsonl")
+    assert [m.step for m in steps if m.expert_tokens is not None] == [3, 6, STEPS]
 
 
 def test_divergence_is_an_error_and_not_saved(alone, tmp_path):

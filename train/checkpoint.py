@@ -18,12 +18,13 @@ from typing import Any
 
 import deepspeed
 
+from ray_deepep import run_files
 from train.config import TrainConfig
 from train.distributed import World, gather_objects, on_main
 from train.errors import CheckpointError
 from train.files import write_text_atomic
 
-STATE_FILE = "trainer_state.json"
+STATE_FILE = run_files.CHECKPOINT_SEAL
 LATEST_FILE = "latest"
 _TAG = re.compile(r"step_(\d+)")
 _CHUNK = 1 << 20

@@ -187,6 +187,9 @@ class RunConfig:
     """Micro-batches of one validation, on each rank."""
     checkpoint_every: int = 50
     """Save after every n-th step, and after the last. 0: only after the last."""
+    load_every: int = 0
+    """Write the tokens of every expert (MoE layers × experts numbers) with every n-th step, and the last.
+    0: with about a hundred steps of the run."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
     on_existing: str = "error"
@@ -208,7 +211,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _require_at_least(self, "run", 1, "steps", "eval_batches", "keep_checkpoints")
-        _require_at_least(self, "run", 0, "seed", "eval_every", "checkpoint_every", "sample_tokens", "num_threads")
+        _require_at_least(self, "run", 0, "seed", "eval_every", "checkpoint_every", "load_every")
+        _require_at_least(self, "run", 0, "sample_tokens", "num_threads")
         timeout_ok = 0 < self.dist_timeout_s <= _LONGEST_S
         require(timeout_ok, "run.dist_timeout_s", self.dist_timeout_s, f"must be positive and at most {_LONGEST_S:g}")
         require(bool(self.out_dir), "run.out_dir", self.out_dir, "must name a folder")

@@ -45,6 +45,10 @@ class StepMetrics:
     """Calls behind `dispatch_ms` and `combine_ms`, mean over ranks."""
     val_loss: float | None = None
     """Validation cross-entropy, on steps that validate."""
+    time_s: float | None = None
+    """When the step was done, in seconds since the epoch."""
+    expert_tokens: list[list[int]] | None = None
+    """Tokens that all ranks routed to each expert, before drops, [MoE layers][E]; see `run.load_every`."""
 
 
 @dataclass(frozen=True, kw_only=True)

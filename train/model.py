@@ -33,6 +33,18 @@ class LossOutput(NamedTuple):
     """Mean cross-entropy per token, in nats."""
     aux: Tensor
     """Sum of the layers' load-balancing losses, unweighted (0 without MoE layers)."""
+    expert_tokens: Tensor
+    """Tokens routed to each expert by this rank's gates, before drops, int64 [MoE layers, E]."""
+
+
+class _Rows(NamedTuple):
+    """What blocks give."""
+
+    x_BSH: Tensor
+    aux: Tensor
+    """Load-balancing loss, 0 without MoE."""
+    expert_tokens: Tensor
+    """As in `LossOutput`; [0, E] without MoE."""
 
 
 class RMSNorm(nn.Module):
@@ -104,15 +116,17 @@ class Block(nn.Module):
         self.ffn_norm = RMSNorm(config.hidden)
         expert = Expert(config.hidden, config.expert_hidden)
         self.ffn = _moe_layer(config, expert, ep_size) if moe else expert
+        self.num_experts = config.num_experts
 
-    def forward(self, x_BSH: Tensor, rope_2SD: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns the new rows [B, S, H] and this block's load-balancing loss (0 if dense)."""
+    def forward(self, x_BSH: Tensor, rope_2SD: Tensor) -> _Rows:
+        """Takes and gives rows [B, S, H]."""
         x_BSH = x_BSH + self.attn(self.attn_norm(x_BSH), rope_2SD)
         normed_BSH = self.ffn_norm(x_BSH)
         if isinstance(self.ffn, MoE):
-            y_BSH, aux, _ = self.ffn(normed_BSH)
-            return x_BSH + y_BSH, aux
-        return x_BSH + self.ffn(normed_BSH), x_BSH.new_zeros((), dtype=torch.float32)
+            y_BSH, aux, tokens_E = self.ffn(normed_BSH)
+            return _Rows(x_BSH + y_BSH, aux, tokens_E.long()[None])
+        no_loss, no_tokens = x_BSH.new_zeros((), dtype=torch.float32), x_BSH.new_zeros((0, self.num_experts)).long()
+        return _Rows(x_BSH + self.ffn(normed_BSH), no_loss, no_tokens)
 
 
 def _moe_layer(config: ModelConfig, expert: Expert, ep_size: int) -> MoE:
@@ -149,27 +163,29 @@ class MoELanguageModel(nn.Module):
 
     def forward(self, tokens_BS: Tensor, targets_BS: Tensor) -> LossOutput:
         """tokens_BS, targets_BS: int64 ids. Collective over the EP group, as every method that runs the blocks."""
-        x_BSH, aux = self._hidden(tokens_BS)
-        lm = F.cross_entropy(self.head(x_BSH).float().flatten(0, 1), targets_BS.flatten())
-        return LossOutput(total=lm + self.config.aux_loss_coef * aux, lm=lm.detach(), aux=aux.detach())
+        rows = self._hidden(tokens_BS)
+        lm = F.cross_entropy(self.head(rows.x_BSH).float().flatten(0, 1), targets_BS.flatten())
+        total = lm + self.config.aux_loss_coef * rows.aux
+        return LossOutput(total=total, lm=lm.detach(), aux=rows.aux.detach(), expert_tokens=rows.expert_tokens)
 
     def logits(self, tokens_BS: Tensor) -> Tensor:
         """Scores of the token after the last one, [B, V] fp32."""
-        x_BSH, _ = self._hidden(tokens_BS)
-        return self.head(x_BSH[:, -1]).float()
+        return self.head(self._hidden(tokens_BS).x_BSH[:, -1]).float()
 
-    def _hidden(self, tokens_BS: Tensor) -> tuple[Tensor, Tensor]:
+    def _hidden(self, tokens_BS: Tensor) -> _Rows:
         config = self.config
         x_BSH = self.embed(tokens_BS)
         rope = rotary_table(tokens_BS.shape[1], config.hidden // config.num_heads, config.rope_theta, x_BSH.device)
         total_aux = torch.zeros((), device=x_BSH.device)
+        expert_tokens = []
         for block in self.blocks:
             if config.activation_checkpointing and torch.is_grad_enabled():
-                x_BSH, aux = checkpoint(block, x_BSH, rope, use_reentrant=False)
+                x_BSH, aux, tokens = checkpoint(block, x_BSH, rope, use_reentrant=False)
             else:
-                x_BSH, aux = block(x_BSH, rope)
+                x_BSH, aux, tokens = block(x_BSH, rope)
             total_aux = total_aux + aux.float()
-        return self.norm(x_BSH), total_aux
+            expert_tokens.append(tokens)
+        return _Rows(self.norm(x_BSH), total_aux, torch.cat(expert_tokens))
 
     @contextmanager
     def no_drop(self) -> Iterator[None]:

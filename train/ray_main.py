@@ -247,12 +247,18 @@ def _torch_config(config: TrainConfig, options: RayOptions) -> Any:
         from ray.train.torch import TorchConfig
 
         return TorchConfig(timeout_s=timeout_s)
+    from ray_deepep import run_files
     from ray_deepep.cluster import ExpertParallelConfig
 
     # Beyond the deadline of every collective nothing moves any more. A deadline of the user's own comes first.
     hang_deadline_s = ExpertParallelConfig().hang_deadline_s or timeout_s
     ep_size = config.model.resolve_ep_size(options.num_workers)
-    return ExpertParallelConfig(timeout_s=timeout_s, ep_size=ep_size, hang_deadline_s=hang_deadline_s)
+    return ExpertParallelConfig(
+        timeout_s=timeout_s,
+        ep_size=ep_size,
+        hang_deadline_s=hang_deadline_s,
+        fault_log=str(Path(config.run.out_dir) / run_files.FAULTS),
+    )
 
 
 def _report(config: TrainConfig, options: RayOptions, outcome: Any, *, imported: float, connected: float) -> None:

@@ -111,7 +111,7 @@ class RayReporter:
 
     def on_checkpoint(self, info: CheckpointInfo) -> None:
         # Blocks until the controller polls, so not for every step.
-        metrics = {name: value for name, value in asdict(info.metrics).items() if value is not None}
+        metrics = {name: value for name, value in asdict(info.metrics).items() if isinstance(value, int | float)}
         ray.train.report(metrics | {"checkpoint": str(info.folder)})
 
     def on_end(self, summary: TrainSummary) -> None:

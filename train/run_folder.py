@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import time
 from pathlib import Path
 
+from ray_deepep import run_files
 from train import checkpoint
 from train.config import RunConfig, TrainConfig
 from train.distributed import World
@@ -20,11 +23,13 @@ class RunFolder:
         self._run = run
         self._world = world
         self.root = Path(run.out_dir)
-        self.checkpoints = self.root / "checkpoints"
+        self.checkpoints = self.root / run_files.CHECKPOINTS
         self.data = self.root / "data"
-        self.metrics = self.root / "metrics.jsonl"
+        self.metrics = self.root / run_files.METRICS
         self.plot = self.root / "loss.png"
-        self.sample = self.root / "sample.txt"
+        self.sample = self.root / run_files.SAMPLE
+        self.starts = self.root / run_files.STARTS
+        self.faults = self.root / run_files.FAULTS
 
     def prepare(self, config: TrainConfig) -> None:
         """Make the folder and write `config.json`; for one rank. Raises ConfigError rather than touch an older run.
@@ -40,10 +45,19 @@ class RunFolder:
             self.metrics.unlink(missing_ok=True)
         try:
             self.checkpoints.mkdir(parents=True, exist_ok=True)
-            write_text_atomic(self.root / "config.json", config.to_json())
+            if self._run.on_existing != "resume":  # a new run; those of an earlier one tell nothing about it
+                self.starts.unlink(missing_ok=True)
+                self.faults.unlink(missing_ok=True)
+            write_text_atomic(self.root / run_files.CONFIG, config.to_json())
         except OSError as error:
             rule = f"must be a folder that can be written to ({error.strerror})"
             raise ConfigError("run.out_dir", self._run.out_dir, rule) from error
+
+    def note_start(self, *, step: int, environment: dict[str, str | int]) -> None:
+        """Add a line to `starts.jsonl`; for one rank. step: optimizer steps done before."""
+        line = json.dumps({"time_s": time.time(), "step": step, "environment": environment})
+        with open(self.starts, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
 
     def choose_checkpoint(self, config: TrainConfig, *, data_digest: str) -> checkpoint.CheckpointChoice | None:
         """The checkpoint this run continues from, None for a fresh start. Collective.

@@ -13,6 +13,7 @@ import hashlib
 import logging
 import math
 import sys
+import time
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import replace
@@ -28,7 +29,9 @@ from train.config import TrainConfig
 from train.data import BatchSampler, TokenStore, build_token_store
 from train.distributed import World, cpu_threads, join_world, mean_over_ranks, on_main
 from train.engine import build_engine, quiet_deepspeed
+from train.environment import describe_environment
 from train.errors import TrainingDivergedError
+from train.expert_load import ExpertLoad
 from train.files import write_text_atomic
 from train.metrics import MetricsWriter, StepMetrics, run_stats
 from train.run_folder import RunFolder
@@ -105,6 +108,7 @@ class Trainer:
         self._last_checkpoint: Path | None = None
         self._start_step = 0
         self._steps: list[StepMetrics] = []
+        self._load = ExpertLoad(config.run, world)
         config.model.resolve_ep_size(world.world_size)  # refuse a degree that does not fit before anything is written
         on_main(world, lambda: self._folder.prepare(config))
         bar = config.run.progress and world.is_main
@@ -119,6 +123,7 @@ class Trainer:
             world_size=world.world_size,
         )
         choice = self._folder.choose_checkpoint(config, data_digest=self._store.info.content_digest)
+        on_main(world, lambda: self._note_start(choice))
         self._engine = build_engine(config, vocab_size=self._store.info.vocab_size, world=world)
         self._resume(choice)
 
@@ -128,6 +133,11 @@ class Trainer:
             self._writer.close()
         if self._engine is not None:
             self._engine.destroy()
+
+    def _note_start(self, choice: checkpoint.CheckpointChoice | None) -> None:
+        ep_size = self.config.model.resolve_ep_size(self.world.world_size)
+        environment = describe_environment(self.world, ep_size=ep_size)
+        self._folder.note_start(step=choice.state.step if choice is not None else 0, environment=environment)
 
     def _resume(self, choice: checkpoint.CheckpointChoice | None) -> None:
         if choice is not None:
@@ -204,6 +214,8 @@ class Trainer:
             dispatch_ms=dispatch_ms,
             combine_ms=combine_ms,
             comm_calls=comm_calls,
+            time_s=time.time(),
+            expert_tokens=self._load.take(step),
         )
 
     def _forward_backward_update(self, step: int, clock: Clock) -> list[float]:
@@ -223,6 +235,7 @@ class Trainer:
             self._engine.step()
             clock.lap("optimizer")
             losses += torch.stack([output.lm, output.aux]).double() / num_micro_steps
+            self._load.add(output.expert_tokens)
         return losses.tolist()
 
     @torch.no_grad()

@@ -63,6 +63,8 @@ class ExpertParallelConfig(TorchConfig):
             is taken to hang, and Ray starts the workers again. It must be longer than the longest phase that is meant,
             such as writing a checkpoint, and of use where the training function sets ``current().progress``. 0: only
             the deadlines of collectives find ranks that hang.
+        fault_log: a file to which faults are written too, one JSON line each; the node of Ray's controller must see it.
+            Empty: the job's log has them alone.
 
     Raises:
         InvalidArgumentError, InvalidTypeError: a field breaks its rule.
@@ -73,6 +75,7 @@ class ExpertParallelConfig(TorchConfig):
     swap: bool | SwapConfig = True
     placement: PlacementConfig | None = dataclasses.field(default_factory=PlacementConfig)
     hang_deadline_s: float = dataclasses.field(default_factory=env.hang_deadline_s)
+    fault_log: str = ""
 
     def __post_init__(self) -> None:
         if not isinstance(self.comm, CommConfig):
@@ -83,6 +86,8 @@ class ExpertParallelConfig(TorchConfig):
             raise InvalidArgumentError("ep_size", self.ep_size, "must be an integer >= 1, or None")
         if not self.hang_deadline_s >= 0:
             raise InvalidArgumentError("hang_deadline_s", self.hang_deadline_s, "must be >= 0")
+        if not isinstance(self.fault_log, str):
+            raise InvalidTypeError("fault_log", type(self.fault_log).__name__, "must be a str")
         if self.init_method not in ("env", "tcp"):
             raise InvalidArgumentError("init_method", self.init_method, "must be env or tcp")
         register_callbacks()
@@ -105,6 +110,7 @@ class ExpertParallelConfig(TorchConfig):
             "swap": swap,
             "placement": placement,
             "hang_deadline_s": self.hang_deadline_s,
+            "fault_log": self.fault_log,
         }
         return super().to_dict() | fields
 

@@ -159,10 +159,22 @@ class FaultSupervisor(ControllerCallback, WorkerGroupCallback):
     def _report(self, culprit: Culprit) -> None:
         line = culprit.to_json(run=self._run_name, attempt=self._attempt, time_s=time.time())
         print(f"{FAULT_LOG_PREFIX} {line}", flush=True)
+        append_fault(self._config.fault_log, line)
         self._counter.inc(tags={"cause": culprit.cause, "rank": str(culprit.world_rank)})
         if culprit.cause == "stopped":
             process = ProcessId(node_id=culprit.node_id, host=culprit.host, pid=culprit.pid)
             on_nodes(kill_process, [process], ANSWER_DEADLINE_S)
+
+
+def append_fault(path: str, line: str) -> None:
+    """Add ``line`` to the file of ``ExpertParallelConfig.fault_log``, if there is one; a warning if that fails."""
+    if not path:
+        return
+    try:
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(line + "\n")
+    except OSError as error:
+        logger.warning("fault_log: %s", error)
 
 
 def with_culprit(error: Exception | None, culprit: Culprit) -> Exception:
