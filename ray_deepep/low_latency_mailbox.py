@@ -74,7 +74,7 @@ class Mailbox:
     def send(self, operation: str, signature: Signature, messages: Sequence[Message]) -> tuple[int, frozenset[int]]:
         """Leave a message for every rank. Never waits for one. Returns the sequence number, and who is masked."""
         self._operation = operation
-        self._refuse_if_left(self._sequence + 1, self.masked)
+        self._refuse_if_masked()
         self._sequence += 1
         keys = []
         for peer, message in enumerate(messages):
@@ -111,7 +111,6 @@ class Mailbox:
             wait_ns[peer] = int(waited_s * 1e9)
         absent |= self.masked
         present = [peer for peer in range(self._num_ranks) if peer not in absent]
-        self._refuse_if_left(sequence, absent)
         headers = [json.loads(self._read(f"{sequence}/{peer}/header", [peer])) for peer in present]
         ignored = [peer for peer, header in zip(present, headers) if self._rank in header["masked"]]
         if ignored:
@@ -193,13 +192,14 @@ class Mailbox:
         others = (p for p in range(self._num_ranks) if p not in (peer, self._rank) and p not in self.masked)
         return any(peer in self._view(other)["masked"] for other in others)
 
-    def _refuse_if_left(self, sequence: int, absent: set[int]) -> None:
-        """Raise if a peer masked this rank, or is too far ahead to have waited for it."""
-        others = [p for p in range(self._num_ranks) if p != self._rank and p not in absent]
+    def _refuse_if_masked(self) -> None:
+        """Raise if a peer masked this rank, or is too far ahead to have waited for it. Only before a send: an operation
+        that came whole is good, also if a peer masked this rank since."""
+        others = [p for p in range(self._num_ranks) if p != self._rank and p not in self.masked]
         by = [
             peer
             for peer in others
-            if self._rank in self._view(peer)["masked"] or self._last(peer) >= sequence + NUM_AREAS
+            if self._rank in self._view(peer)["masked"] or self._last(peer) > self._sequence + NUM_AREAS
         ]
         if by:
             raise RankMaskedError(self._operation, by)

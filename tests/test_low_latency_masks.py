@@ -248,6 +248,27 @@ def test_mask_ends_a_wait(ranks: Ranks, transport: str) -> None:
     ranks.run(2, masks_while_it_waits, transport)
 
 
+def is_masked_after_it_came(context: RankContext, transport: str) -> None:
+    """What had come whole before the mask is received all the same; the next send is refused."""
+    world, rank = World(TWO), context.rank
+    with make_buffer(context, transport, TWO) as buffer:
+        sent = dispatch(buffer, world, rank, return_recv_hook=True)
+        if rank == 0:
+            sent.hook()
+            buffer.mask_rank(1)
+        dist.barrier()
+        if rank == 1:
+            sent.hook()
+            error = error_of(RankMaskedError, lambda: combine(buffer, world, rank, sent))
+            assert error.by == [0]
+        check_dispatch(world, rank, sent)
+        dist.barrier()
+
+
+def test_operation_that_came_before_the_mask(ranks: Ranks, transport: str) -> None:
+    ranks.run(2, is_masked_after_it_came, transport)
+
+
 def follows_a_mask(context: RankContext, transport: str) -> None:
     """A rank that others have given up is not waited for again."""
     rank = context.rank

@@ -100,7 +100,7 @@ std::shared_ptr<LowLatencyCall> LowLatencyBuffer::begin(Operation operation) {
     call->absent.resize(geometry_.num_ranks);
     for (int peer = 0; peer < geometry_.num_ranks; ++peer) call->absent[peer] = is_masked(peer) ? 1 : 0;
     call->sequence = sequence_ + 1;
-    check_not_left(*call, call->absent, false);
+    check_not_left(*call, call->absent, Step::kSend);
     sequence_ = call->sequence;
     control(geometry_.rank).begun.store(sequence_, std::memory_order_relaxed);
     std::atomic_thread_fence(std::memory_order_release);
@@ -130,7 +130,7 @@ std::vector<uint8_t> LowLatencyBuffer::arrive(const LowLatencyCall& call, const 
         absent[peer] = 1;
         wait_ns[peer] += now_ns() - start_ns;
     }
-    check_not_left(call, absent, true);
+    check_not_left(call, absent, Step::kPull);
     check_agreement(call, absent);
     for (int peer = 0; peer < geometry_.num_ranks; ++peer) {
         // By the sender's clock: ranks are waited for one after the other, and that is not their fault.
@@ -165,18 +165,21 @@ bool LowLatencyBuffer::given_up(int peer, const LowLatencyWait& wait, const std:
     return false;
 }
 
-// Throw if a peer masked this rank, or is so far ahead that it must have done so: what it sent is no longer there.
-void LowLatencyBuffer::check_not_left(const LowLatencyCall& call, const std::vector<uint8_t>& absent,
-                                      bool read_headers) const {
+// Throw if a peer went on without this rank. Before a send: it has masked this rank. Before a pull: it had when it
+// sent. Always: it is so far ahead that what it sent is no longer there. An operation that came whole is good, also if
+// a peer masked this rank since.
+void LowLatencyBuffer::check_not_left(const LowLatencyCall& call, const std::vector<uint8_t>& absent, Step step) const {
     std::atomic_thread_fence(std::memory_order_acquire);
     std::vector<int> by;
     for (int peer = 0; peer < geometry_.num_ranks; ++peer) {
         if (absent[peer] != 0 || peer == geometry_.rank) continue;
         const auto ahead = static_cast<int32_t>(control(peer).begun.load(std::memory_order_relaxed) - call.sequence);
-        const bool left = view(peer, geometry_.rank).masked.load(std::memory_order_relaxed) != 0 ||
-                          ahead >= kLowLatencyAreas ||
-                          (read_headers && (header(peer, call.sequence).sequence != call.sequence ||
-                                            at<uint8_t>(peer, call.sequence, map_.masked_at)[geometry_.rank] != 0));
+        bool left = ahead >= kLowLatencyAreas;
+        if (step == Step::kSend) left |= view(peer, geometry_.rank).masked.load(std::memory_order_relaxed) != 0;
+        if (step == Step::kPull) {
+            left |= header(peer, call.sequence).sequence != call.sequence ||
+                    at<uint8_t>(peer, call.sequence, map_.masked_at)[geometry_.rank] != 0;
+        }
         if (left) by.push_back(peer);
     }
     if (!by.empty()) throw MaskedError(call.operation, std::move(by));
@@ -237,7 +240,9 @@ std::vector<int> LowLatencyBuffer::not_admitted_by(uint32_t* sequence) const {
         if (peer == geometry_.rank || is_masked(peer)) continue;
         const uint64_t admitted = view(peer, geometry_.rank).admitted.load(std::memory_order_acquire);
         const auto at = static_cast<uint32_t>(admitted);
-        const bool fresh = admitted >> 32 > admissions_[peer];
+        // A peer writes its admission first and takes its mask away after.
+        const bool fresh = admitted >> 32 > admissions_[peer] &&
+                           view(peer, geometry_.rank).masked.load(std::memory_order_acquire) == 0;
         if (fresh && !any) *sequence = at;
         if (!fresh || at != *sequence) waiting.push_back(peer);
         any = any || fresh;

@@ -151,6 +151,8 @@ class LowLatencyBuffer {
     void close();
 
   private:
+    enum class Step { kSend, kPull, kPulled };
+
     std::byte* area(int rank, uint32_t sequence) const;
     LowLatencyHeader& header(int rank, uint32_t sequence) const {
         return *reinterpret_cast<LowLatencyHeader*>(area(rank, sequence));
@@ -171,7 +173,7 @@ class LowLatencyBuffer {
     bool given_up(int peer, const LowLatencyWait& wait, const std::vector<uint8_t>& absent) const;
     bool is_masked(int peer) const { return view(geometry_.rank, peer).masked.load(std::memory_order_acquire) != 0; }
     void check_agreement(const LowLatencyCall& call, const std::vector<uint8_t>& absent) const;
-    void check_not_left(const LowLatencyCall& call, const std::vector<uint8_t>& absent, bool read_headers) const;
+    void check_not_left(const LowLatencyCall& call, const std::vector<uint8_t>& absent, Step step) const;
     std::vector<int> not_admitted_by(uint32_t* sequence) const;
 
     void stage_rows(const LowLatencyDispatchArgs& args, const LowLatencyCall& call);

@@ -139,7 +139,7 @@ void LowLatencyBuffer::receive_combine(const LowLatencyCall& call, const LowLate
             sum.take(pointer<std::byte>(out.x) + t * bytes);
         }
     });
-    check_not_left(call, absent, false);
+    check_not_left(call, absent, Step::kPulled);
 }
 
 }  // namespace ray_deepep

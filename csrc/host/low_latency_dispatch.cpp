@@ -95,7 +95,7 @@ std::shared_ptr<LowLatencyPlan> LowLatencyBuffer::receive_dispatch(const LowLate
     std::copy(plan->absent.begin(), plan->absent.end(), pointer<uint8_t>(out.absent));
     place_rows(call, out, *plan);
     pull_rows(call, args, out, *plan);
-    check_not_left(call, plan->absent, false);
+    check_not_left(call, plan->absent, Step::kPulled);
     return plan;
 }
 
