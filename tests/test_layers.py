@@ -39,7 +39,7 @@ PYTHON_LAYERS = [
         "low_latency_mailbox",
         "communicator",
     },
-    {"buffer", "low_latency_buffer"},
+    {"buffer", "low_latency_buffer", "low_latency_flight"},
     {"autograd"},
     {"__init__"},
     {"deepspeed", "doctor"},
