@@ -49,7 +49,7 @@ PYTHON_LAYERS = [
         "low_latency_mailbox",
         "communicator",
     },
-    {"buffer", "low_latency_buffer", "health"},
+    {"buffer", "low_latency_buffer", "low_latency_flight", "health"},
     {"autograd"},
     {"__init__"},
     {"deepspeed", "doctor", "report"},
