@@ -13,12 +13,12 @@ from collections.abc import Sequence
 
 import torch
 
-from . import checks
+from . import checks, low_latency_checks
 from .communicator import Communicator
 from .errors import ClosedError, FaultRecord
 from .float8 import Float8Cast, quantize
 from .handle import CombineResult, DispatchHandle, DispatchResult, Layout
-from .low_latency_buffer import LowLatencyCalls, check_transport
+from .low_latency_buffer import LowLatencyCalls
 from .telemetry import CommRecorder, CommStats
 from .transport import BufferGeometry, CombineRequest, DispatchOutput, DispatchRequest
 from .work import Work
@@ -78,7 +78,7 @@ class Buffer(LowLatencyCalls):
             max_element_size=max_element_size,
         )
         checks.geometry(self.geometry, comm.num_ranks)
-        check_transport(comm, self.geometry)
+        low_latency_checks.geometry(self.geometry)
         self.num_local_experts = num_experts // comm.num_ranks
         # Not id(self): handles outlive buffers, and a new buffer may take a freed one's place in memory.
         self._identity = secrets.randbits(63)
@@ -333,17 +333,24 @@ class Buffer(LowLatencyCalls):
         """
         self._check_open("check")
         self._transport.check()
+        if self._low_latency is not None:
+            self._low_latency.check()
 
     def fault_record(self) -> FaultRecord | None:
         """The fault of an operation, also one that the thread which called it has not met yet; None if there is none.
 
         For another thread, while that one waits, for a peer or for the GPU. Never raises, and waits for nobody.
         """
-        return self._transport.fault_record()
+        found = self._transport.fault_record()
+        if found is None and self._low_latency is not None:
+            found = self._low_latency.transport.fault_record()
+        return found
 
     def give_up_on_gone_peers(self) -> None:
         """See :meth:`Communicator.give_up_on_gone_peers`."""
         self._transport.give_up_on_gone_peers()
+        if self._low_latency is not None:
+            self._low_latency.transport.give_up_on_gone_peers()
 
     @property
     def closed(self) -> bool:

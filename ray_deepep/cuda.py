@@ -41,7 +41,8 @@ ROW_ALIGNMENT = 16
 """Bytes of which rows and their addresses are multiples."""
 
 
-def _load() -> ModuleType:
+def load_core() -> ModuleType:
+    """The compiled CUDA core; ImportError where it cannot be had."""
     core = importlib.import_module("ray_deepep._cuda")
     if core.version != __version__:
         raise ImportError(f"the CUDA core is version {core.version}, the package {__version__}; build it again")
@@ -51,7 +52,7 @@ def _load() -> ModuleType:
 def core_version() -> tuple[str, str]:
     """Version of the CUDA core, or an empty string and what kept it from loading."""
     try:
-        return _load().version, ""
+        return load_core().version, ""
     except ImportError as error:
         return "", str(error)
 
@@ -103,7 +104,7 @@ class CudaTransport:
         nvshmem: NvshmemRuntime | None,
         on_fault: Callable[[FaultRecord], None],
     ) -> None:
-        self._geometry, self._core, self._num_sms = geometry, _load(), num_sms
+        self._geometry, self._core, self._num_sms = geometry, load_core(), num_sms
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._num_ranks, self._num_local = len(domain.peers), geometry.num_experts // len(domain.peers)
         self._errors = PublicErrors(domain, on_fault)
@@ -165,7 +166,7 @@ class CudaTransport:
         geometry = self._geometry
         received = self._num_ranks * geometry.max_tokens
         # A token may name one expert twice: no smaller bound than K routes.
-        rows = received * geometry.num_topk + ALIGNMENT_ROOM * self._num_local
+        rows = received * geometry.num_topk + (ALIGNMENT_ROOM * self._num_local if received else 0)
         if geometry.max_capacity:
             rows = geometry.num_experts * geometry.max_capacity
             received = min(received, rows)

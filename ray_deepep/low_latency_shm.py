@@ -11,6 +11,7 @@ from .core_errors import PublicErrors
 from .errors import FaultRecord
 from .handle import ExpertMajor
 from .low_latency_transport import (
+    HostLowLatency,
     LowLatencyCombineOutputs,
     LowLatencyCombineRequest,
     LowLatencyDispatchOutputs,
@@ -24,7 +25,7 @@ NUM_KEPT_OUTPUTS = 4
 """Dispatch outputs in bfloat16 whose memory is kept while nobody uses it. Only rows that were written take memory."""
 
 
-class ShmLowLatency:
+class ShmLowLatency(HostLowLatency):
     """See :class:`~ray_deepep.low_latency_transport.LowLatencyTransport`. Making one is collective."""
 
     device = torch.device("cpu")

@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/error_translation.h"
+#include "bindings_cuda/bindings.h"
 #include "cuda/check.h"
 #include "cuda/device_buffer.h"
 
@@ -10,13 +11,6 @@ namespace py = pybind11;
 
 namespace ray_deepep {
 namespace {
-
-void run_signal_handlers() {
-    const py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
-
-cudaStream_t as_stream(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
 
 void register_plan(py::module_& module) {
     py::class_<DevicePlan>(module, "DevicePlan")
@@ -146,6 +140,12 @@ void register_buffer(py::module_& module) {
 }
 
 }  // namespace
+
+void run_signal_handlers() {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 }  // namespace ray_deepep
 
 PYBIND11_MODULE(_cuda, module) {
@@ -157,4 +157,5 @@ PYBIND11_MODULE(_cuda, module) {
     ray_deepep::register_plan(module);
     ray_deepep::register_arguments(module);
     ray_deepep::register_buffer(module);
+    ray_deepep::register_device_low_latency(module);
 }
