@@ -84,9 +84,8 @@ class Buffer(LowLatencyCalls):
         self._identity = secrets.randbits(63)
         self._recorder = CommRecorder()
         self._progress = comm.progress
-        before, self._progress.phase = self._progress.phase, "allocate"
-        self._transport = comm.make_transport(self.geometry)
-        self._progress.phase = before
+        with self._progress.during("allocate"):
+            self._transport = comm.make_transport(self.geometry)
         self._low_latency = self._make_low_latency()
         self._closed = False
         comm.adopt(self)
@@ -292,9 +291,8 @@ class Buffer(LowLatencyCalls):
         handle = checks.handle(handle, self._identity)
         topk_weights = checks.row_weights(topk_weights, handle)
         start = time.perf_counter()
-        before, self._progress.phase = self._progress.phase, "combine"
-        home = self._transport.combine_weights(topk_weights, handle, num_sms)
-        self._progress.phase = before
+        with self._progress.during("combine"):
+            home = self._transport.combine_weights(topk_weights, handle, num_sms)
         self._recorder.add("combine", time.perf_counter() - start, 0)
         return home
 
@@ -372,20 +370,18 @@ class Buffer(LowLatencyCalls):
 
     def _dispatch(self, request: DispatchRequest) -> DispatchResult:
         start = time.perf_counter()
-        before, self._progress.phase = self._progress.phase, "dispatch"
-        if request.cast is not None and not self._transport.casts_rows:
-            rows = quantize(request.x, request.cast)
-            request = dataclasses.replace(request, x=rows.data, x_scales=rows.scales, cast=None)
-        output = self._transport.dispatch(request)
-        self._progress.phase = before
+        with self._progress.during("dispatch"):
+            if request.cast is not None and not self._transport.casts_rows:
+                rows = quantize(request.x, request.cast)
+                request = dataclasses.replace(request, x=rows.data, x_scales=rows.scales, cast=None)
+            output = self._transport.dispatch(request)
         self._recorder.add("dispatch", time.perf_counter() - start, output.x.numel() * output.x.element_size())
         return self._dispatch_result(request, output)
 
     def _combine(self, request: CombineRequest) -> CombineResult:
         start = time.perf_counter()
-        before, self._progress.phase = self._progress.phase, "combine"
-        output = self._transport.combine(request)
-        self._progress.phase = before
+        with self._progress.during("combine"):
+            output = self._transport.combine(request)
         given = request.expert_rows or (request.rows,)
         num_bytes = sum(rows.numel() for rows in given) * given[0].element_size()
         self._recorder.add("combine", time.perf_counter() - start, num_bytes)
