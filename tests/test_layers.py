@@ -41,6 +41,7 @@ PYTHON_LAYERS = [
     {
         "shm",
         "cuda",
+        "cuda_arguments",
         "nvshmem",
         "reference",
         "reference_group",
@@ -50,7 +51,7 @@ PYTHON_LAYERS = [
         "low_latency_mailbox",
         "communicator",
     },
-    {"buffer", "low_latency_buffer", "low_latency_flight", "health"},
+    {"buffer", "expert_rows", "heap_tensors", "low_latency_buffer", "low_latency_flight", "health"},
     {"autograd"},
     {"__init__"},
     {"deepspeed", "doctor", "report"},
