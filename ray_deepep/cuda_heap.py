@@ -2,21 +2,30 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
+from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from .core_errors import PublicErrors
-from .cuda import load_core
 from .errors import FaultRecord, InvalidArgumentError
-from .float8 import FLOAT8
 from .shm import ShmDomain
+from .version import __version__
 
 if TYPE_CHECKING:
     from .nvshmem import NvshmemRuntime, SymmBlock
 
 B = TypeVar("B")
+
+
+def load_core() -> ModuleType:
+    """The compiled CUDA core; ImportError where it cannot be had."""
+    core = importlib.import_module("ray_deepep._cuda")
+    if core.version != __version__:
+        raise ImportError(f"the CUDA core is version {core.version}, the package {__version__}; build it again")
+    return core
 
 
 class CudaHeap:
@@ -32,13 +41,6 @@ class CudaHeap:
     ) -> None:
         self.core, self.errors = load_core(), PublicErrors(domain, on_fault)
         self.device = torch.device("cuda", torch.cuda.current_device())
-        types = domain.core.DType
-        self.dtypes = {
-            torch.float32: types.FLOAT32,
-            torch.bfloat16: types.BFLOAT16,
-            torch.float16: types.FLOAT16,
-            FLOAT8: types.FLOAT8_E4M3,
-        }
         self._wanted, self._nvshmem = heap_provider, nvshmem
         self._block: SymmBlock | None = None
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .cuda import check_address, check_rows
+from .cuda_arguments import check_address, check_rows, core_dtypes
 from .cuda_heap import CudaHeap
 from .errors import FaultRecord
 from .float8 import FLOAT8
@@ -70,7 +70,7 @@ class CudaLowLatency:
     ) -> None:
         self._heap = CudaHeap(domain, heap_provider=heap_provider, nvshmem=nvshmem, on_fault=on_fault)
         self._core, self._errors, self._num_sms = self._heap.core, self._heap.errors, num_sms
-        self.device, self._dtypes = self._heap.device, self._heap.dtypes
+        self.device, self._dtypes = self._heap.device, core_dtypes(domain)
         self._streams = Streams(self.device)
         # A send and a receive may come from different threads.
         self._lock = threading.Lock()

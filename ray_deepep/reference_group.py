@@ -6,25 +6,30 @@ through collectives of the process group (gloo or NCCL), which cannot.
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import json
 import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from . import rendezvous
+from .bounded_store import BoundedStore, StoreLostError, hosts_default_store
 from .errors import CommFaultError, FaultRecord, MismatchError
 
 if TYPE_CHECKING:
     from .communicator import Communicator
 
+R = TypeVar("R")
+
 # Only then it is worth asking who is missing and whether they have closed.
 _LATE_S = 0.2
+# For the store to answer after the deadline, and for a rank that leaves to say so.
+_GRACE_S = 0.3
 # A failed collective says nothing about the culprit, so survivors sign a list and look who is not on it.
 _ROLL_CALL_S = 0.5
 
@@ -56,13 +61,14 @@ class ReferenceGroup:
         self._comm, self._group = comm, comm.group
         self._deadline_s = comm.config.deadline_s
         self.sequence = 0
-        self._operation = "allocate"
+        self._operation, self._start = "allocate", time.monotonic()
         exchange = rendezvous.store_exchange(comm.group, comm.rank, comm.num_ranks, comm.config.bootstrap_deadline_s)
-        payload = {"settings": settings, "token": secrets.token_hex(8)}
+        payload = {"settings": settings, "token": secrets.token_hex(8), "hosts_store": hosts_default_store()}
         replies = [json.loads(reply) for reply in exchange("allocate", json.dumps(payload).encode())]
         check_signatures("allocate", [reply["settings"] for reply in replies])
-        store = distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"ray_deepep/reference/{replies[0]['token']}", store)
+        self._store = BoundedStore(f"ray_deepep/reference/{replies[0]['token']}")
+        # -1: a process outside the group, such as a launcher.
+        self._store_host = next((rank for rank, reply in enumerate(replies) if reply["hosts_store"]), -1)
 
     def begin(self, operation: str, signature: Signature, num_tokens: int) -> list[int]:
         """Start an operation: all ranks show what they ask for.
@@ -76,19 +82,14 @@ class ReferenceGroup:
         """
         self._comm.check_usable(operation)
         self.sequence += 1
-        self._operation = operation
-        mine = {"operation": operation, **signature}
-        self._store_call(
-            "publish",
-            lambda: self._store.set(
-                self._key("ask", self._comm.rank), json.dumps({"signature": mine, "num_tokens": num_tokens})
-            ),
-        )
+        self._operation, self._start = operation, time.monotonic()
+        mine = json.dumps({"signature": {"operation": operation, **signature}, "num_tokens": num_tokens})
+        self._store_call("publish", lambda store: store.set(self._key("ask", self._comm.rank), mine))
         self._wait_all_published()
         keys = [self._key("ask", peer) for peer in range(self._comm.num_ranks)]
-        asked = [json.loads(value) for value in self._store_call("publish", lambda: self._store.multi_get(keys))]
+        asked = [json.loads(value) for value in self._store_call("publish", lambda store: store.multi_get(keys))]
         # All ranks came here, so all have read the operation before this one.
-        self._store_call("publish", lambda: self._store.delete_key(self._key("ask", self._comm.rank, -1)))
+        self._store_call("publish", lambda store: store.delete_key(self._key("ask", self._comm.rank, -1)))
         check_signatures(asked[0]["signature"]["operation"], [a["signature"] for a in asked])
         return [a["num_tokens"] for a in asked]
 
@@ -119,21 +120,18 @@ class ReferenceGroup:
 
     def close(self) -> None:
         """Tell peers that still wait; does not wait for them."""
-        try:
-            self._store.set(f"closed/{self._comm.rank}", b"1")
-        except RuntimeError:
-            # The store's host is gone already: nobody is left to be told.
-            return
+        # If the store's host is gone already, nobody is left to be told.
+        with contextlib.suppress(StoreLostError):
+            self._store.ask(_GRACE_S, lambda store: store.set(f"closed/{self._comm.rank}", b"1"))
 
     def _key(self, kind: str, peer: int, step: int = 0) -> str:
         return f"{kind}/{self.sequence + step}/{peer}"
 
     def _wait_all_published(self) -> None:
-        start = time.monotonic()
         keys = [self._key("ask", peer) for peer in range(self._comm.num_ranks)]
         # Polls instead of Store.wait, which holds the client's lock while it blocks and logs every expiry.
         while not self._present(keys):
-            elapsed_s = time.monotonic() - start
+            elapsed_s = time.monotonic() - self._start
             if elapsed_s > _LATE_S:
                 self._judge_late(elapsed_s)
             time.sleep(min(0.0001 + elapsed_s / 20, 0.02))
@@ -148,14 +146,15 @@ class ReferenceGroup:
             self._fail("wait_published", "timeout", missing[0], elapsed_s)
 
     def _present(self, keys: list[str]) -> bool:
-        return self._store_call("wait_published", lambda: self._store.check(keys))
+        return self._store_call("wait_published", lambda store: store.check(keys))
 
-    def _store_call(self, phase: str, call: Callable):
+    def _store_call(self, phase: str, question: Callable[[dist.Store], R]) -> R:
+        left_s = self._start + self._deadline_s - time.monotonic()
         try:
-            return call()
-        except RuntimeError:
-            # The process that hosts torch's store is gone; which rank that is, torch does not say.
-            self._fail(phase, "peer_died", -1, 0.0)
+            return self._store.ask(max(left_s, _GRACE_S), question)
+        except StoreLostError as error:
+            cause = "timeout" if error.silent else "peer_died"
+            self._fail(phase, cause, self._store_host, time.monotonic() - self._start)
 
     def _collective(self, phase: str, start_collective: Callable[[], dist.Work]) -> None:
         start = time.monotonic()
@@ -166,21 +165,26 @@ class ReferenceGroup:
             self._fail(phase, cause, self._roll_call(start + self._deadline_s + _ROLL_CALL_S), time.monotonic() - start)
 
     def _roll_call(self, end: float) -> int:
-        """The rank that does not report the failed collective, or -1 if all do or the store is gone.
+        """The rank that does not report the failed collective, -1 if all do; if the store is lost, the rank that hosts
+        it.
 
         Ranks may notice at different times (at once where the connection broke, else at their deadline), so wait for
         all but one.
         """
         others = [p for p in range(self._comm.num_ranks) if p != self._comm.rank]
+
+        def ask(question: Callable[[dist.Store], R]) -> R:
+            return self._store.ask(max(end - time.monotonic(), 0.1), question)
+
         try:
-            self._store.set(self._key("failed", self._comm.rank), b"1")
+            ask(lambda store: store.set(self._key("failed", self._comm.rank), b"1"))
             while True:
-                silent = [p for p in others if not self._store.check([self._key("failed", p)])]
+                silent = ask(lambda store: [p for p in others if not store.check([self._key("failed", p)])])
                 if len(silent) <= 1 or time.monotonic() > end:
                     return silent[0] if silent else -1
                 time.sleep(0.02)
-        except RuntimeError:
-            return -1
+        except StoreLostError:
+            return self._store_host
 
     def _fail(self, phase: str, cause: str, peer: int, elapsed_s: float) -> NoReturn:
         info = self._comm.peers[peer] if peer >= 0 else None

@@ -23,7 +23,7 @@ CPP_MAY_INCLUDE = {
 
 # From the bottom: a module imports only from lower rows and from its own.
 PYTHON_LAYERS = [
-    {"version", "errors", "env", "config", "run_files"},
+    {"version", "errors", "env", "fields", "config", "run_files"},
     {
         "handle",
         "telemetry",
@@ -32,14 +32,16 @@ PYTHON_LAYERS = [
         "symm_pool",
         "nvshmem_decisions",
         "progress",
+        "bounded",
         "gpu_events",
         "low_latency",
     },
     {"transport", "low_latency_transport"},
-    {"low_latency_checks", "checks", "rendezvous", "core_errors", "fixed_shapes", "streams"},
+    {"low_latency_checks", "checks", "bounded_store", "rendezvous", "core_errors", "fixed_shapes", "streams"},
     {
         "shm",
         "cuda",
+        "cuda_arguments",
         "nvshmem",
         "reference",
         "reference_group",
@@ -49,7 +51,7 @@ PYTHON_LAYERS = [
         "low_latency_mailbox",
         "communicator",
     },
-    {"buffer", "low_latency_buffer", "low_latency_flight", "health"},
+    {"buffer", "expert_rows", "heap_tensors", "low_latency_buffer", "low_latency_flight", "health"},
     {"autograd"},
     {"__init__"},
     {"deepspeed", "doctor", "report"},

@@ -42,8 +42,10 @@ DeviceLowLatency::DeviceLowLatency(std::shared_ptr<Domain> domain, const DeviceL
                               static_cast<uint64_t>(sizes.num_topk), static_cast<uint64_t>(sizes.max_tokens),
                               static_cast<uint64_t>(sizes.max_element_size)}};
     heap_ = allocate_device_heap(*domain_, source, device, layout_.bytes, agreed, bootstrap_deadline_s);
-    device_ = device_object<LowLatencyDeviceState>();
-    host_ = pinned_object<LowLatencyHostState>();
+    device_ = device_memory<LowLatencyDeviceState>(sizeof(LowLatencyDeviceState));
+    check_cuda(cudaMemset(device_.get(), 0, sizeof(LowLatencyDeviceState)), "cudaMemset");
+    host_ = mapped_host_memory<LowLatencyHostState>(sizeof(LowLatencyHostState));
+    *host_ = LowLatencyHostState{};
     for (int rank = 0; rank < sizes.num_ranks; ++rank) peers_.segments[rank] = heap_.segments[rank]->data();
     peers_.layout = layout_;
     peers_.device = device_.get();

@@ -98,7 +98,7 @@ class DeviceLowLatency {
     Interrupt interrupt_;
     DeviceHeap heap_;
     DeviceMemory<LowLatencyDeviceState> device_;
-    PinnedMemory<LowLatencyHostState> host_;
+    HostMemory<LowLatencyHostState> host_;
     LowLatencyPeers peers_;
     mutable std::mutex host_mutex_;       // against freeing host_ under those who look
     double deadline_s_ = 0;               // of the last launch, for records
