@@ -142,7 +142,7 @@ def check_rows(name: str, rows: torch.Tensor) -> None:
     Raises:
         InvalidArgumentError: rows have another size, or the first one begins elsewhere.
     """
-    row_bytes = rows.shape[1] * rows.element_size()
+    row_bytes = rows.shape[-1] * rows.element_size()
     if row_bytes % ROW_ALIGNMENT:
         rule = f"rows must be a multiple of {ROW_ALIGNMENT} bytes, not {row_bytes}"
         raise InvalidArgumentError(name, tuple(rows.shape), rule)

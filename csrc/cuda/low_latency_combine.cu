@@ -85,11 +85,10 @@ struct Sum {
 struct Rows {
     const std::byte* row = nullptr;  // null: none
     float weight = 1.0f;
-    bool weighted = false;
 };
 
 template <typename T>
-__device__ Sum<T> sum_rows(const Rows& rows, const PieceRange& range) {
+__device__ Sum<T> sum_rows(const Rows& rows, bool weighted, const PieceRange& range) {
     Sum<T> sum;
     const auto address = reinterpret_cast<uint64_t>(rows.row);
     unsigned left = __ballot_sync(kAllLanes, rows.row != nullptr);
@@ -108,7 +107,7 @@ __device__ Sum<T> sum_rows(const Rows& rows, const PieceRange& range) {
         }
 #pragma unroll
         for (int n = 0; n < kBatch; ++n) {
-            if (n < count) sum.add(v[n], weights[n], rows.weighted);
+            if (n < count) sum.add(v[n], weights[n], weighted);
         }
     }
     return sum;
@@ -162,8 +161,7 @@ __device__ void stage_home(const Params& p, uint32_t sequence, const int* starts
         if (here == 0) return;
         if (!p.exact) {
             rows.row = slot >= 0 ? p.rows + slot * row_bytes : nullptr;
-            rows.weighted = true;
-            sum_rows<T>(rows, range).store(staged + token * row_bytes, range);
+            sum_rows<T>(rows, true, range).store(staged + token * row_bytes, range);
             return;
         }
         for (int turn = 0; here != 0; ++turn, here &= here - 1) {
@@ -192,7 +190,6 @@ __device__ Rows rows_of_token(const Params& p, uint32_t sequence, int token, int
         const int turn = __popc(same & ((1u << lane) - 1));
         rows.row = area_rows(peers, rank, sequence) + (home * p.max_routes_here + turn) * row_bytes;
         rows.weight = p.topk_weights != nullptr ? p.topk_weights[at] : p.plan.send_weight[at];
-        rows.weighted = true;
         return rows;
     }
     uint64_t ranks = rank >= 0 ? bit_of(rank) : 0;
@@ -216,7 +213,7 @@ __device__ void receive(const Params& p, uint32_t sequence, uint32_t plan_sequen
         const int64_t row_bytes = peers.hidden * sizeof(T);
         each_piece(p.step.num_tokens, static_cast<int>(row_bytes / 16), [&](int token, const PieceRange& range) {
             const Rows rows = rows_of_token(p, sequence, token, row_bytes, absent);
-            sum_rows<T>(rows, range).store(p.out + token * row_bytes, range);
+            sum_rows<T>(rows, p.exact, range).store(p.out + token * row_bytes, range);
         });
     }
     finish_receive(peers, p.step, sequence, arrivals);
