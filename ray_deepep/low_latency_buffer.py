@@ -218,6 +218,11 @@ class LowLatencyCalls:
         """Running totals of the low-latency calls that were not given others."""
         return self._engine("low_latency_stats").stats
 
+    @property
+    def low_latency_heap_bytes(self) -> int:
+        """Bytes of this rank that its peers read, for low-latency calls; 0 for transport ``reference``."""
+        return self._engine("low_latency_heap_bytes").transport.heap_bytes
+
     def _engine(self, operation: str) -> LowLatency:
         self._check_open(operation)
         if self._low_latency is None:

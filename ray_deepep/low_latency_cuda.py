@@ -90,6 +90,8 @@ class CudaLowLatency:
             ),
         )
 
+        self.heap_bytes = self._buffer.segment_bytes
+
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """See the protocol."""
         return torch.empty(shape, dtype=dtype, device=device)

@@ -45,6 +45,7 @@ class ShmLowLatency(HostLowLatency):
         sizes.max_tokens = geometry.low_latency_max_tokens
         config = domain.config
         sizes.max_segment_bytes = int(config.heap_gib * 2**30)
+        self.heap_bytes = sizes.segment_bytes(len(domain.peers))
         with self._errors:
             self._buffer = self._core.LowLatencyBuffer(
                 domain.core_domain,

@@ -89,6 +89,9 @@ class LowLatencyTransport(Protocol):
     device: torch.device | None
     """Where all tensors must be; None: anywhere."""
 
+    heap_bytes: int
+    """That this rank set aside and its peers read."""
+
     def send_dispatch(self, request: LowLatencyDispatchRequest) -> Any: ...
 
     def receive_dispatch(
@@ -127,6 +130,8 @@ class LowLatencyTransport(Protocol):
 
 class HostLowLatency:
     """What transports share whose calls have ended when they return, and that wait on the host."""
+
+    heap_bytes = 0
 
     def check(self) -> None:
         """Nothing to do."""

@@ -278,7 +278,7 @@ def soak(context: RankContext, transport: str, seed: int) -> None:
             world = World(case)
             step(buffer, world, context.rank, with_hooks=generator.random() < 0.5)
             total += torch.tensor([len(group) for group in world.groups[context.rank]])
-        assert torch.equal(buffer.low_latency_stats.num_tokens_per_expert, total)
+        assert torch.equal(buffer.low_latency_stats.num_tokens_per_expert.cpu(), total)
 
 
 @pytest.mark.parametrize("num_ranks", (2, 4))

@@ -202,7 +202,9 @@ def replays(context: RankContext) -> None:
     base = Case(seed=SEED, num_tokens=(9, 5), num_experts=6, dtype=torch.bfloat16)
     with make_buffer(context, "cuda", base) as on_device:
         cases = (base, dataclasses.replace(base, cast=Float8Cast(), reduce="exact"))
-        steps = [CapturedStep(on_device, case, context.rank, with_hooks=hooks) for case in cases for hooks in (0, 1)]
+        steps = [
+            CapturedStep(on_device, case, context.rank, with_hooks=hooks) for case in cases for hooks in (False, True)
+        ]
         worlds = [World(dataclasses.replace(step.case, seed=SEED + n)) for n, step in enumerate(steps * 4)]
         for number in range(NUM_REPLAYS):
             step, world = steps[number % len(steps)], worlds[number % len(worlds)]
