@@ -3,10 +3,10 @@
     python -m benchmarks.cuda_low_latency                                  # 2 ranks, 128 x 7168, top-8 of 288
     python -m benchmarks.cuda_low_latency --ranks 1 --tokens 1 8 32 128 512 --num-sms 24 64 128
 
-*us*: one call of a graph that holds several, one after the other, median over replays; of the slowest rank. *p50*, *p99*:
-replays of a graph with one call, each between two events, which add some microseconds. *send*: what a call with a hook
-keeps the GPU busy before the hook. With fewer GPUs than ranks, run it under MPS: the figures are those of a shared GPU.
-*heap*: memory that peers read, per rank.
+*us*: one call of a graph that holds several, one after the other, median over replays; of the slowest rank. *p50*,
+*p99*: replays of a graph with one call, each between two events, which add some microseconds. *send*: how long a call
+with a hook keeps the GPU busy before the hook. With fewer GPUs than ranks, run it under MPS: the figures are those of a
+shared GPU. *heap*: memory that peers read, per rank.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from tqdm import tqdm
 
 from ray_deepep import Buffer, CommConfig, Communicator, Float8Cast
 
-from .cuda_timing import make_flush
 from .ranks import run_ranks
 from .records import RESULTS, Record, append, markdown_table, run_facts
 
@@ -33,6 +32,8 @@ RESULTS_PATH = RESULTS / f"{NAME}.jsonl"
 CALLS_PER_GRAPH = 20
 NUM_REPLAYS = 30
 NUM_SENDS = 60
+BUSY_CYCLES = 2_000_000
+"""About a millisecond, in which the host gets ahead of the GPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -111,14 +112,14 @@ def replay_times(graph: torch.cuda.CUDAGraph, count: int) -> list[float]:
     return [start.elapsed_time(end) * 1e3 for start, end in pairs]
 
 
-def send_times(call: Callable[..., object], flush: torch.Tensor) -> list[float]:
+def send_times(call: Callable[..., object]) -> list[float]:
     """us that sending keeps the GPU busy; it is busy before, so that the host's time does not show."""
     found = []
     for _ in range(NUM_SENDS):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
         dist.barrier()
-        flush.zero_()
+        torch.cuda._sleep(BUSY_CYCLES)
         start.record()
         sent = call(return_recv_hook=True)
         end.record()
@@ -140,7 +141,7 @@ def run_case(case_fields: Record, all_num_sms: list[int], num_singles: int, only
     """One case; called on every rank."""
     case, rank = Case(**case_fields), dist.get_rank()
     torch.cuda.set_device(rank % torch.cuda.device_count())
-    flush, records = make_flush(), []
+    records = []
     with Communicator.from_process_group(config=CommConfig(transport="cuda")) as comm:
         buffer = Buffer(
             comm,
@@ -158,7 +159,7 @@ def run_case(case_fields: Record, all_num_sms: list[int], num_singles: int, only
             call()
             times = replay_times(capture(call, CALLS_PER_GRAPH), NUM_REPLAYS)[5:]
             singles = replay_times(capture(call, 1), num_singles)[num_singles // 10 :]
-            sends = [] if call == calls.step else send_times(call, flush)[5:]
+            sends = [] if call == calls.step else send_times(call)[5:]
             records.append(
                 {
                     "config": case_fields,

@@ -76,7 +76,7 @@ void DeviceLowLatency::close() {
 
 int64_t DeviceLowLatency::plan_ints(int num_tokens, int num_topk) const {
     const int64_t received = sizes_.num_ranks * sizes_.max_tokens;
-    return 4 + sizes_.num_ranks + 2 * (received + num_tokens) * num_topk;
+    return 4 + 2 * (received + num_tokens) * num_topk;
 }
 
 LowLatencyPlanArrays DeviceLowLatency::plan_at(uintptr_t address, int num_tokens, int num_topk) const {
@@ -86,7 +86,6 @@ LowLatencyPlanArrays DeviceLowLatency::plan_at(uintptr_t address, int num_tokens
     auto* next = pointer<int32_t>(address);
     const auto take = [&](int64_t count) { return std::exchange(next, next + count); };
     plan.sequence = reinterpret_cast<uint32_t*>(take(4));
-    plan.num_tokens = take(sizes_.num_ranks);
     plan.slot = take(received);
     plan.weight = reinterpret_cast<float*>(take(received));
     plan.send_expert = take(sent);

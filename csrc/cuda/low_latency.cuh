@@ -32,51 +32,83 @@ __device__ inline uint64_t load_volatile64(const uint64_t* address) {
 }
 __device__ inline uint64_t bit_of(int rank) { return uint64_t{1} << rank; }
 
+// What every block reads first, in one go.
+struct LowLatencyStart {
+    uint32_t sequence;
+    bool failed;
+    uint64_t masked;
+};
+
 // Whole block. A kernel that receives only works on the operation that was sent first of those in flight.
-__device__ inline uint32_t low_latency_sequence(const LowLatencyPeers& peers, const LowLatencyStep& step) {
-    return load_volatile(step.sends ? &peers.device->sent : &peers.device->received) + 1;
+__device__ inline LowLatencyStart start_low_latency(const LowLatencyPeers& peers, const LowLatencyStep& step) {
+    const uint32_t last = load_volatile(step.sends ? &peers.device->sent : &peers.device->received);
+    const uint32_t failed = load_volatile(&peers.device->failed);
+    const uint64_t masked = load_volatile64(&peers.device->masked);
+    return {last + 1, failed != 0, masked};
 }
 __device__ inline uint32_t full_signature(const LowLatencyStep& step, uint32_t plan_sequence) {
     return step.signature ^ (plan_sequence * 0x9e3779b1u);
 }
 
-// Whether this block is the last one of the grid to come here; all it wrote, and what the others wrote, is then
-// visible.
-__device__ inline bool last_block(uint32_t* finished) {
+__device__ inline uint32_t load_acquire_gpu(const uint32_t* address) {
+    uint32_t value;
+    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+    return value;
+}
+__device__ inline void store_release_gpu(uint32_t* address, uint32_t value) {
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+}
+
+// Adds 1; what was released to the old value is seen after.
+__device__ inline uint32_t add_acquire(uint32_t* address) {
+    uint32_t old;
+    asm volatile("atom.add.acquire.gpu.global.u32 %0, [%1], 1;" : "=r"(old) : "l"(address) : "memory");
+    return old;
+}
+
+// Whether this block is the last one of the grid to come here; with `publish`, what all blocks wrote is then visible to
+// it, and to whoever sees what it releases to the system.
+__device__ inline bool last_block(uint32_t* finished, bool publish) {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
-        __threadfence_system();
-        last = atomicAdd(finished, 1u) == gridDim.x - 1;
-        __threadfence_system();
+        if (publish) __threadfence_system();
+        last = add_acquire(finished) == gridDim.x - 1;
     }
     __syncthreads();
     return last;
 }
 
+// One block, before it sends anything else: what peers compare, and what they need to know.
+__device__ inline void write_headers(const LowLatencyPeers& peers, const LowLatencyStep& step,
+                                     const LowLatencyStart& start, uint32_t plan_sequence) {
+    for (int peer = threadIdx.x; peer < peers.num_ranks; peer += blockDim.x) {
+        if ((start.masked & bit_of(peer)) != 0) continue;
+        auto* header = reinterpret_cast<MailHeader*>(mailbox(peers, peer, peers.rank, start.sequence));
+        header->masked = start.masked;
+        header->sequence = start.sequence;
+        header->signature = full_signature(step, plan_sequence);
+        header->num_tokens = step.num_tokens;
+        header->plan_sequence = plan_sequence;
+        for (int i = 0; i < 4; ++i) header->fields[i] = step.fields[i];
+    }
+}
+
 // Whole block, when all it sends is written. The last block tells every peer; to those that are masked it says that
 // they are left out.
-__device__ inline void finish_send(const LowLatencyPeers& peers, const LowLatencyStep& step, uint32_t sequence,
-                                   uint32_t plan_sequence) {
-    if (!last_block(&peers.device->send_blocks)) return;
-    if (load_volatile(&peers.device->failed) == 0) {
-        const uint64_t masked = load_volatile64(&peers.device->masked);
+__device__ inline void finish_send(const LowLatencyPeers& peers, const LowLatencyStart& start) {
+    if (!last_block(&peers.device->send_blocks, true)) return;
+    if (!start.failed) {
+        const uint64_t masked = start.masked | load_volatile64(&peers.device->masked);
         for (int peer = threadIdx.x; peer < peers.num_ranks; peer += blockDim.x) {
             if ((masked & bit_of(peer)) != 0) {
-                store_release(in_segment<uint32_t>(peers, peer, peers.layout.left_at) + peers.rank, sequence);
-                continue;
+                store_release(in_segment<uint32_t>(peers, peer, peers.layout.left_at) + peers.rank, start.sequence);
+            } else {
+                store_release(in_segment<uint64_t>(peers, peer, peers.layout.signals_at) + peers.rank,
+                              uint64_t{start.sequence});
             }
-            auto* header = reinterpret_cast<MailHeader*>(mailbox(peers, peer, peers.rank, sequence));
-            header->masked = masked;
-            header->sequence = sequence;
-            header->signature = full_signature(step, plan_sequence);
-            header->num_tokens = step.num_tokens;
-            header->plan_sequence = plan_sequence;
-            for (int i = 0; i < 4; ++i) header->fields[i] = step.fields[i];
-            __threadfence_system();
-            store_release(in_segment<uint64_t>(peers, peer, peers.layout.signals_at) + peers.rank, uint64_t{sequence});
         }
-        if (threadIdx.x == 0) peers.device->sent = sequence;
+        if (threadIdx.x == 0) peers.device->sent = start.sequence;
     }
     if (threadIdx.x == 0) peers.device->send_blocks = 0;
 }
@@ -199,13 +231,14 @@ struct PeerWait {
 
 // One warp of one block: wait for all peers, and decide for the whole grid who takes part. Were every block to look for
 // itself, two could differ about a rank that comes as the deadline passes.
-__device__ inline void decide_arrivals(const LowLatencyPeers& peers, const LowLatencyStep& step, uint32_t sequence,
-                                       uint32_t signature) {
+__device__ inline void decide_arrivals(const LowLatencyPeers& peers, const LowLatencyStep& step,
+                                       const LowLatencyStart& start, uint32_t signature) {
     constexpr unsigned kAllLanes = 0xffffffffu;
     const int lane = threadIdx.x % 32;
-    const uint64_t start_ns = global_time_ns(), masked = load_volatile64(&peers.device->masked);
+    const uint32_t sequence = start.sequence;
+    const uint64_t start_ns = global_time_ns(), masked = start.masked;
     uint64_t absent = masked;
-    bool ok = load_volatile(&peers.device->failed) == 0;
+    bool ok = !start.failed;
     for (int peer = lane; ok && peer < peers.num_ranks; peer += 32) {
         if ((masked & bit_of(peer)) != 0) continue;
         const PeerWait wait{peers, step, peer, sequence, masked, start_ns};
@@ -217,14 +250,14 @@ __device__ inline void decide_arrivals(const LowLatencyPeers& peers, const LowLa
         if (peer != peers.rank) step.wait_ns[peer] += static_cast<int64_t>(waited_ns);
     }
     ok = __all_sync(kAllLanes, ok) != 0;
+    // What other lanes have seen, lane 0 releases.
+    __threadfence();
     const uint32_t low = __reduce_or_sync(kAllLanes, static_cast<uint32_t>(absent));
     const uint32_t high = __reduce_or_sync(kAllLanes, static_cast<uint32_t>(absent >> 32));
-    __threadfence_system();
     if (lane != 0 || !ok) return;
     const uint32_t turn = sequence % kLowLatencyTurns;
     *reinterpret_cast<volatile uint64_t*>(&peers.device->absent[turn]) = uint64_t{high} << 32 | low;
-    __threadfence();
-    store_release(&peers.device->decided[turn], sequence);
+    store_release_gpu(&peers.device->decided[turn], sequence);
 }
 
 struct Arrivals {
@@ -233,25 +266,26 @@ struct Arrivals {
 };
 
 // Whole block. After it, what all ranks that are not absent have sent is visible.
-__device__ inline Arrivals await_arrivals(const LowLatencyPeers& peers, const LowLatencyStep& step, uint32_t sequence,
-                                          uint32_t signature) {
+__device__ inline Arrivals await_arrivals(const LowLatencyPeers& peers, const LowLatencyStep& step,
+                                          const LowLatencyStart& start, uint32_t signature) {
     __shared__ Arrivals found;
-    if (blockIdx.x == 0 && threadIdx.x < 32) decide_arrivals(peers, step, sequence, signature);
+    const uint32_t sequence = start.sequence;
+    if (blockIdx.x == 0 && threadIdx.x < 32) decide_arrivals(peers, step, start, signature);
     if (threadIdx.x == 0) {
         constexpr uint64_t kGrace_ns = 1'000'000'000;
         const uint32_t turn = sequence % kLowLatencyTurns;
         const uint64_t start_ns = global_time_ns();
         found.ok = false;
         for (uint32_t round = 1;; ++round) {
-            found.ok = load_acquire(&peers.device->decided[turn]) == sequence;
-            if (found.ok || load_volatile(&peers.device->failed) != 0) break;
-            if (round % 64 != 0) continue;
+            found.ok = load_acquire_gpu(&peers.device->decided[turn]) == sequence;
+            if (found.ok) break;
+            if (round % 16 != 0) continue;
+            if (load_volatile(&peers.device->failed) != 0) break;
             const uint64_t elapsed = global_time_ns() - start_ns;
             if (elapsed < step.timeout_ns + kGrace_ns) continue;
             // The block that looks does not run: more blocks were launched than fit the GPU.
             report_fault(peers, step, LowLatencyFault::kTimeout, peers.rank, sequence, 0, elapsed);
         }
-        __threadfence_system();
         found.absent = load_volatile64(&peers.device->absent[turn]);
     }
     __syncthreads();
@@ -262,7 +296,7 @@ __device__ inline Arrivals await_arrivals(const LowLatencyPeers& peers, const Lo
 // overwrite what it read?
 __device__ inline void finish_receive(const LowLatencyPeers& peers, const LowLatencyStep& step, uint32_t sequence,
                                       const Arrivals& arrivals) {
-    if (!last_block(&peers.device->receive_blocks)) return;
+    if (!last_block(&peers.device->receive_blocks, false)) return;
     for (int peer = threadIdx.x; arrivals.ok && peer < peers.num_ranks; peer += blockDim.x) {
         if ((arrivals.absent & bit_of(peer)) != 0) continue;
         const uint32_t left = load_acquire(in_segment<uint32_t>(peers, peers.rank, peers.layout.left_at) + peer);

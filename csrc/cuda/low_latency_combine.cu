@@ -113,6 +113,12 @@ __device__ Sum<T> sum_rows(const Rows& rows, bool weighted, const PieceRange& ra
     return sum;
 }
 
+// The row of a warp's first piece.
+__device__ int first_row(int row_vectors) {
+    const int pieces = (row_vectors + kPieceVectors - 1) / kPieceVectors;
+    return (static_cast<int>(threadIdx.x / 32 * gridDim.x) + static_cast<int>(blockIdx.x)) / pieces;
+}
+
 // Calls body(i, piece) with a warp for every piece of every one of `count` rows.
 template <typename Body>
 __device__ void each_piece(int count, int row_vectors, Body body) {
@@ -123,33 +129,16 @@ __device__ void each_piece(int count, int row_vectors, Body body) {
     }
 }
 
-// Token rows that this rank received, by source, in shared memory.
-__device__ void find_starts(const Params& p, int* starts) {
-    for (int rank = threadIdx.x; rank < p.peers.num_ranks; rank += blockDim.x) starts[rank] = p.plan.num_tokens[rank];
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int total = 0;
-        for (int rank = 0; rank < p.peers.num_ranks; ++rank) {
-            const int count = starts[rank];
-            starts[rank] = total;
-            total += count;
-        }
-        starts[p.peers.num_ranks] = total;
-    }
-    __syncthreads();
-}
-
 // Rows for the sources, at (source, token), or (source, token, turn of the route among those of this rank).
 template <typename T>
-__device__ void stage_home(const Params& p, uint32_t sequence, const int* starts) {
+__device__ void stage_home(const Params& p, uint32_t sequence) {
     const LowLatencyPeers& peers = p.peers;
     const int lane = threadIdx.x % 32, row_vectors = static_cast<int>(peers.hidden * sizeof(T) / 16);
     const int64_t row_bytes = peers.hidden * sizeof(T);
     std::byte* staged = area_rows(peers, peers.rank, sequence);
-    each_piece(starts[peers.num_ranks], row_vectors, [&](int i, const PieceRange& range) {
-        int source = 0;
-        while (i >= starts[source + 1]) ++source;
-        const int64_t token = source * peers.max_tokens + i - starts[source];
+    // Tokens that did not come have no routes.
+    const int tokens = peers.num_ranks * static_cast<int>(peers.max_tokens);
+    each_piece(tokens, row_vectors, [&](int64_t token, const PieceRange& range) {
         int slot = -1;
         Rows rows;
         if (lane < p.step.num_topk) {
@@ -175,21 +164,39 @@ __device__ void stage_home(const Params& p, uint32_t sequence, const int* starts
     });
 }
 
+// A token of this rank, and this lane's route of it.
+struct TokenRoute {
+    int token = -1;
+    int expert = -1;
+    float weight = 1.0f;
+};
+
+__device__ TokenRoute route_of(const Params& p, int token) {
+    TokenRoute route;
+    const int lane = threadIdx.x % 32;
+    if (token >= p.step.num_tokens) return route;
+    route.token = token;
+    if (lane >= p.step.num_topk) return route;
+    const int64_t at = int64_t{token} * p.step.num_topk + lane;
+    route.expert = p.plan.send_expert[at];
+    if (p.exact) route.weight = p.topk_weights != nullptr ? p.topk_weights[at] : p.plan.send_weight[at];
+    return route;
+}
+
 // The row of each lane for one token of this rank: by k, or one for each rank in turn, ascending.
-__device__ Rows rows_of_token(const Params& p, uint32_t sequence, int token, int64_t row_bytes, uint64_t absent) {
+__device__ Rows rows_of_token(const Params& p, uint32_t sequence, const TokenRoute& route, int64_t row_bytes,
+                              uint64_t absent) {
     const LowLatencyPeers& peers = p.peers;
     const int lane = threadIdx.x % 32;
-    const int64_t at = int64_t{token} * p.step.num_topk + lane;
-    const int expert = lane < p.step.num_topk ? p.plan.send_expert[at] : -1;
-    const int rank = expert >= 0 ? expert / peers.num_local_experts : -1;
-    const int64_t home = peers.rank * peers.max_tokens + token;
+    const int rank = route.expert >= 0 ? route.expert / peers.num_local_experts : -1;
+    const int64_t home = peers.rank * peers.max_tokens + route.token;
     Rows rows;
     if (p.exact) {
         const unsigned same = __match_any_sync(kAllLanes, rank);
         if (rank < 0 || (absent & bit_of(rank)) != 0) return rows;
         const int turn = __popc(same & ((1u << lane) - 1));
         rows.row = area_rows(peers, rank, sequence) + (home * p.max_routes_here + turn) * row_bytes;
-        rows.weight = p.topk_weights != nullptr ? p.topk_weights[at] : p.plan.send_weight[at];
+        rows.weight = route.weight;
         return rows;
     }
     uint64_t ranks = rank >= 0 ? bit_of(rank) : 0;
@@ -203,32 +210,39 @@ __device__ Rows rows_of_token(const Params& p, uint32_t sequence, int token, int
 }
 
 template <typename T>
-__device__ void receive(const Params& p, uint32_t sequence, uint32_t plan_sequence) {
+__device__ void receive(const Params& p, const LowLatencyStart& start, uint32_t plan_sequence) {
     const LowLatencyPeers& peers = p.peers;
-    const Arrivals arrivals = await_arrivals(peers, p.step, sequence, full_signature(p.step, plan_sequence));
+    const uint64_t left_out = uint64_t{p.plan.sequence[2]} << 32 | uint64_t{p.plan.sequence[1]};
+    const int row_vectors = static_cast<int>(peers.hidden * sizeof(T) / 16);
+    // Of the first token, before the wait.
+    const TokenRoute first = route_of(p, first_row(row_vectors));
+    const Arrivals arrivals = await_arrivals(peers, p.step, start, full_signature(p.step, plan_sequence));
     if (arrivals.ok) {
         // A rank whose rows this rank left out at dispatch has sent nothing that belongs to this plan.
-        const uint64_t absent = arrivals.absent | uint64_t{p.plan.sequence[2]} << 32 | uint64_t{p.plan.sequence[1]};
-        write_absent(peers, p.step, absent, blockIdx.x == gridDim.x - 1);
+        const uint64_t absent = arrivals.absent | left_out;
         const int64_t row_bytes = peers.hidden * sizeof(T);
-        each_piece(p.step.num_tokens, static_cast<int>(row_bytes / 16), [&](int token, const PieceRange& range) {
-            const Rows rows = rows_of_token(p, sequence, token, row_bytes, absent);
+        each_piece(p.step.num_tokens, row_vectors, [&](int token, const PieceRange& range) {
+            const TokenRoute route = token == first.token ? first : route_of(p, token);
+            const Rows rows = rows_of_token(p, start.sequence, route, row_bytes, absent);
             sum_rows<T>(rows, p.exact, range).store(p.out + token * row_bytes, range);
         });
+        write_absent(peers, p.step, absent, blockIdx.x == gridDim.x - 1);
     }
-    finish_receive(peers, p.step, sequence, arrivals);
+    finish_receive(peers, p.step, start.sequence, arrivals);
 }
 
 template <typename T>
 __global__ void __launch_bounds__(kLowLatencyThreads) low_latency_combine_kernel(const __grid_constant__ Params p) {
-    __shared__ int starts[kMaxRanks + 1];
-    const uint32_t sequence = low_latency_sequence(p.peers, p.step), plan_sequence = p.plan.sequence[0];
+    const LowLatencyStart start = start_low_latency(p.peers, p.step);
+    const uint32_t plan_sequence = p.plan.sequence[0];
     if (p.step.sends) {
-        find_starts(p, starts);
-        if (load_volatile(&p.peers.device->failed) == 0) stage_home<T>(p, sequence, starts);
-        finish_send(p.peers, p.step, sequence, plan_sequence);
+        if (!start.failed) {
+            if (blockIdx.x == 0) write_headers(p.peers, p.step, start, plan_sequence);
+            stage_home<T>(p, start.sequence);
+        }
+        finish_send(p.peers, start);
     }
-    if (p.step.receives) receive<T>(p, sequence, plan_sequence);
+    if (p.step.receives) receive<T>(p, start, plan_sequence);
 }
 
 }  // namespace

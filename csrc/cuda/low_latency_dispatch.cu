@@ -11,7 +11,7 @@ namespace ray_deepep {
 namespace {
 
 constexpr unsigned kAllLanes = 0xffffffffu;
-constexpr int kPieceVectors = 128;  // 16-byte vectors that a warp moves at a time: four a lane
+constexpr int kPieceVectors = 64;   // 16-byte vectors that a warp moves at a time: two a lane
 constexpr int kCastElements = 512;  // that a warp casts at a time
 constexpr int kChunkRoutes = 2048;  // of the tokens that a block places at a time
 
@@ -39,17 +39,17 @@ __device__ int given_expert(const Params& p, int64_t route) {
     return static_cast<int>(expert);
 }
 
-__device__ void push_routing(const Params& p, uint32_t sequence) {
+__device__ void push_routing(const Params& p, const LowLatencyStart& start) {
     const LowLatencyPeers& peers = p.peers;
-    const uint64_t masked = load_volatile64(&peers.device->masked);
+    if (blockIdx.x == 0) write_headers(peers, p.step, start, 0);
     const int routes = p.step.num_tokens * p.step.num_topk;
     for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < routes; i += gridDim.x * blockDim.x) {
         const int expert = given_expert(p, i);
         const float weight = p.topk_weights == nullptr ? 1.0f : p.topk_weights[i];
         for (int turn = 1; turn <= peers.num_ranks; ++turn) {
             const int peer = (peers.rank + turn) % peers.num_ranks;
-            if ((masked & bit_of(peer)) != 0) continue;
-            std::byte* mail = mailbox(peers, peer, peers.rank, sequence);
+            if ((start.masked & bit_of(peer)) != 0) continue;
+            std::byte* mail = mailbox(peers, peer, peers.rank, start.sequence);
             reinterpret_cast<int32_t*>(mail + peers.layout.topk_idx_at)[i] = expert;
             reinterpret_cast<float*>(mail + peers.layout.topk_weights_at)[i] = weight;
         }
@@ -148,6 +148,28 @@ struct TokenRange {
     }
 };
 
+// Routes of one source that this thread looks at first: loaded before it is known how many there are.
+constexpr int kEarly = 4;
+
+struct EarlyRoutes {
+    int experts[kEarly];
+};
+
+__device__ const int32_t* mail_experts(const LowLatencyPeers& peers, int source, uint32_t sequence) {
+    return reinterpret_cast<const int32_t*>(mailbox(peers, peers.rank, source, sequence) + peers.layout.topk_idx_at);
+}
+
+__device__ void load_early(const Params& p, uint32_t sequence, int source, EarlyRoutes& early) {
+    const int32_t* experts = mail_experts(p.peers, source, sequence);
+    const int room = static_cast<int>(p.peers.max_tokens) * p.step.num_topk;
+#pragma unroll
+    for (int j = 0; j < kEarly; ++j) {
+        const int i = threadIdx.x + j * kLowLatencyThreads;
+        early.experts[j] = i < room ? __ldcg(&experts[i]) : -1;
+    }
+}
+
+// First token of each source among all that came.
 __device__ void find_starts(const Params& p, uint32_t sequence, uint64_t absent, const Places& places) {
     const LowLatencyPeers& peers = p.peers;
     for (int source = threadIdx.x; source < peers.num_ranks; source += blockDim.x) {
@@ -169,20 +191,29 @@ __device__ void find_starts(const Params& p, uint32_t sequence, uint64_t absent,
     __syncthreads();
 }
 
-__device__ void count_routes(const Params& p, uint32_t sequence, const Places& places, const TokenRange& range) {
+// Counts all routes to this rank's experts, and those that came before this block's range; `early` is of source 0.
+__device__ void count_routes(const Params& p, uint32_t sequence, const Places& places, const TokenRange& range,
+                             EarlyRoutes early) {
     const LowLatencyPeers& peers = p.peers;
     const int num_local = peers.num_local_experts, first_expert = peers.rank * num_local, num_topk = p.step.num_topk;
     for (int source = 0; source < peers.num_ranks; ++source) {
         const int start = places.starts[source], routes = (places.starts[source + 1] - start) * num_topk;
         const int before = (range.first - start) * num_topk;  // routes of this source before this block's range
-        const auto* experts =
-            reinterpret_cast<const int32_t*>(mailbox(peers, peers.rank, source, sequence) + peers.layout.topk_idx_at);
-        for (int i = threadIdx.x; i < routes; i += blockDim.x) {
-            const int local = __ldcg(&experts[i]) - first_expert;
-            if (local < 0 || local >= num_local) continue;
+        const auto count = [&](int i, int expert) {
+            const int local = expert - first_expert;
+            if (i >= routes || local < 0 || local >= num_local) return;
             atomicAdd(&places.arrived[local * peers.num_ranks + source], 1);
             if (i < before) atomicAdd(&places.next[local], 1);
+        };
+        EarlyRoutes next;
+        if (source + 1 < peers.num_ranks) load_early(p, sequence, source + 1, next);
+#pragma unroll
+        for (int j = 0; j < kEarly; ++j) count(threadIdx.x + j * kLowLatencyThreads, early.experts[j]);
+        const int32_t* experts = mail_experts(peers, source, sequence);
+        for (int i = threadIdx.x + kEarly * kLowLatencyThreads; i < routes; i += blockDim.x) {
+            count(i, __ldcg(&experts[i]));
         }
+        early = next;
     }
     __syncthreads();
 }
@@ -356,30 +387,34 @@ __device__ void keep_plan(const Params& p, uint32_t sequence, uint64_t absent, c
         p.plan.send_expert[i] = __ldcg(reinterpret_cast<const int32_t*>(mail + peers.layout.topk_idx_at) + i);
         p.plan.send_weight[i] = __ldcg(reinterpret_cast<const float*>(mail + peers.layout.topk_weights_at) + i);
     }
-    if (blockIdx.x != 0) return;
-    for (int rank = threadIdx.x; rank < peers.num_ranks; rank += blockDim.x) {
-        p.plan.num_tokens[rank] = places.starts[rank + 1] - places.starts[rank];
+    const int room = static_cast<int>(peers.max_tokens) * p.step.num_topk;
+    for (int rank = blockIdx.x; rank < peers.num_ranks; rank += gridDim.x) {
+        const int came = (places.starts[rank + 1] - places.starts[rank]) * p.step.num_topk;
+        for (int i = came + threadIdx.x; i < room; i += blockDim.x) p.plan.slot[rank * room + i] = -1;
     }
-    if (threadIdx.x != 0) return;
+    if (blockIdx.x != 0 || threadIdx.x != 0) return;
     p.plan.sequence[0] = sequence;
     p.plan.sequence[1] = static_cast<uint32_t>(absent);
     p.plan.sequence[2] = static_cast<uint32_t>(absent >> 32);
 }
 
-__device__ void receive(const Params& p, uint32_t sequence, int* shared) {
-    const Arrivals arrivals = await_arrivals(p.peers, p.step, sequence, full_signature(p.step, 0));
+__device__ void receive(const Params& p, const LowLatencyStart& start, int* shared) {
+    const uint32_t sequence = start.sequence;
+    const Arrivals arrivals = await_arrivals(p.peers, p.step, start, full_signature(p.step, 0));
     if (arrivals.ok) {
+        EarlyRoutes early;
+        load_early(p, sequence, 0, early);
         const Places places(shared, p.peers);
         find_starts(p, sequence, arrivals.absent, places);
         const TokenRange range(places.starts[p.peers.num_ranks]);
-        count_routes(p, sequence, places, range);
+        count_routes(p, sequence, places, range, early);
         if (threadIdx.x < 32) find_offsets(p, places);
         __syncthreads();
+        pull_range(p, sequence, places, range);
         const bool chosen = blockIdx.x == gridDim.x - 1;
         if (chosen) write_counts(p, places);
         write_absent(p.peers, p.step, arrivals.absent, chosen);
         keep_plan(p, sequence, arrivals.absent, places);
-        pull_range(p, sequence, places, range);
         clear_padding(p, places);
     }
     finish_receive(p.peers, p.step, sequence, arrivals);
@@ -387,15 +422,15 @@ __device__ void receive(const Params& p, uint32_t sequence, int* shared) {
 
 __global__ void __launch_bounds__(kLowLatencyThreads) low_latency_dispatch_kernel(const __grid_constant__ Params p) {
     extern __shared__ int shared[];
-    const uint32_t sequence = low_latency_sequence(p.peers, p.step);
+    const LowLatencyStart start = start_low_latency(p.peers, p.step);
     if (p.step.sends) {
-        if (load_volatile(&p.peers.device->failed) == 0) {
-            push_routing(p, sequence);
-            stage_rows(p, sequence);
+        if (!start.failed) {
+            push_routing(p, start);
+            stage_rows(p, start.sequence);
         }
-        finish_send(p.peers, p.step, sequence, 0);
+        finish_send(p.peers, start);
     }
-    if (p.step.receives) receive(p, sequence, shared);
+    if (p.step.receives) receive(p, start, shared);
 }
 
 }  // namespace
