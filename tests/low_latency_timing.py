@@ -10,12 +10,14 @@ from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
+from device_cases import use_gpu
 from harness import RankContext, RankPool, shm_problem
 
 from ray_deepep import Buffer, Float8Cast, LowLatencyDispatchResult
 from ray_deepep.cuda import cuda_problem
 
 NUM_WARMUP = 3
+DEVICE = "cpu" if cuda_problem() else "cuda"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -52,9 +54,11 @@ def remote_rows(sizes: Sizes, topk_idx: torch.Tensor, context: RankContext) -> t
 
 
 def make_buffer(context: RankContext, sizes: Sizes) -> Buffer:
-    """Collective."""
+    """Collective; on GPUs, if there are any."""
+    if DEVICE == "cuda":
+        use_gpu(context.rank)
     return context.buffer(
-        "shm",
+        "cuda" if DEVICE == "cuda" else "shm",
         num_experts=sizes.num_experts,
         hidden=sizes.hidden,
         num_topk=sizes.num_topk,
@@ -68,12 +72,12 @@ def inputs(context: RankContext, sizes: Sizes) -> tuple[torch.Tensor, torch.Tens
     generator = torch.Generator().manual_seed(context.rank)
     x = torch.randn(sizes.num_tokens, sizes.hidden, generator=generator).to(torch.bfloat16)
     weights, topk_idx = torch.rand(sizes.num_tokens, sizes.num_experts, generator=generator).topk(sizes.num_topk)
-    return x, topk_idx, weights
+    return x.to(DEVICE), topk_idx.to(DEVICE), weights.to(DEVICE)
 
 
 def expert_outputs(got: LowLatencyDispatchResult) -> torch.Tensor:
     """Rows where there is a token; memory that was never written is not what a step reads."""
-    rows = torch.empty(got.x.shape, dtype=torch.bfloat16)
+    rows = torch.empty(got.x.shape, dtype=torch.bfloat16, device=got.x.device)
     for block, count in zip(rows, got.counts.tolist()):
         block[:count] = 1.0
     return rows
@@ -131,13 +135,20 @@ def measure_step(context: RankContext, sizes: Sizes) -> list[Timed]:
     return found
 
 
+def _clock() -> float:
+    """us, when all that was started has ended."""
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() * 1e6
+
+
 def _times(call: Callable[[], object], num_rounds: int) -> list[float]:
     times = []
     for _ in range(NUM_WARMUP + num_rounds):
         dist.barrier()
-        start = time.perf_counter()
+        start = _clock()
         call()
-        times.append((time.perf_counter() - start) * 1e6)
+        times.append(_clock() - start)
     return times[NUM_WARMUP:]
 
 
@@ -145,13 +156,13 @@ def _split_times(call: Callable, num_rounds: int) -> tuple[list[float], list[flo
     sends, receives = [], []
     for _ in range(NUM_WARMUP + num_rounds):
         dist.barrier()
-        start = time.perf_counter()
+        start = _clock()
         result = call(return_recv_hook=True)
-        sends.append((time.perf_counter() - start) * 1e6)
+        sends.append(_clock() - start)
         dist.barrier()
-        start = time.perf_counter()
+        start = _clock()
         result.hook()
-        receives.append((time.perf_counter() - start) * 1e6)
+        receives.append(_clock() - start)
     return sends[NUM_WARMUP:], receives[NUM_WARMUP:]
 
 
@@ -222,8 +233,7 @@ def announce() -> None:
     """What is measured, and what is not."""
     # Before the server of the ranks starts: DeepSpeed, if it is there, looks for an accelerator and warns.
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    if shm_problem():
+    if DEVICE == "cpu" and shm_problem():
         raise SystemExit(shm_problem())
-    if not cuda_problem():
-        print("There is a GPU, but low-latency calls have no GPU kernels yet; transport cuda refuses them.")
-    print("CPU core. Times of the slowest rank; bytes that a rank reads from others.")
+    where = "CPU core" if DEVICE == "cpu" else "GPUs, with what the host takes (kernels: benchmarks.cuda_low_latency)"
+    print(f"{where}. Times of the slowest rank; bytes that a rank reads from others.")

@@ -169,6 +169,16 @@ __device__ void load_early(const Params& p, uint32_t sequence, int source, Early
     }
 }
 
+// What needs no routing, before the wait for it.
+__device__ void clear_places(const Params& p, const Places& places) {
+    const int num_local = p.peers.num_local_experts;
+    for (int i = threadIdx.x; i < p.peers.num_experts; i += blockDim.x) places.arrived[i] = 0;
+    for (int i = threadIdx.x; i < num_local; i += blockDim.x) places.next[i] = 0;
+    if (p.alignment != 0) return;
+    const int block = static_cast<int>(p.peers.max_tokens) * p.peers.num_ranks;
+    for (int i = threadIdx.x; i <= num_local; i += blockDim.x) places.offsets[i] = i * block;
+}
+
 // First token of each source among all that came.
 __device__ void find_starts(const Params& p, uint32_t sequence, uint64_t absent, const Places& places) {
     const LowLatencyPeers& peers = p.peers;
@@ -176,8 +186,6 @@ __device__ void find_starts(const Params& p, uint32_t sequence, uint64_t absent,
         const bool here = (absent & bit_of(source)) == 0;
         places.starts[source] = here ? mail_header(peers, source, sequence)->num_tokens : 0;
     }
-    for (int i = threadIdx.x; i < peers.num_experts; i += blockDim.x) places.arrived[i] = 0;
-    for (int i = threadIdx.x; i < peers.num_local_experts; i += blockDim.x) places.next[i] = 0;
     __syncthreads();
     if (threadIdx.x == 0) {
         int total = 0;
@@ -224,17 +232,16 @@ __device__ int routes_to(const LowLatencyPeers& peers, const Places& places, int
     return count;
 }
 
-// One warp.
+// One warp, with aligned groups.
 __device__ void find_offsets(const Params& p, const Places& places) {
     const LowLatencyPeers& peers = p.peers;
     const int lane = threadIdx.x % 32, alignment = static_cast<int>(p.alignment);
-    const int block = static_cast<int>(p.peers.max_tokens) * peers.num_ranks;
     int base = 0;
     for (int first = 0; first < peers.num_local_experts; first += 32) {
         const int local = first + lane;
         int size = 0;
         if (local < peers.num_local_experts) {
-            size = alignment == 0 ? block : (routes_to(peers, places, local) + alignment - 1) / alignment * alignment;
+            size = (routes_to(peers, places, local) + alignment - 1) / alignment * alignment;
         }
         int sum = size;
 #pragma unroll
@@ -400,16 +407,19 @@ __device__ void keep_plan(const Params& p, uint32_t sequence, uint64_t absent, c
 
 __device__ void receive(const Params& p, const LowLatencyStart& start, int* shared) {
     const uint32_t sequence = start.sequence;
+    const Places places(shared, p.peers);
+    clear_places(p, places);
     const Arrivals arrivals = await_arrivals(p.peers, p.step, start, full_signature(p.step, 0));
     if (arrivals.ok) {
         EarlyRoutes early;
         load_early(p, sequence, 0, early);
-        const Places places(shared, p.peers);
         find_starts(p, sequence, arrivals.absent, places);
         const TokenRange range(places.starts[p.peers.num_ranks]);
         count_routes(p, sequence, places, range, early);
-        if (threadIdx.x < 32) find_offsets(p, places);
-        __syncthreads();
+        if (p.alignment != 0) {
+            if (threadIdx.x < 32) find_offsets(p, places);
+            __syncthreads();
+        }
         pull_range(p, sequence, places, range);
         const bool chosen = blockIdx.x == gridDim.x - 1;
         if (chosen) write_counts(p, places);
