@@ -1,5 +1,6 @@
 """``ray_deepep.cluster`` on a real Ray: raw actors, Ray Train runs, and faults. One Ray serves the whole file."""
 
+import dataclasses
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import cluster_cases
 import ray
 from cluster_cases import FakeWorkerGroup, Run, SharedMemoryWatch, attempt_details, new_actor
 from ray.train import RunConfig
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from train_cases import losses, tiny, train
 
@@ -44,10 +46,24 @@ from ray_deepep.cluster.doctor import examine_cluster, run_cluster
 from ray_deepep.cluster.expert_parallel import ExpertParallelBackend
 from ray_deepep.cluster.processes import ProcessId, process_state
 from ray_deepep.cluster.supervision import FaultSupervisor
+from ray_deepep.cluster.worker import raised_within
 from ray_deepep.doctor.report import exit_code
 from ray_deepep.health import HealthReport
 
+pytestmark = pytest.mark.xdist_group("ray")
 CONFIG = CommConfig(bootstrap_deadline_s=30.0, deadline_s=10.0, num_threads=1, heap_gib=1.0)
+RECORD = FaultRecord(
+    operation="combine",
+    sequence=9,
+    phase="wait_published",
+    cause="timeout",
+    rank=0,
+    peer=1,
+    expected=9,
+    seen=8,
+    elapsed_s=4.0,
+    deadline_s=4.0,
+)
 SHORT = CommConfig(bootstrap_deadline_s=3.0, num_threads=1, heap_gib=1.0)
 
 
@@ -202,6 +218,7 @@ def supervisor_of(group: FakeWorkerGroup, **config) -> FaultSupervisor:
     )
     supervisor.after_controller_start(context)
     supervisor.after_worker_group_start(group)
+    ray.get(supervisor._board.read.remote(1), timeout=60)  # its process has started
     return supervisor
 
 
@@ -219,19 +236,7 @@ def test_a_fault_is_reported_while_every_main_thread_still_waits(actors, capsys,
     supervisor = supervisor_of(group, fault_log=str(tmp_path / "faults.jsonl"))
     quiet = HealthReport(beacon=Beacon(step=3, phase="backward", age_s=0.1))
     assert told(supervisor, r0=quiet, r1=quiet).errors == {}
-    record = FaultRecord(
-        operation="combine",
-        sequence=9,
-        phase="wait_published",
-        cause="timeout",
-        rank=0,
-        peer=1,
-        expected=9,
-        seen=8,
-        elapsed_s=4.0,
-        deadline_s=4.0,
-    )
-    waiting = HealthReport(beacon=Beacon(step=3, phase="combine", age_s=4.1), faults=(record,), gpu="GPU-0")
+    waiting = HealthReport(beacon=Beacon(step=3, phase="combine", age_s=4.1), faults=(RECORD,), gpu="GPU-0")
     late = HealthReport(beacon=Beacon(step=3, phase="data", age_s=4.2), gpu="GPU-1")
     status = told(supervisor, r0=waiting, r1=late)
     culprit = status.errors[1].culprit
@@ -242,6 +247,26 @@ def test_a_fault_is_reported_while_every_main_thread_still_waits(actors, capsys,
     assert line["beacons"]["1"]["phase"] == "data" and line["gpu"] == "GPU-1"
     assert line["node_id"] == ray.get_runtime_context().get_node_id()
     assert told(supervisor, r0=waiting, r1=late).errors == {}, "one fault, one report"
+
+
+class GroupWithAnError(FakeWorkerGroup):
+    """One whose workers tell what they raised when asked once more."""
+
+    def execute_single_async(self, rank, function, *args):
+        assert function is raised_within
+        return ray.put(UserExceptionWithTraceback(MemoryError("too much"), "traceback"))
+
+
+@pytest.mark.parametrize(("group_of", "cause"), [(GroupWithAnError, "out_of_memory"), (FakeWorkerGroup, "closed")])
+def test_who_leaves_is_asked_why(actors, capsys, group_of, cause):
+    """Rank 1 was polled between the end of its communicator and of its training function, or cannot say more."""
+    group = group_of(actors[:2], pids=ray.get([actor.pid.remote() for actor in actors[:2]]))
+    record = dataclasses.replace(RECORD, cause="peer_closed")
+    left = HealthReport(beacon=Beacon(step=3, phase="backward", age_s=0.1))
+    waited = HealthReport(beacon=Beacon(step=3, phase="combine", age_s=0.1), faults=(record,))
+    assert set(told(supervisor_of(group), r0=waited, r1=left).errors) == {1}
+    line = json.loads(capsys.readouterr().out.partition("RAY_DEEPEP_FAULT ")[2])
+    assert (line["rank"], line["cause"]) == (1, cause)
 
 
 def test_a_job_that_stands_still_is_reported(actors):

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -19,10 +20,11 @@ from train.errors import ConfigError, DataError
 from train.inject import Injection
 from train.local_ray import LocalRay, LocalRayError
 from train.presets import get_preset
-from train.ray_jobs import JobFailedError, reason_of
+from train.ray_jobs import JobFailedError, JobRunner, reason_of
 from train.ray_main import RayOptions, check_resources, connect, with_absolute_paths
 from train.timeline import RecoveryTimes, StartTimes
 
+pytestmark = pytest.mark.xdist_group("ray")
 ROOT = Path(__file__).parents[1]
 
 
@@ -87,6 +89,37 @@ def test_reason_of_a_failed_job_is_its_own_error_line():
     assert reason_of(["x", "last words", ""]) == "last words"
     assert reason_of([]) == "the job printed nothing"
     assert "no data" in str(JobFailedError("no data"))
+
+
+def test_a_job_is_submitted_again_while_ray_has_no_agent(monkeypatch):
+    class Client:
+        answers: ClassVar = [
+            "500: No available agent to submit job, please try again later..",
+            "id",
+            "500: no entrypoint",
+        ]
+
+        def __init__(self, url):
+            pass
+
+        def get_address(self):
+            return "http://127.0.0.1:1"
+
+        def submit_job(self, **_):
+            answer = self.answers.pop(0)
+            if answer == "id":
+                return answer
+            raise RuntimeError(answer)
+
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Client)
+    runner = JobRunner(None, local=True)
+    assert runner._submit("true", {}) == "id"
+    with pytest.raises(RuntimeError, match="no entrypoint"):
+        runner._submit("true", {})
+    Client.answers.append("No available agent to submit job")
+    monkeypatch.setattr("train.ray_jobs._SUBMIT_DEADLINE_S", -1.0)
+    with pytest.raises(JobFailedError, match="Ray took no job within"):
+        runner._submit("true", {})
 
 
 def test_times_add_up_and_name_their_parts():
