@@ -293,7 +293,9 @@ def test_the_board_keeps_one_attempt(cluster):
         assert time.monotonic() < end
         BoardSender(board=board, attempt=2, world_rank=1)(report)
     ray.kill(board)
-    assert read_board(board, 2, 1.0) == {}, "a board that is gone is no error"
+    end = time.monotonic() + 60
+    while read_board(board, 2, 1.0):  # a board that is gone is no error
+        assert time.monotonic() < end
     assert read_board(None, 2, 1.0) == {}
 
 

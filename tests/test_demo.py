@@ -217,16 +217,24 @@ def test_a_head_that_will_not_listen_is_killed_with_its_children(monkeypatch, tm
 # The whole, on a Ray of its own
 
 
-def processes_below(root: int) -> list[int]:
-    """Living processes that came from `root`."""
-    children: dict[int, list[int]] = {}
+def parents() -> dict[int, int]:
+    """Of every living process. One that has ended may stay in /proc until whoever adopted it asks."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             continue
         if fields[0] != "Z":
-            children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+            found[int(stat.parent.name)] = int(fields[1])
+    return found
+
+
+def processes_below(root: int) -> list[int]:
+    """Living processes that came from `root`."""
+    children: dict[int, list[int]] = {}
+    for pid, parent in parents().items():
+        children.setdefault(parent, []).append(pid)
     found, stack = [], [root]
     while stack:
         below = children.get(stack.pop(), [])
@@ -257,7 +265,8 @@ class Demo:
 def wait_until_gone(pids: list[int], deadline_s: float) -> list[int]:
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
-        pids = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        living = parents()
+        pids = [pid for pid in pids if pid in living]
         if not pids:
             break
         time.sleep(0.1)
