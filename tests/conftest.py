@@ -10,9 +10,28 @@ os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+# Ray's workers, at its usual 15, would get next to nothing while another process of the tests computes.
+os.environ.setdefault("RAY_worker_niceness", "0")
 
 import pytest
 from harness import TRANSPORTS, Ranks, shm_problem
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """For ``pytest -n 2 --dist loadgroup``: each file is a group of its own unless it names one.
+
+    Those that name one come first: they are the files that start Ray and take longest. Then those with slow tests.
+    """
+    slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+
+    def order(item: pytest.Item) -> tuple[bool, bool]:
+        return item.get_closest_marker("xdist_group") is None, item.path not in slow_files
+
+    items.sort(key=order)
+    for item in items:
+        if item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
 @pytest.fixture(scope="session")

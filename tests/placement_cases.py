@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import threading
 import time
 from pathlib import Path
 
@@ -25,6 +26,21 @@ def note_place(config: dict) -> None:
     Path(config["folder"], f"{context.get_world_rank()}.json").write_text(json.dumps(place))
 
 
+def await_health_thread() -> None:
+    """Until this worker tells the supervisor where it is; on a busy machine, training starts long before."""
+    while not any(thread.name == "ray_deepep health" for thread in threading.enumerate()):
+        time.sleep(0.01)
+
+
+def lose_this_node(waiting: Path) -> None:
+    """Kill its Ray daemon and this worker, once file ``waiting`` is there and all have told where they are."""
+    while not waiting.exists():
+        time.sleep(0.01)
+    time.sleep(2.0)
+    os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
 def lose_node(config: dict) -> None:
     """Training function of six steps, each with a checkpoint. Node ``doomed`` dies in step 3 of the first attempt."""
     here, rank = ray.get_runtime_context().get_node_id(), current().world_rank
@@ -35,10 +51,12 @@ def lose_node(config: dict) -> None:
     buffer = Buffer(current().communicator, num_experts=4, hidden=256, num_topk=1, max_tokens=32)
     for step in range(first, 7):
         current().progress.step, current().progress.phase = step, "data"
-        if attempt == 1 and step == 3 and here == config["doomed"]:
-            time.sleep(1.0)  # by then it has told where it is
-            os.kill(os.getppid(), signal.SIGKILL)
-            os.kill(os.getpid(), signal.SIGKILL)
+        if attempt == 1 and step == 3:
+            await_health_thread()
+            waiting = Path(config["folder"], "the other waits")
+            if here == config["doomed"]:
+                lose_this_node(waiting)
+            waiting.touch()
         buffer.dispatch(torch.ones(8, 256), torch.zeros(8, 1, dtype=torch.int64))
         folder = Path(config["folder"], f"checkpoint{step}")
         folder.mkdir(exist_ok=True)

@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from harness import error_of
 
 from ray_deepep import FaultRecord, InvalidArgumentError, MismatchError
 
@@ -18,6 +19,7 @@ from ray_deepep import CommFaultError
 from ray_deepep.cluster import RankFault, RankState, RankStatus, decide_culprit, ep_groups
 from ray_deepep.cluster.evidence import look
 from ray_deepep.cluster.supervision import WorkerFaultError, append_fault, with_culprit
+from train.inject import _allocate_too_much
 
 
 def fault(reporter: int, blamed: int, cause: str = "timeout", sequence: int = 5, elapsed_s: float = 3.0) -> RankFault:
@@ -125,11 +127,7 @@ def caused(error: Exception, cause: Exception) -> Exception:
 
 
 def refused_by_torch() -> Exception:
-    try:
-        torch.empty(2**60, dtype=torch.uint8)
-    except RuntimeError as error:
-        return error
-    raise AssertionError("2**60 bytes were allocated")
+    return error_of(RuntimeError, _allocate_too_much)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """``ray_deepep.cluster`` on a real Ray: raw actors, Ray Train runs, and faults. One Ray serves the whole file."""
 
+import dataclasses
 import json
 import os
 import re
@@ -19,6 +20,7 @@ import cluster_cases
 import ray
 from cluster_cases import FakeWorkerGroup, Run, SharedMemoryWatch, attempt_details, new_actor
 from ray.train import RunConfig
+from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from train_cases import losses, tiny, train
 
@@ -45,10 +47,24 @@ from ray_deepep.cluster.doctor import examine_cluster, run_cluster
 from ray_deepep.cluster.expert_parallel import ExpertParallelBackend
 from ray_deepep.cluster.processes import ProcessId, process_state
 from ray_deepep.cluster.supervision import FaultSupervisor
+from ray_deepep.cluster.worker import raised_within
 from ray_deepep.doctor.report import exit_code
 from ray_deepep.health import HealthReport
 
+pytestmark = pytest.mark.xdist_group("ray")
 CONFIG = CommConfig(bootstrap_deadline_s=30.0, deadline_s=10.0, num_threads=1, heap_gib=1.0)
+RECORD = FaultRecord(
+    operation="combine",
+    sequence=9,
+    phase="wait_published",
+    cause="timeout",
+    rank=0,
+    peer=1,
+    expected=9,
+    seen=8,
+    elapsed_s=4.0,
+    deadline_s=4.0,
+)
 SHORT = CommConfig(bootstrap_deadline_s=3.0, num_threads=1, heap_gib=1.0)
 
 
@@ -245,6 +261,7 @@ def supervisor_of(group: FakeWorkerGroup, **config) -> FaultSupervisor:
     )
     supervisor.after_controller_start(context)
     supervisor.after_worker_group_start(group)
+    ray.get(supervisor._board.read.remote(1), timeout=60)  # its process has started
     return supervisor
 
 
@@ -262,19 +279,7 @@ def test_a_fault_is_reported_while_every_main_thread_still_waits(actors, capsys,
     supervisor = supervisor_of(group, fault_log=str(tmp_path / "faults.jsonl"))
     quiet = HealthReport(beacon=Beacon(step=3, phase="backward", age_s=0.1))
     assert told(supervisor, r0=quiet, r1=quiet).errors == {}
-    record = FaultRecord(
-        operation="combine",
-        sequence=9,
-        phase="wait_published",
-        cause="timeout",
-        rank=0,
-        peer=1,
-        expected=9,
-        seen=8,
-        elapsed_s=4.0,
-        deadline_s=4.0,
-    )
-    waiting = HealthReport(beacon=Beacon(step=3, phase="combine", age_s=4.1), faults=(record,), gpu="GPU-0")
+    waiting = HealthReport(beacon=Beacon(step=3, phase="combine", age_s=4.1), faults=(RECORD,), gpu="GPU-0")
     late = HealthReport(beacon=Beacon(step=3, phase="data", age_s=4.2), gpu="GPU-1")
     status = told(supervisor, r0=waiting, r1=late)
     culprit = status.errors[1].culprit
@@ -285,6 +290,26 @@ def test_a_fault_is_reported_while_every_main_thread_still_waits(actors, capsys,
     assert line["beacons"]["1"]["phase"] == "data" and line["gpu"] == "GPU-1"
     assert line["node_id"] == ray.get_runtime_context().get_node_id()
     assert told(supervisor, r0=waiting, r1=late).errors == {}, "one fault, one report"
+
+
+class GroupWithAnError(FakeWorkerGroup):
+    """One whose workers tell what they raised when asked once more."""
+
+    def execute_single_async(self, rank, function, *args):
+        assert function is raised_within
+        return ray.put(UserExceptionWithTraceback(MemoryError("too much"), "traceback"))
+
+
+@pytest.mark.parametrize(("group_of", "cause"), [(GroupWithAnError, "out_of_memory"), (FakeWorkerGroup, "closed")])
+def test_who_leaves_is_asked_why(actors, capsys, group_of, cause):
+    """Rank 1 was polled between the end of its communicator and of its training function, or cannot say more."""
+    group = group_of(actors[:2], pids=ray.get([actor.pid.remote() for actor in actors[:2]]))
+    record = dataclasses.replace(RECORD, cause="peer_closed")
+    left = HealthReport(beacon=Beacon(step=3, phase="backward", age_s=0.1))
+    waited = HealthReport(beacon=Beacon(step=3, phase="combine", age_s=0.1), faults=(record,))
+    assert set(told(supervisor_of(group), r0=waited, r1=left).errors) == {1}
+    line = json.loads(capsys.readouterr().out.partition("RAY_DEEPEP_FAULT ")[2])
+    assert (line["rank"], line["cause"]) == (1, cause)
 
 
 def test_a_job_that_stands_still_is_reported(actors):
@@ -311,7 +336,9 @@ def test_the_board_keeps_one_attempt(cluster):
         assert time.monotonic() < end
         BoardSender(board=board, attempt=2, world_rank=1)(report)
     ray.kill(board)
-    assert read_board(board, 2, 1.0) == {}, "a board that is gone is no error"
+    end = time.monotonic() + 60
+    while read_board(board, 2, 1.0):  # a board that is gone is no error
+        assert time.monotonic() < end
     assert read_board(None, 2, 1.0) == {}
 
 
@@ -353,18 +380,18 @@ def test_faults_are_named_and_do_not_change_the_losses(cluster, undisturbed, tmp
         run = Run(
             cluster,
             tmp_path / "disturbed",
-            *("--max-failures", "5", "--inject", "kill:rank=1,step=3", "stop:rank=1,step=4"),
-            *("raise:rank=0,step=5", "hang:rank=1,step=6", "oom:rank=1,step=7"),
+            *("--max-failures", "4", "--inject", "kill:rank=1,step=3", "stop:rank=1,step=4"),
+            *("raise:rank=0,step=5", "hang:rank=1,step=6"),
             RAY_DEEPEP_DEADLINE_S="4",
         )
     assert run.status == 0, run.text
     named = [(fault["attempt"], fault["rank"], fault["cause"]) for fault in run.faults]
-    causes = [(1, "died"), (1, "stopped"), (0, "raised"), (1, "late"), (1, "out_of_memory")]
+    causes = [(1, "died"), (1, "stopped"), (0, "raised"), (1, "late")]
     assert named == [(attempt, *cause) for attempt, cause in enumerate(causes, start=1)]
     noted = (run.out / run_files.FAULTS).read_text().splitlines()
     assert [json.loads(line) for line in noted] == run.faults
     # A process that ends or stops at once was last heard of up to half a second before.
-    for fault, step in zip(run.faults[2:], range(5, 8), strict=True):
+    for fault, step in zip(run.faults[2:], range(5, 7), strict=True):
         beacon = fault["beacons"][str(fault["rank"])]
         assert (beacon["step"], beacon["phase"]) == (step, "callbacks"), fault
     hang = run.faults[3]
@@ -377,7 +404,7 @@ def test_faults_are_named_and_do_not_change_the_losses(cluster, undisturbed, tmp
     pids = [fault["pid"] for fault in run.faults]
     assert all(not Path(f"/proc/{pid}").exists() for pid in pids), "a culprit's process was left behind"
     details = attempt_details(cluster, "tiny-ray_deepep")
-    for text in ("rank 1 (pid", "is stopped (SIGSTOP)", "InjectedError", "was late", "ran out of memory"):
+    for text in ("rank 1 (pid", "is stopped (SIGSTOP)", "InjectedError", "was late"):
         assert any(text in detail for detail in details), (text, details)
 
 

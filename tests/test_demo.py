@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 
@@ -20,10 +21,11 @@ from train.errors import ConfigError, DataError
 from train.inject import Injection
 from train.local_ray import LocalRay, LocalRayError
 from train.presets import get_preset
-from train.ray_jobs import JobFailedError, reason_of
+from train.ray_jobs import JobFailedError, JobRunner, reason_of
 from train.ray_main import RayOptions, check_resources, connect, with_absolute_paths
 from train.timeline import RecoveryTimes, StartTimes
 
+pytestmark = pytest.mark.xdist_group("ray")
 ROOT = Path(__file__).parents[1]
 
 
@@ -88,6 +90,37 @@ def test_reason_of_a_failed_job_is_its_own_error_line():
     assert reason_of(["x", "last words", ""]) == "last words"
     assert reason_of([]) == "the job printed nothing"
     assert "no data" in str(JobFailedError("no data"))
+
+
+def test_a_job_is_submitted_again_while_ray_has_no_agent(monkeypatch):
+    class Client:
+        answers: ClassVar = [
+            "500: No available agent to submit job, please try again later..",
+            "id",
+            "500: no entrypoint",
+        ]
+
+        def __init__(self, url):
+            pass
+
+        def get_address(self):
+            return "http://127.0.0.1:1"
+
+        def submit_job(self, **_):
+            answer = self.answers.pop(0)
+            if answer == "id":
+                return answer
+            raise RuntimeError(answer)
+
+    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Client)
+    runner = JobRunner(None, local=True)
+    assert runner._submit("true", {}) == "id"
+    with pytest.raises(RuntimeError, match="no entrypoint"):
+        runner._submit("true", {})
+    Client.answers.append("No available agent to submit job")
+    monkeypatch.setattr("train.ray_jobs._SUBMIT_DEADLINE_S", -1.0)
+    with pytest.raises(JobFailedError, match="Ray took no job within"):
+        runner._submit("true", {})
 
 
 def test_times_add_up_and_name_their_parts():
@@ -205,16 +238,24 @@ def test_a_watchdog_that_does_not_end_is_ended(monkeypatch):
 # The whole, on a Ray of its own
 
 
-def processes_below(root: int) -> list[int]:
-    """Living processes that came from `root`."""
-    children: dict[int, list[int]] = {}
+def parents() -> dict[int, int]:
+    """Of every living process. One that has ended may stay in /proc until whoever adopted it asks."""
+    found = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             fields = stat.read_text(errors="replace").rpartition(")")[2].split()
         except OSError:
             continue
         if fields[0] != "Z":
-            children.setdefault(int(fields[1]), []).append(int(stat.parent.name))
+            found[int(stat.parent.name)] = int(fields[1])
+    return found
+
+
+def processes_below(root: int) -> list[int]:
+    """Living processes that came from `root`."""
+    children: dict[int, list[int]] = {}
+    for pid, parent in parents().items():
+        children.setdefault(parent, []).append(pid)
     found, stack = [], [root]
     while stack:
         below = children.get(stack.pop(), [])
@@ -245,7 +286,8 @@ class Demo:
 def wait_until_gone(pids: list[int], deadline_s: float) -> list[int]:
     end = time.monotonic() + deadline_s
     while time.monotonic() < end:
-        pids = [pid for pid in pids if Path(f"/proc/{pid}").exists()]
+        living = parents()
+        pids = [pid for pid in pids if pid in living]
         if not pids:
             break
         time.sleep(0.1)

@@ -134,6 +134,9 @@ def test_calls_are_refused_where_nvshmem_would_exit() -> None:
 @needs_core
 def test_ctrl_c_ends_a_wait() -> None:
     process = start("""
+        import signal
+        # What a shell starts in the background ignores SIGINT, and so do its children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         print("ready", flush=True)
         try:
             core.init(core.make_unique_id(), 0, 2, -1, 50.0)

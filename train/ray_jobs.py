@@ -22,6 +22,9 @@ _REPOSITORY = Path(__file__).parent.parent
 # "(RayTrainWorker pid=123) " and, on clusters, "(... pid=123, ip=1.2.3.4) ", with or without colours.
 _WORKER_PREFIX = re.compile(r"^(\x1b\[\d+m)*\(.*?pid=.*?\)(\x1b\[0m)? ")
 _FINISH_DEADLINE_S = 30.0
+_SUBMIT_DEADLINE_S = 120.0
+_NO_AGENT = "No available agent to submit job"
+"""What Ray answers while the agents that start jobs are still on their way up."""
 
 
 class JobFailedError(RuntimeError):
@@ -64,7 +67,7 @@ class JobRunner:
             runtime_env = {"env_vars": {"PYTHONPATH": str(_REPOSITORY)}}
         else:
             runtime_env = {"py_modules": [str(_REPOSITORY / "train")]}
-        job_id = self._client.submit_job(entrypoint=command, runtime_env=runtime_env)
+        job_id = self._submit(command, runtime_env)
         lines: list[str] = []
         try:
             with open(log_path, "w", encoding="utf-8") as log:
@@ -78,6 +81,19 @@ class JobRunner:
         if status != "SUCCEEDED" or not results:
             raise JobFailedError(f"{reason_of(lines)} (job {job_id} {status.lower()}; its log: {log_path})")
         return json.loads(results[-1])
+
+    def _submit(self, command: str, runtime_env: dict[str, Any]) -> str:
+        """The job's id. A Ray that has just started may take no job yet: then again, until a deadline."""
+        deadline = time.monotonic() + _SUBMIT_DEADLINE_S
+        while True:
+            try:
+                return self._client.submit_job(entrypoint=command, runtime_env=runtime_env)
+            except RuntimeError as error:
+                if _NO_AGENT not in str(error):
+                    raise
+                if time.monotonic() > deadline:
+                    raise JobFailedError(f"Ray took no job within {_SUBMIT_DEADLINE_S:g} s: {error}") from error
+            time.sleep(0.2)
 
     async def _follow(self, job_id: str, log: Any, lines: list[str], show: Callable[[str], None]) -> None:
         rest = ""

@@ -36,6 +36,8 @@ logger = logging.getLogger("ray_deepep")
 
 _SETTLE_S = 1.0
 """A fault reaches the ranks within milliseconds of each other, not at once."""
+_ENDING_S = 5.0
+"""For a rank that has left its communicator to say why: it may still be on its way out of the training function."""
 _CERTAIN = ("node_died", "died", "stopped", "gpu_failed", "out_of_memory", "device_failed", "mismatch", "raised")
 """Causes that need no second look."""
 
@@ -122,8 +124,19 @@ class FaultSupervisor(ControllerCallback, WorkerGroupCallback):
         culprit = self._decide(statuses, reports)
         if culprit is None or culprit.cause not in _CERTAIN:
             time.sleep(_SETTLE_S)
+            if culprit is not None and culprit.cause == "closed":
+                self._ask_for_error(culprit.world_rank, statuses[culprit.world_rank])
             culprit = self._decide(statuses, self._reports() or reports)
         return culprit
+
+    def _ask_for_error(self, rank: int, status: Any) -> None:
+        """Fill in the error of a rank that had none when Ray polled it."""
+        if status.error is None and status.running:
+            answer = self._group.execute_single_async(rank, worker.raised_within, _ENDING_S)
+            try:
+                status.error = ray.get(answer, timeout=_ENDING_S + ANSWER_DEADLINE_S)
+            except ray.exceptions.RayError as error:
+                logger.debug("rank %d does not say why it left: %s", rank, error)
 
     def _decide(self, statuses: Mapping[int, Any], reports: Mapping[int, HealthReport]) -> Culprit | None:
         evidence = gather_evidence(self._group, statuses, reports, self._config.ep_size)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+import time
 from typing import TYPE_CHECKING
 
 import torch.distributed as dist
@@ -13,6 +14,7 @@ from ray.train.torch.config import (
     _set_torch_distributed_env_vars,
     _setup_torch_process_group,
 )
+from ray.train.v2._internal.execution.context import get_train_context
 
 from ..communicator import Communicator
 from ..config import CommConfig
@@ -146,3 +148,11 @@ def stop_worker() -> bool:
     if dist.is_initialized():
         dist.destroy_process_group()
     return True
+
+
+def raised_within(deadline_s: float) -> Exception | None:
+    """What the training function raised, once it has or has ended or the deadline has passed; runs in the worker."""
+    runner, end = get_train_context().execution_context.training_thread_runner, time.monotonic() + deadline_s
+    while runner.get_error() is None and runner.is_running() and time.monotonic() < end:
+        time.sleep(0.02)
+    return runner.get_error()
