@@ -92,6 +92,7 @@ class CudaTransport:
 
     casts_rows = True
     takes_expert_rows = False
+    takes_parts = False
 
     def __init__(
         self,
@@ -101,7 +102,7 @@ class CudaTransport:
         num_sms: int,
         heap_provider: str,
         nvshmem: NvshmemRuntime | None,
-        on_fault: Callable[[FaultRecord], None],
+        on_fault: Callable[[FaultRecord], FaultRecord],
     ) -> None:
         self._geometry, self._core, self._num_sms = geometry, _load(), num_sms
         self.device = torch.device("cuda", torch.cuda.current_device())

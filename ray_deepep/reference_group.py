@@ -10,8 +10,8 @@ import datetime
 import json
 import secrets
 import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -47,13 +47,24 @@ def check_signatures(operation: str, signatures: Sequence[Signature], ranks: Seq
 class ReferenceGroup:
     """The ranks of one buffer. Making one is collective.
 
+    Operations may be of some ranks only, ``ranks``, and then have a process group of theirs, ``group``; of all ranks of
+    the communicator by default.
+
     Raises:
         BootstrapError: naming the ranks that did not come within ``comm.config.bootstrap_deadline_s``.
         MismatchError: ranks passed different ``settings``.
     """
 
-    def __init__(self, comm: Communicator, settings: Signature) -> None:
-        self._comm, self._group = comm, comm.group
+    def __init__(
+        self,
+        comm: Communicator,
+        settings: Signature,
+        *,
+        ranks: Sequence[int] | None = None,
+        group: dist.ProcessGroup | None = None,
+    ) -> None:
+        self._comm, self._group = comm, comm.group if group is None else group
+        self._ranks = range(comm.num_ranks) if ranks is None else ranks
         self._deadline_s = comm.config.deadline_s
         self.sequence = 0
         self._operation = "allocate"
@@ -74,23 +85,28 @@ class ReferenceGroup:
             MismatchError: on every rank, if signatures differ.
             CommFaultError: a rank did not come within the deadline, or closed.
         """
+        mine = self._open(operation, signature)
+        asked = self._meet("ask", self._ranks, {"signature": mine, "num_tokens": num_tokens})
+        check_signatures(asked[0]["signature"]["operation"], [a["signature"] for a in asked])
+        return [a["num_tokens"] for a in asked]
+
+    def _open(self, operation: str, signature: Signature) -> Signature:
+        """Count an operation; what this rank asks for."""
         self._comm.check_usable(operation)
         self.sequence += 1
         self._operation = operation
-        mine = {"operation": operation, **signature}
-        self._store_call(
-            "publish",
-            lambda: self._store.set(
-                self._key("ask", self._comm.rank), json.dumps({"signature": mine, "num_tokens": num_tokens})
-            ),
-        )
-        self._wait_all_published()
-        keys = [self._key("ask", peer) for peer in range(self._comm.num_ranks)]
-        asked = [json.loads(value) for value in self._store_call("publish", lambda: self._store.multi_get(keys))]
+        return {"operation": operation, **signature}
+
+    def _meet(self, kind: str, ranks: Sequence[int], payload: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Show ``payload`` to ``ranks``, this one among them. Returns theirs."""
+        own = self._comm.rank
+        self._store_call("publish", lambda: self._store.set(self._key(kind, own), json.dumps(payload)))
+        self._wait_all_published(kind, ranks)
+        keys = [self._key(kind, peer) for peer in ranks]
+        told = [json.loads(value) for value in self._store_call("publish", lambda: self._store.multi_get(keys))]
         # All ranks came here, so all have read the operation before this one.
-        self._store_call("publish", lambda: self._store.delete_key(self._key("ask", self._comm.rank, -1)))
-        check_signatures(asked[0]["signature"]["operation"], [a["signature"] for a in asked])
-        return [a["num_tokens"] for a in asked]
+        self._store_call("publish", lambda: self._store.delete_key(self._key(kind, own, -1)))
+        return told
 
     def all_gather(self, value: torch.Tensor, lengths: Sequence[int]) -> list[torch.Tensor]:
         """``value`` (``lengths[rank]`` rows) of every rank; padded on the way, since collectives want equal shapes."""
@@ -128,21 +144,21 @@ class ReferenceGroup:
     def _key(self, kind: str, peer: int, step: int = 0) -> str:
         return f"{kind}/{self.sequence + step}/{peer}"
 
-    def _wait_all_published(self) -> None:
+    def _wait_all_published(self, kind: str, ranks: Sequence[int]) -> None:
         start = time.monotonic()
-        keys = [self._key("ask", peer) for peer in range(self._comm.num_ranks)]
+        keys = [self._key(kind, peer) for peer in ranks]
         # Polls instead of Store.wait, which holds the client's lock while it blocks and logs every expiry.
         while not self._present(keys):
             elapsed_s = time.monotonic() - start
             if elapsed_s > _LATE_S:
-                self._judge_late(elapsed_s)
+                self._judge_late(kind, ranks, elapsed_s)
             time.sleep(min(0.0001 + elapsed_s / 20, 0.02))
 
-    def _judge_late(self, elapsed_s: float) -> None:
-        missing = [p for p in range(self._comm.num_ranks) if not self._present([self._key("ask", p)])]
+    def _judge_late(self, kind: str, ranks: Sequence[int], elapsed_s: float) -> None:
+        missing = [p for p in ranks if not self._present([self._key(kind, p)])]
         for peer in missing:
             # Asked again after: a peer may finish this very operation and close between the two questions.
-            if self._present([f"closed/{peer}"]) and not self._present([self._key("ask", peer)]):
+            if self._present([f"closed/{peer}"]) and not self._present([self._key(kind, peer)]):
                 self._fail("wait_published", "peer_closed", peer, elapsed_s)
         if missing and elapsed_s >= self._deadline_s:
             self._fail("wait_published", "timeout", missing[0], elapsed_s)
@@ -171,7 +187,7 @@ class ReferenceGroup:
         Ranks may notice at different times (at once where the connection broke, else at their deadline), so wait for
         all but one.
         """
-        others = [p for p in range(self._comm.num_ranks) if p != self._comm.rank]
+        others = [p for p in self._ranks if p != self._comm.rank]
         try:
             self._store.set(self._key("failed", self._comm.rank), b"1")
             while True:
@@ -198,8 +214,7 @@ class ReferenceGroup:
             peer_host=info.host if info else "",
             peer_pid=info.pid if info else 0,
         )
-        self._comm.mark_fault(record)
-        raise CommFaultError(record)
+        raise CommFaultError(self._comm.mark_fault(record))
 
 
 def as_bytes(value: torch.Tensor) -> torch.Tensor:

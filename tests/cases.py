@@ -10,7 +10,7 @@ import itertools
 
 import oracle
 import torch
-from harness import RankContext
+from harness import RankContext, domain_size
 from on_device import OnDevice
 
 from ray_deepep import Buffer, DispatchHandle, DispatchResult, ExpertMajor, Float8Cast, Padded, TokenMajor
@@ -91,8 +91,8 @@ def some_modes(token_major: bool) -> list[CombineMode]:
     ]
 
 
-def make_world(case: Case) -> oracle.World:
-    """Inputs of all ranks."""
+def make_world(case: Case, transport: str = "") -> oracle.World:
+    """Inputs of all ranks; a transport of several nodes rounds once for each."""
     generator = torch.Generator().manual_seed(case.seed)
     topk_idx = [_topk_idx(case, num_tokens, generator) for num_tokens in case.num_tokens]
     locations, layout = None, case.layout
@@ -113,6 +113,7 @@ def make_world(case: Case) -> oracle.World:
         x_scales=scales,
         locations=locations,
         cast=case.cast,
+        domain_size=domain_size(transport) % len(case.num_tokens),
     )
     if case.spare_rows is not None:
         room = max(1, max(here.num_rows for here in world.arrivals) + case.spare_rows)
@@ -294,7 +295,7 @@ def check_combine(
 
 def check_case(context: RankContext, transport: str, case: Case, modes: list[CombineMode] | None = None) -> None:
     """Dispatch, cached dispatch and combines of a case on this rank; run it on every rank."""
-    world, rank = make_world(case), context.rank
+    world, rank = make_world(case, transport), context.rank
     token_major = isinstance(world.layout, TokenMajor)
     try:
         with make_buffer(context, transport, case, world) as buffer:
