@@ -13,7 +13,16 @@ import torch
 from harness import RankContext, domain_size
 from on_device import OnDevice
 
-from ray_deepep import Buffer, DispatchHandle, DispatchResult, ExpertMajor, Float8Cast, Padded, TokenMajor
+from ray_deepep import (
+    Buffer,
+    Communicator,
+    DispatchHandle,
+    DispatchResult,
+    ExpertMajor,
+    Float8Cast,
+    Padded,
+    TokenMajor,
+)
 from ray_deepep.handle import Layout
 
 FLOAT8 = torch.float8_e4m3fn
@@ -319,6 +328,11 @@ def check_cached_dispatch(buffer: Buffer, handle: DispatchHandle, world: oracle.
     assert_dispatched(buffer.dispatch(handle=handle, **rows_to_send(others, rank)), others, rank, cached=True)
 
 
+def transport_of(comm: Communicator) -> str:
+    """Name of its transport, and of the size of its domains if it has several."""
+    return f"{comm.transport}/{comm.domains.domain_size}" if comm.domains.num_nodes > 1 else comm.transport
+
+
 def check_still_works(buffer: Buffer, rank: int) -> None:
     """Dispatch and combine of all ranks on a buffer that saw errors."""
     geometry = buffer.geometry
@@ -330,7 +344,7 @@ def check_still_works(buffer: Buffer, rank: int) -> None:
         num_topk=2,
         layout=ExpertMajor(4),
     )
-    world = make_world(case)
+    world = make_world(case, transport_of(buffer.comm))
     result = dispatch(buffer, world, rank)
     assert_dispatched(result, world, rank)
     for mode in some_modes(token_major=False):
