@@ -102,7 +102,7 @@ class Communicator:
         self._buffers: list[Buffer] = []
         self._domain: shm.ShmDomain | None = None
         self._nvshmem: nvshmem.NvshmemRuntime | None = None
-        self._hop_group: dist.ProcessGroup | None = None
+        self._hop_group: dist.ProcessGroupGloo | None = None
         self.fault_board: FaultBoard | None = None
         self.peers = self._meet(exchange)
         wanted = self.config.transport
@@ -254,8 +254,7 @@ class Communicator:
             self._closed = True
             if self._domain is not None:
                 self._domain.close()
-            if self._hop_group is not None:
-                dist.destroy_process_group(self._hop_group)
+            self._hop_group = None
 
     def finalize_nvshmem(self) -> str:
         """End NVSHMEM in this process, so that it can serve another group of ranks later; collective.
@@ -320,7 +319,7 @@ class Communicator:
         try:
             token = exchange("connect_nodes", secrets.token_hex(8).encode())[0].decode()
             self.fault_board = FaultBoard(token, self.rank, self.peers)
-            self._hop_group = hop_process_group(self.group, self.domains, self.config.bootstrap_deadline_s)
+            self._hop_group = hop_process_group(token, self.domains, self.config.bootstrap_deadline_s)
         except BaseException:
             self._domain.close()
             raise

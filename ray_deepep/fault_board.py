@@ -32,7 +32,7 @@ class FaultBoard:
 
     def settle(self, record: FaultRecord) -> FaultRecord:
         """Make a fault known; the record to raise. It blames whom the first fault of all ranks blames."""
-        if record.cause == "timeout":
+        if record.cause == "timeout" and record.peer >= 0:
             peer = self._peers[self._follow_waits(record.peer)]
             record = dataclasses.replace(
                 record, peer=peer.rank, peer_host=peer.host, peer_pid=peer.pid, peer_gpu=peer.gpu

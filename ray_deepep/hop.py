@@ -31,6 +31,7 @@ from .transport import (
     CombineRequest,
     DispatchOutput,
     DispatchRequest,
+    DomainGeometry,
     Transport,
     make_handle,
 )
@@ -52,7 +53,7 @@ class HopTransport(BlockingTransport):
     """A :class:`~ray_deepep.transport.Transport` for the nodes of ``comm``. Its rows are on the CPU."""
 
     def __init__(
-        self, comm: Communicator, geometry: BufferGeometry, *, group: dist.ProcessGroup, make_domain: MakeDomain
+        self, comm: Communicator, geometry: BufferGeometry, *, group: dist.ProcessGroupGloo, make_domain: MakeDomain
     ) -> None:
         self._comm, self._geometry, self._nodes = comm, geometry, comm.domains
         self._num_node_experts = geometry.num_experts // self._nodes.num_nodes
@@ -310,18 +311,17 @@ class HopTransport(BlockingTransport):
         return result.view(plan.topk_idx.shape)
 
 
-def domain_geometry(geometry: BufferGeometry, num_nodes: int, heap_gib: float) -> BufferGeometry:
+def domain_geometry(geometry: BufferGeometry, num_nodes: int, heap_gib: float) -> DomainGeometry:
     """Sizes of the buffer inside a node: the tokens that land are those of all nodes, and its experts the node's.
 
     The landing zone lies beside the user's own tensors. It is never larger than a rank's heap may be (``heap_gib``).
     """
     landed = num_nodes * geometry.max_tokens
     zone = landed * geometry.hidden * geometry.max_element_size
-    return dataclasses.replace(
-        geometry,
-        num_experts=geometry.num_experts // num_nodes,
-        max_tokens=landed,
-        symm_bytes=geometry.symm_bytes + min(zone, int(heap_gib * 2**30)),
-        low_latency_max_tokens=0,
-        num_parts=num_nodes,
-    )
+    inside = {
+        "num_experts": geometry.num_experts // num_nodes,
+        "max_tokens": landed,
+        "symm_bytes": geometry.symm_bytes + min(zone, int(heap_gib * 2**30)),
+        "low_latency_max_tokens": 0,
+    }
+    return DomainGeometry(**{**dataclasses.asdict(geometry), **inside}, num_parts=num_nodes)

@@ -8,40 +8,44 @@ from __future__ import annotations
 
 import datetime
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from .domains import Domains
 from .errors import BootstrapError
-from .reference_group import ReferenceGroup, Signature, check_signatures
+from .store_meeting import Signature, StoreMeeting, check_signatures
 
 if TYPE_CHECKING:
     from .communicator import Communicator
 
 
-def hop_process_group(group: dist.ProcessGroup, domains: Domains, deadline_s: float) -> dist.ProcessGroup:
-    """The process group of a rank's hop group, for CPU tensors; collective over it.
+def hop_process_group(token: str, domains: Domains, deadline_s: float) -> dist.ProcessGroupGloo:
+    """The process group of a rank's hop group, for CPU tensors; collective over it. Ranks are node ranks.
+
+    ``token`` is new, and the same on all ranks: the addresses of an earlier group of the same ranks must not be met.
+    torch's own ``new_group`` gives one that not all ranks make together the name of the one before.
 
     Raises:
         BootstrapError: a rank did not come.
     """
-    ranks = dist.get_process_group_ranks(group)
-    members = [ranks[rank] for rank in domains.hop_ranks]
+    store = dist.PrefixStore(f"ray_deepep/hop/{token}/{domains.local_rank}", distributed_c10d._get_default_store())
     timeout = datetime.timedelta(seconds=deadline_s)
     try:
-        return dist.new_group(members, timeout=timeout, backend="gloo", use_local_synchronization=True)
+        return dist.ProcessGroupGloo(store, domains.node_rank, domains.num_nodes, timeout)
     except RuntimeError as error:
         raise BootstrapError("connect_nodes", [], deadline_s, str(error)) from None
 
 
-class HopGroup(ReferenceGroup):
+class HopGroup(StoreMeeting):
     """The hop group of one buffer. Making one is collective over all ranks of the communicator; raises as its base."""
 
-    def __init__(self, comm: Communicator, settings: Signature, group: dist.ProcessGroup) -> None:
-        super().__init__(comm, settings, ranks=comm.domains.hop_ranks, group=group)
+    def __init__(self, comm: Communicator, settings: Signature, group: dist.ProcessGroupGloo) -> None:
+        super().__init__(comm, settings)
+        self._group, self._ranks = group, comm.domains.hop_ranks
         self._domains, self._board = comm.domains, comm.fault_board
         self._shown = False
 
@@ -67,22 +71,22 @@ class HopGroup(ReferenceGroup):
         """Give ``send[n]`` to node n and fill ``recv[n]`` from there; contiguous uint8. Both know the sizes: nothing
         travels where there is nothing, nor within the own node."""
         start, own = time.monotonic(), self._domains.node_rank
-        pending = []
-        for node, peer in enumerate(self._ranks):
-            if node == own:
-                continue
-            for tensor, call in ((recv[node], dist.irecv), (send[node], dist.isend)):
-                if tensor.numel():
-                    pending.append((peer, self._started(peer, lambda n=node, t=tensor, c=call: self._start(c, t, n))))
+        away = [(node, peer) for node, peer in enumerate(self._ranks) if node != own]
+        group = self._group
+        # All receives first: what comes then has a place.
+        pending = [
+            (peer, self._started(peer, lambda node=node: group.recv([recv[node]], node, 0)))
+            for node, peer in away
+            if recv[node].numel()
+        ] + [
+            (peer, self._started(peer, lambda node=node: group.send([send[node]], node, 0)))
+            for node, peer in away
+            if send[node].numel()
+        ]
         for peer, work in pending:
             self._finish(peer, work, start)
 
-    def _start(self, call, tensor: torch.Tensor, node: int) -> dist.Work:
-        if call is dist.isend:
-            return call(tensor, group=self._group, group_dst=node)
-        return call(tensor, group=self._group, group_src=node)
-
-    def _started(self, peer: int, start) -> dist.Work:
+    def _started(self, peer: int, start: Callable[[], dist.Work]) -> dist.Work:
         try:
             return start()
         except RuntimeError:

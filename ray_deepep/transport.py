@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -47,8 +47,7 @@ class BufferGeometry:
     """Most rows that a dispatch may bring to a rank; None: the worst case. GPU transports only."""
     max_element_size: int = 4
     """Bytes of the largest element that rows may have."""
-    num_parts: int = 1
-    """Parts in which a rank's tokens come; see ``DispatchRequest.part_tokens``."""
+    num_parts: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -61,6 +60,14 @@ class BufferGeometry:
             bits = 63 if name == "symm_bytes" else 31
             if value >= 2**bits:
                 raise InvalidArgumentError(name, value, f"must be < 2**{bits}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DomainGeometry(BufferGeometry):
+    """Sizes of the buffer inside one domain of several; no user's buffer has them."""
+
+    num_parts: int = 1
+    """Parts in which a rank's tokens come; see ``DispatchRequest.part_tokens``."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -126,7 +133,8 @@ class CombineRequest:
     """``exact``: routes summed at the source in float32, k order. ``fast``: summed over local experts first (float32,
     rounded once to the rows' dtype), then over ranks in rank order. ``expert_order``: as ``exact``, but by
     ascending expert (bit-equal to ``torch.index_add`` over expert-major rows, which adds in float32 and rounds once).
-    Token-major rows are always summed over ranks in rank order, in float32."""
+    Token-major rows are always summed over ranks in rank order, in float32. With several nodes, sums over ranks are
+    sums over those of a node, rounded to the rows' dtype, and then over nodes in node order."""
     keep_routes: bool
     """Also return each route's row as it came, ``[K, T, H]``; not for token-major rows nor ``fast``."""
     bias: torch.Tensor | None

@@ -54,9 +54,7 @@ class RankContext:
 
     def new_communicator(self, transport: str, **config: Any) -> Communicator:
         """A communicator of this case alone; collective. ``transport`` may name the size of its domains."""
-        name, size = transport.partition("/")[0], domain_size(transport)
-        wanted = {"transport": name, "domain_size": size, **CASE_CONFIG, **config}
-        return Communicator.from_process_group(config=CommConfig(**wanted))
+        return Communicator.from_process_group(config=case_config(transport, **config))
 
     def communicator(self, transport: str) -> Communicator:
         """The communicator that cases share; collective when first used."""
@@ -77,6 +75,12 @@ CASE_CONFIG: Mapping[str, Any] = {
     "heap_gib": 1.0,
     "num_sms": 8,
 }
+
+
+def case_config(transport: str, **config: Any) -> CommConfig:
+    """Settings of a case; ``transport`` may name the size of its domains."""
+    name, size = transport.partition("/")[0], domain_size(transport)
+    return CommConfig(**{"transport": name, "domain_size": size, **CASE_CONFIG, **config})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,7 @@ import torch
 import torch.distributed as dist
 from cases import Case, assert_dispatched, check_combine, make_world, some_modes, transport_of
 from cases import dispatch as dispatch_world
-from harness import CASE_CONFIG, RankContext, RankPool, Ranks, error_of, shm_problem
+from harness import CASE_CONFIG, RankContext, RankPool, Ranks, case_config, error_of, shm_problem
 from torch.distributed import distributed_c10d
 
 from ray_deepep import (
@@ -276,7 +276,7 @@ def check_subgroups(context: RankContext, transport: str) -> None:
     mine, other = groups[context.rank % 2], groups[1 - context.rank % 2]
     error = error_of(InvalidArgumentError, lambda: Communicator.from_process_group(other))
     assert str(error) == "group: must contain this rank; got 'a group without this rank'"
-    config = CommConfig(transport=transport, **CASE_CONFIG)
+    config = case_config(transport)
     with Communicator.from_process_group(mine, config=config) as comm:
         assert (comm.rank, comm.num_ranks) == (context.rank // 2, 2)
         check_exchange_rows(comm, comm.rank, comm.num_ranks)

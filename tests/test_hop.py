@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 
 import pytest
 import torch
@@ -28,7 +29,7 @@ from test_combine_experts import check_same_bits
 from test_communicator import check_close, check_several_communicators, check_subgroups
 from test_dispatch_combine import fuzz_case
 
-from ray_deepep import ExpertMajor, Float8Cast, HeapFullError, TokenMajor
+from ray_deepep import Buffer, ExpertMajor, Float8Cast, HeapFullError, TokenMajor
 
 pytestmark = pytest.mark.skipif(bool(shm_problem()), reason=shm_problem())
 
@@ -235,6 +236,21 @@ def check_heap_tensors(context: RankContext) -> None:
 
 def test_heap_tensors(ranks: Ranks) -> None:
     ranks.run(4, check_heap_tensors)
+
+
+def check_same_ranks_again(context: RankContext) -> None:
+    """Addresses of a group that is gone must not be met, also where some ranks leave it later than others."""
+    x, topk_idx = torch.ones(3, 8), torch.tensor([[0, 1, 2, 3]] * 3)
+    for _ in range(4):
+        comm = context.new_communicator("shm/1")
+        with Buffer(comm, num_experts=4, hidden=8, num_topk=4, max_tokens=3) as buffer:
+            assert buffer.dispatch(x, topk_idx).x.shape == (12, 8)
+        time.sleep(0.05 * context.rank)
+        comm.close()
+
+
+def test_same_ranks_again(ranks: Ranks) -> None:
+    ranks.run(4, check_same_ranks_again)
 
 
 def test_communicators_over_nodes(ranks: Ranks) -> None:

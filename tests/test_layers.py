@@ -53,6 +53,7 @@ PYTHON_LAYERS = [
         "nvshmem",
         "reference",
         "reference_group",
+        "store_meeting",
         "plan_reference",
         "hop",
         "hop_group",
