@@ -52,8 +52,8 @@ class PublicErrors:
             operation, by = error.args
             raise RankMaskedError(operation, [self._name(rank) for rank in by]) from None
         if isinstance(error, core.CoreMismatch):
-            operation, peer, field, expected, seen = error.args
-            raise MismatchError(operation, self._name(peer), field, expected, seen, self._name(0)) from None
+            operation, peer, *what, first = error.args
+            raise MismatchError(operation, self._name(peer), *what, self._name(first)) from None
         if isinstance(error, core.CoreBootstrapError):
             phase, missing, *more = error.args
             raise BootstrapError(phase, [self._name(rank) for rank in missing], *more) from None
