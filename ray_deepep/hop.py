@@ -9,15 +9,16 @@ add up at the source (``exact``), one row per route.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 import torch.distributed as dist
 
-from .errors import FaultRecord, HeapFullError
+from .errors import FaultRecord, HeapFullError, RayDeepEPError
 from .handle import DispatchHandle, Layout
 from .hop_group import HopGroup
 from .hop_plan import HopPlan, Routing, node_of, routes_by_node, tokens_by_node
@@ -67,7 +68,7 @@ class HopTransport(BlockingTransport):
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """See :meth:`Transport.dispatch`."""
-        with self._lock:
+        with self._operation():
             return self._new_dispatch(request) if request.handle is None else self._cached_dispatch(request)
 
     def _new_dispatch(self, request: DispatchRequest) -> DispatchOutput:
@@ -146,7 +147,7 @@ class HopTransport(BlockingTransport):
         """See :meth:`Transport.combine`."""
         plan: HopPlan = request.handle.plan
         given = request.expert_rows[0] if request.expert_rows else request.rows
-        with self._lock:
+        with self._operation():
             self._begin(
                 "combine",
                 plan.num_landed,
@@ -181,7 +182,7 @@ class HopTransport(BlockingTransport):
     def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle, num_sms: int | None) -> torch.Tensor:
         """See :meth:`Transport.combine_weights`."""
         plan: HopPlan = handle.plan
-        with self._lock:
+        with self._operation():
             self._begin(
                 "combine_weights",
                 plan.num_landed,
@@ -213,6 +214,19 @@ class HopTransport(BlockingTransport):
         """Tell peers that still wait for this rank; not collective."""
         self._hop.close()
         self._domain.close()
+
+    @contextlib.contextmanager
+    def _operation(self) -> Iterator[None]:
+        """One at a time: the autograd engine calls backward from threads of its own."""
+        with self._lock:
+            try:
+                yield
+            except RayDeepEPError:
+                raise
+            except BaseException:
+                # Interrupted between the hop and the domain, or in either: this rank is out of step now.
+                self._hop.abort()
+                raise
 
     def _begin(
         self,
@@ -262,7 +276,9 @@ class HopTransport(BlockingTransport):
         zone = values.new_empty(sum(landed), values.shape[1]) if zone is None else zone
         source, parts, own = as_bytes(values), as_bytes(zone).split(list(landed)), self._nodes.node_rank
         torch.index_select(source, 0, send[own], out=parts[own])
-        away = [source[:0] if node == own else source[tokens] for node, tokens in enumerate(send)]
+        away = [
+            source[:0] if node == own else torch.index_select(source, 0, tokens) for node, tokens in enumerate(send)
+        ]
         self._hop.exchange(away, parts)
         return zone
 
@@ -282,7 +298,7 @@ class HopTransport(BlockingTransport):
         home = self._return(rows, plan.num_landed, plan.num_sent)
         total = torch.zeros(len(plan.topk_idx), rows.shape[1])
         for tokens, part in zip(plan.send_tokens, home):
-            total[tokens] += part.float()
+            total.index_add_(0, tokens, part.float())
         return total
 
     def _routes_home(self, routes: torch.Tensor, plan: HopPlan) -> torch.Tensor:
@@ -291,7 +307,7 @@ class HopTransport(BlockingTransport):
         num_tokens, num_topk = plan.topk_idx.shape
         result = routes.new_zeros(num_tokens * num_topk, routes.shape[1])
         for index, part in zip(plan.send_routes, home):
-            result[index] = part
+            result.index_copy_(0, index, part)
         return result.view(num_tokens, num_topk, routes.shape[1])
 
     def _sum_routes(self, routes: torch.Tensor, request: CombineRequest) -> torch.Tensor:

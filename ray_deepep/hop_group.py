@@ -6,6 +6,7 @@ first the ranks of a hop group compare, then those of a domain compare what thei
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import time
 from collections.abc import Callable, Sequence
@@ -16,7 +17,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from .domains import Domains
-from .errors import BootstrapError
+from .errors import BootstrapError, CommFaultError
 from .store_meeting import Signature, StoreMeeting, check_signatures
 
 if TYPE_CHECKING:
@@ -85,6 +86,11 @@ class HopGroup(StoreMeeting):
         ]
         for peer, work in pending:
             self._finish(peer, work, start)
+
+    def abort(self) -> None:
+        """Tell the others, on whatever node, that this rank was interrupted in an operation. Local."""
+        with contextlib.suppress(CommFaultError):
+            self._fail("exchange", "aborted", self._comm.rank, 0.0)
 
     def _started(self, peer: int, start: Callable[[], dist.Work]) -> dist.Work:
         try:

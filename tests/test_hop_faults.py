@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
+import threading
 import time
 
 import pytest
@@ -11,6 +14,7 @@ from cases import check_still_works
 from harness import RankContext, RankPool, Ranks, error_of, shm_problem
 from test_faults import CAUSES, dispatch, misbehave
 from test_mismatch import GEOMETRY, IDX, MISMATCHES, X, check_mismatch
+from torch.distributed import distributed_c10d
 
 from ray_deepep import Buffer, CommFaultError, FaultRecord, InvalidArgumentError, MismatchError, Padded
 from ray_deepep.fault_board import FaultBoard
@@ -102,6 +106,34 @@ def test_victims_of_another_node_are_not_blamed() -> None:
         outcomes = pool.outcomes(late_chain, deadline_s=20.0, doomed=[3])
         for rank in (0, 1, 2):
             assert FaultRecord.from_json(outcomes[rank].value).peer == 3, outcomes[rank].value
+
+
+def interrupted(context: RankContext) -> str:
+    """Rank 2 waits for rank 3 in its node, and is interrupted: the others learn it at once."""
+    buffer = make_buffer(context, 2)
+    dispatch(buffer)
+    store = distributed_c10d._get_default_store()
+    if context.rank == 2:
+        # What a shell starts in the background ignores SIGINT, and so do its children.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        threading.Timer(0.3, lambda: os.kill(os.getpid(), signal.SIGINT)).start()
+        error_of(KeyboardInterrupt, lambda: dispatch(buffer))
+        store.set("hop_interrupted", "")
+    if context.rank == 3:
+        store.wait(["hop_interrupted"])
+    start = time.monotonic()
+    record = error_of(CommFaultError, lambda: dispatch(buffer)).record
+    assert context.rank != 3 or time.monotonic() - start < 1.0
+    buffer.comm.close()
+    return record.to_json()
+
+
+def test_interrupt_is_told_to_all_nodes() -> None:
+    with RankPool(4) as pool:
+        for outcome in pool.outcomes(interrupted, deadline_s=20.0):
+            assert outcome.value, outcome.error or outcome.lost
+            record = FaultRecord.from_json(outcome.value)
+            assert (record.peer, record.cause) == (2, "aborted"), outcome.value
 
 
 def slow_but_in_time(context: RankContext) -> None:
