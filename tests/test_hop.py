@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 import time
 
+import low_latency_cases
 import pytest
 import torch
 from cases import (
@@ -251,6 +252,12 @@ def check_same_ranks_again(context: RankContext) -> None:
 
 def test_same_ranks_again(ranks: Ranks) -> None:
     ranks.run(4, check_same_ranks_again)
+
+
+def test_low_latency_calls(ranks: Ranks) -> None:
+    """They go over the reference."""
+    case = low_latency_cases.fuzz_case(random.Random(SEED), 4)
+    ranks.run(4, low_latency_cases.check_case, "shm/2", case)
 
 
 def test_communicators_over_nodes(ranks: Ranks) -> None:
