@@ -9,22 +9,23 @@ from __future__ import annotations
 import dataclasses
 import secrets
 import time
-from collections.abc import Sequence
 
 import torch
 
-from . import checks
+from . import checks, low_latency_checks
 from .communicator import Communicator
 from .errors import ClosedError, FaultRecord
+from .expert_rows import ExpertRowCalls
 from .float8 import Float8Cast, quantize
 from .handle import CombineResult, DispatchHandle, DispatchResult, Layout
-from .low_latency_buffer import LowLatencyCalls, check_transport
+from .heap_tensors import HeapTensorCalls
+from .low_latency_buffer import LowLatencyCalls
 from .telemetry import CommRecorder, CommStats
 from .transport import BufferGeometry, CombineRequest, DispatchOutput, DispatchRequest, make_handle
 from .work import Work
 
 
-class Buffer(LowLatencyCalls):
+class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
     """Room for dispatch and combine on all ranks of ``comm``. Making one is collective, and so are its calls.
 
     Args:
@@ -78,15 +79,14 @@ class Buffer(LowLatencyCalls):
             max_element_size=max_element_size,
         )
         checks.geometry(self.geometry, comm.num_ranks)
-        check_transport(comm, self.geometry)
+        low_latency_checks.geometry(self.geometry)
         self.num_local_experts = num_experts // comm.num_ranks
         # Not id(self): handles outlive buffers, and a new buffer may take a freed one's place in memory.
         self._identity = secrets.randbits(63)
         self._recorder = CommRecorder()
         self._progress = comm.progress
-        before, self._progress.phase = self._progress.phase, "allocate"
-        self._transport = comm.make_transport(self.geometry)
-        self._progress.phase = before
+        with self._progress.during("allocate"):
+            self._transport = comm.make_transport(self.geometry)
         self._low_latency = self._make_low_latency()
         self._closed = False
         comm.adopt(self)
@@ -228,51 +228,6 @@ class Buffer(LowLatencyCalls):
             self._transport.wait_for(after)
         return self._combine(request)
 
-    def combine_experts(
-        self,
-        expert_rows: Sequence[torch.Tensor],
-        handle: DispatchHandle,
-        *,
-        topk_weights: torch.Tensor | None = None,
-        weighted: bool = False,
-        reduce: str = "exact",
-        keep_routes: bool = False,
-        bias: torch.Tensor | None = None,
-        num_sms: int | None = None,
-    ) -> CombineResult:
-        """As :meth:`combine`, from one tensor per local expert, so that nobody has to put them together; collective.
-
-        On CPUs rows are read from where they are. On other transports the buffer puts them together.
-
-        Args:
-            expert_rows: L tensors, float32, bfloat16 or float16, all of one dtype, contiguous: what ``handle.split``
-                cuts a tensor ``[S, H]`` into. Expert-major: ``[rows of the expert's group, H]``, its aligned tail
-                included. Padded: ``[N * capacity, H]``, by source rank. Not for token-major rows, and not with
-                ``max_recv_tokens``. Ranks may differ in which of the two methods they call.
-            handle, topk_weights, weighted, reduce, keep_routes, bias, num_sms: as for :meth:`combine`.
-
-        Raises:
-            As :meth:`combine`.
-        """
-        self._check_open("combine_experts")
-        checks.call_options(num_sms, None)
-        checks.expert_rows(self.geometry, expert_rows, handle=handle, owner=self._identity)
-        checks.devices(self._transport.device, expert_rows=expert_rows[0], topk_weights=topk_weights, bias=bias)
-        request = checks.combine_request(
-            self.geometry,
-            rows=None if self._transport.takes_expert_rows else handle.join(expert_rows),
-            expert_rows=tuple(expert_rows) if self._transport.takes_expert_rows else (),
-            handle=handle,
-            owner=self._identity,
-            topk_weights=topk_weights,
-            weighted=weighted,
-            reduce=reduce,
-            keep_routes=keep_routes,
-            bias=bias,
-            num_sms=num_sms,
-        )
-        return self._combine(request)
-
     def combine_weights(
         self, topk_weights: torch.Tensor, handle: DispatchHandle, *, num_sms: int | None = None
     ) -> torch.Tensor:
@@ -292,35 +247,10 @@ class Buffer(LowLatencyCalls):
         handle = checks.handle(handle, self._identity)
         topk_weights = checks.row_weights(topk_weights, handle)
         start = time.perf_counter()
-        before, self._progress.phase = self._progress.phase, "combine"
-        home = self._transport.combine_weights(topk_weights, handle, num_sms)
-        self._progress.phase = before
+        with self._progress.during("combine"):
+            home = self._transport.combine_weights(topk_weights, handle, num_sms)
         self._recorder.add("combine", time.perf_counter() - start, 0)
         return home
-
-    def symm_empty(self, num_rows: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-        """A tensor for rows that dispatch (``x``) or combine (``rows``) will send. Local.
-
-        It lies in this rank's part of the heap, where peers read it: the call then needs no staging copy, and returns
-        when peers have read it. It is contiguous, not initialised, and takes room of the buffer's ``symm_bytes``, in
-        blocks of 512 bytes, until the last reference to it goes. On GPUs, as with torch's allocator, the room may be
-        given out again at once, which is right on one stream: keep the tensor until every other stream that uses it is
-        done. Operations with ``async_op`` see to that themselves. Transport ``reference``, and ``shm`` with
-        ``symm_bytes=0``, give a plain tensor.
-
-        Args:
-            num_rows: at least 0.
-            dtype: float32, bfloat16, float16 or float8_e4m3fn.
-
-        Returns:
-            ``[num_rows, H]``; not to be used after ``close()``.
-
-        Raises:
-            HeapFullError: there is no room left.
-        """
-        self._check_open("symm_empty")
-        checks.symm_rows(num_rows, dtype)
-        return self._transport.symm_empty(num_rows, dtype)
 
     def stats(self, *, reset: bool = False) -> CommStats:
         """Calls, ms and bytes of this buffer since the last reset; low-latency calls are not in it."""
@@ -333,17 +263,24 @@ class Buffer(LowLatencyCalls):
         """
         self._check_open("check")
         self._transport.check()
+        if self._low_latency is not None:
+            self._low_latency.check()
 
     def fault_record(self) -> FaultRecord | None:
         """The fault of an operation, also one that the thread which called it has not met yet; None if there is none.
 
         For another thread, while that one waits, for a peer or for the GPU. Never raises, and waits for nobody.
         """
-        return self._transport.fault_record()
+        found = self._transport.fault_record()
+        if found is None and self._low_latency is not None:
+            found = self._low_latency.transport.fault_record()
+        return found
 
     def give_up_on_gone_peers(self) -> None:
         """See :meth:`Communicator.give_up_on_gone_peers`."""
         self._transport.give_up_on_gone_peers()
+        if self._low_latency is not None:
+            self._low_latency.transport.give_up_on_gone_peers()
 
     @property
     def closed(self) -> bool:
@@ -372,20 +309,18 @@ class Buffer(LowLatencyCalls):
 
     def _dispatch(self, request: DispatchRequest) -> DispatchResult:
         start = time.perf_counter()
-        before, self._progress.phase = self._progress.phase, "dispatch"
-        if request.cast is not None and not self._transport.casts_rows:
-            rows = quantize(request.x, request.cast)
-            request = dataclasses.replace(request, x=rows.data, x_scales=rows.scales, cast=None)
-        output = self._transport.dispatch(request)
-        self._progress.phase = before
+        with self._progress.during("dispatch"):
+            if request.cast is not None and not self._transport.casts_rows:
+                rows = quantize(request.x, request.cast)
+                request = dataclasses.replace(request, x=rows.data, x_scales=rows.scales, cast=None)
+            output = self._transport.dispatch(request)
         self._recorder.add("dispatch", time.perf_counter() - start, output.x.numel() * output.x.element_size())
         return self._dispatch_result(request, output)
 
     def _combine(self, request: CombineRequest) -> CombineResult:
         start = time.perf_counter()
-        before, self._progress.phase = self._progress.phase, "combine"
-        output = self._transport.combine(request)
-        self._progress.phase = before
+        with self._progress.during("combine"):
+            output = self._transport.combine(request)
         given = request.expert_rows or (request.rows,)
         num_bytes = sum(rows.numel() for rows in given) * given[0].element_size()
         self._recorder.add("combine", time.perf_counter() - start, num_bytes)

@@ -184,8 +184,16 @@ def _layout(layout: Layout | None, locations: object, topk_idx: torch.Tensor, ge
         raise InvalidArgumentError("locations", None, "must be given with layout=Padded(capacity)")
     locations = _tensor("locations", locations, (torch.int32,), topk_idx.shape)
     if locations.is_cpu:
-        _in_range("locations", torch.where(topk_idx >= 0, locations, 0), 0, max(layout.capacity, 1))
+        _locations_in_range(locations, topk_idx >= 0, layout.capacity)
     return layout
+
+
+def _locations_in_range(locations: torch.Tensor, routed: torch.Tensor, capacity: int) -> None:
+    """Beside -1 anything may stand; with capacity 0 that is all there may be. As in ``_in_range``, not on GPUs."""
+    bad = routed & ((locations < 0) | (locations >= capacity))
+    if bool(bad.any()):
+        where = tuple(int(i) for i in bad.nonzero()[0])
+        raise InvalidArgumentError(f"locations{list(where)}", int(locations[where]), f"must be in [0, {capacity})")
 
 
 def _room(max_recv_tokens: object, layout: Layout) -> None:

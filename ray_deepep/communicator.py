@@ -13,7 +13,7 @@ import os
 import secrets
 import socket
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -33,6 +33,7 @@ from .errors import (
 from .fault_board import FaultBoard
 from .hop import HopTransport
 from .hop_group import hop_process_group
+from .low_latency_cuda import CudaLowLatency
 from .low_latency_reference import ReferenceLowLatency
 from .low_latency_shm import ShmLowLatency
 from .low_latency_transport import LowLatencyTransport
@@ -220,7 +221,9 @@ class Communicator:
         return self._allocate(lambda: self._make_transport(geometry))
 
     def make_low_latency(self, geometry: BufferGeometry) -> LowLatencyTransport:
-        """The low-latency calls of one buffer; collective. Not for transport ``cuda``. Raises as ``make_transport``."""
+        """The low-latency calls of one buffer; collective. Raises as ``make_transport``."""
+        if self.transport == "cuda":
+            return self._allocate(lambda: CudaLowLatency(self._domain, geometry, **self._cuda_options()))
         if self.transport == "shm" and self.domains.num_nodes == 1:
             return self._allocate(lambda: ShmLowLatency(self._domain, geometry, on_fault=self.mark_fault))
         return ReferenceLowLatency(self, geometry)
@@ -288,18 +291,9 @@ class Communicator:
 
     def _make_transport(self, geometry: BufferGeometry) -> Transport:
         if self.transport == "cuda":
-            if self.config.heap_provider == "nvshmem" and self._nvshmem is None:
-                raise ClosedError("allocate: NVSHMEM was finalized; make a new communicator")
-            return cuda.CudaTransport(
-                self._domain,
-                geometry,
-                num_sms=self.config.num_sms,
-                heap_provider=self.config.heap_provider,
-                nvshmem=self._nvshmem,
-                on_fault=self.mark_fault,
-            )
+            return cuda.CudaTransport(self._domain, geometry, **self._cuda_options())
         if self.domains.num_nodes > 1:
-            make_domain = functools.partial(shm.ShmTransport, self._domain, on_fault=self.mark_fault)
+            make_domain = functools.partial(shm.ShmTransport, self._domain)
             return HopTransport(self, geometry, group=self._hop_group, make_domain=make_domain)
         if self.transport == "shm":
             return shm.ShmTransport(self._domain, geometry, on_fault=self.mark_fault)
@@ -323,6 +317,16 @@ class Communicator:
         except BaseException:
             self._domain.close()
             raise
+
+    def _cuda_options(self) -> dict[str, Any]:
+        if self.config.heap_provider == "nvshmem" and self._nvshmem is None:
+            raise ClosedError("allocate: NVSHMEM was finalized; make a new communicator")
+        return {
+            "num_sms": self.config.num_sms,
+            "heap_provider": self.config.heap_provider,
+            "nvshmem": self._nvshmem,
+            "on_fault": self.mark_fault,
+        }
 
     def _bring_up_nvshmem(self, exchange: Exchange) -> nvshmem.NvshmemRuntime:
         others = [rank for rank in range(self.num_ranks) if rank != self.rank]

@@ -9,6 +9,7 @@ from types import MappingProxyType
 
 from . import env
 from .errors import InvalidArgumentError, InvalidTypeError
+from .fields import check_bool, check_choice, check_int, check_positive, known_fields
 
 TRANSPORTS = ("auto", "cuda", "nvshmem", "shm", "reference")
 HEAP_PROVIDERS = ("auto", "vmm", "ipc", "nvshmem")
@@ -21,6 +22,7 @@ _LARGEST: Mapping[str, float] = MappingProxyType(
 )
 
 
+@known_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NvshmemConfig:
     """Settings that NVSHMEM reads from the environment when it comes up; used with ``heap_provider="nvshmem"``.
@@ -78,6 +80,7 @@ class NvshmemConfig:
         return {name: str(value) for name, value in wanted.items() if value is not None}
 
 
+@known_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CommConfig:
     """Settings of a :class:`~ray_deepep.Communicator`; the same on every rank."""
@@ -116,35 +119,24 @@ class CommConfig:
     def __post_init__(self) -> None:
         if isinstance(self.nvshmem, dict):
             # As dataclasses.asdict leaves it.
-            object.__setattr__(self, "nvshmem", NvshmemConfig(**self.nvshmem))
+            object.__setattr__(self, "nvshmem", NvshmemConfig(**{str(name): v for name, v in self.nvshmem.items()}))
         if not isinstance(self.nvshmem, NvshmemConfig):
             raise InvalidTypeError("nvshmem", self.nvshmem, "must be an NvshmemConfig")
-        if self.transport not in TRANSPORTS:
-            raise InvalidArgumentError("transport", self.transport, f"must be one of {', '.join(TRANSPORTS)}")
+        check_choice("transport", self.transport, TRANSPORTS)
         self._check_numbers()
-        if self.heap_provider not in HEAP_PROVIDERS:
-            raise InvalidArgumentError(
-                "heap_provider", self.heap_provider, f"must be one of {', '.join(HEAP_PROVIDERS)}"
-            )
+        check_choice("heap_provider", self.heap_provider, HEAP_PROVIDERS)
         if self.transport == "nvshmem":
             if self.heap_provider not in ("auto", "nvshmem"):
                 raise InvalidArgumentError("heap_provider", self.heap_provider, "must be auto with transport nvshmem")
             object.__setattr__(self, "heap_provider", "nvshmem")
-        if not isinstance(self.allow_shared_gpus, bool):
-            raise InvalidTypeError("allow_shared_gpus", self.allow_shared_gpus, "must be a bool")
+        check_bool("allow_shared_gpus", self.allow_shared_gpus)
 
     def _check_numbers(self) -> None:
         for name, largest in _LARGEST.items():
             value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise InvalidTypeError(name, value, "must be a number")
-            if not value > 0:
-                raise InvalidArgumentError(name, value, "must be > 0")
+            check_positive(name, value)
             if value > largest:
                 raise InvalidArgumentError(name, value, f"must be at most {largest:g}")
-        for name, least in (("num_sms", 1), ("num_threads", 0), ("domain_size", 0)):
-            value = getattr(self, name)
-            if type(value) is not int:
-                raise InvalidTypeError(name, value, "must be an int")
-            if value < least:
-                raise InvalidArgumentError(name, value, f"must be >= {least}")
+        check_int("num_sms", self.num_sms, least=1)
+        check_int("num_threads", self.num_threads, least=0)
+        check_int("domain_size", self.domain_size, least=0)

@@ -1,57 +1,41 @@
 """Transport ``cuda``: the compiled CUDA core, for ranks whose GPUs reach each other's memory (one NVLink domain).
 
-As ``shm.py``, this file unpacks torch tensors for a compiled core (``ray_deepep._cuda``) and allocates outputs. Work
-runs on the current CUDA stream. The host waits once per new dispatch, for the counts that give the outputs their sizes;
-with ``max_recv_tokens`` it does not wait at all.
+As ``shm.py``, this file calls a compiled core (``ray_deepep._cuda``) and allocates outputs; ``cuda_arguments.py``
+unpacks torch tensors for it. Work runs on the current CUDA stream. The host waits once per new dispatch, for the counts
+that give the outputs their sizes; with ``max_recv_tokens`` it does not wait at all.
 
 A kernel takes tens of microseconds, so the host must not take as long: launch first, and make results while it runs.
 """
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import threading
 from collections.abc import Callable
-from types import ModuleType
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from . import env
-from .core_errors import PublicErrors
+from .cuda_arguments import CudaArguments, CudaPlan, check_address, check_rows
+from .cuda_heap import CudaHeap, load_core
 from .errors import FaultRecord, InvalidArgumentError, ReceiveOverflowError
 from .float8 import FLOAT8, SCALE_BLOCK
-from .handle import DispatchHandle, ExpertMajor, Padded, TokenMajor
-from .shm import ShmDomain, address
+from .handle import DispatchHandle, ExpertMajor, TokenMajor
+from .shm import ShmDomain
 from .streams import Streams
 from .symm_pool import SymmPool
 from .transport import BufferGeometry, CombineOutput, CombineRequest, DispatchOutput, DispatchRequest
-from .version import __version__
 from .work import Work
 
 if TYPE_CHECKING:
-    from .nvshmem import NvshmemRuntime, SymmBlock
+    from .nvshmem import NvshmemRuntime
 
 R = TypeVar("R")
-
-ALIGNMENT_ROOM = 256
-"""Largest alignment of expert-major groups that buffers have room for."""
-ROW_ALIGNMENT = 16
-"""Bytes of which rows and their addresses are multiples."""
-
-
-def _load() -> ModuleType:
-    core = importlib.import_module("ray_deepep._cuda")
-    if core.version != __version__:
-        raise ImportError(f"the CUDA core is version {core.version}, the package {__version__}; build it again")
-    return core
 
 
 def core_version() -> tuple[str, str]:
     """Version of the CUDA core, or an empty string and what kept it from loading."""
     try:
-        return _load().version, ""
+        return load_core().version, ""
     except ImportError as error:
         return "", str(error)
 
@@ -74,19 +58,6 @@ def gpu_uuid() -> str:
     return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
 
 
-@dataclasses.dataclass(kw_only=True)
-class CudaPlan:
-    """A plan in GPU memory, with the tensor that holds its arrays; ``memory`` begins with the counts. Not frozen, as
-    requests are not; nobody writes to it."""
-
-    core: object
-    memory: torch.Tensor
-    stream: int
-    """Where the memory was allocated."""
-    num_rows: int
-    """Rows that there is room for."""
-
-
 class CudaTransport:
     """One buffer over the GPUs of a domain; see :class:`~ray_deepep.transport.Transport`."""
 
@@ -104,82 +75,25 @@ class CudaTransport:
         nvshmem: NvshmemRuntime | None,
         on_fault: Callable[[FaultRecord], FaultRecord],
     ) -> None:
-        self._geometry, self._core, self._num_sms = geometry, _load(), num_sms
-        self.device = torch.device("cuda", torch.cuda.current_device())
-        self._num_ranks, self._num_local = len(domain.peers), geometry.num_experts // len(domain.peers)
-        self._errors = PublicErrors(domain, on_fault)
+        self._heap = CudaHeap(domain, heap_provider=heap_provider, nvshmem=nvshmem, on_fault=on_fault)
+        self._geometry, self._num_sms = geometry, num_sms
+        self.device, self._core, self._errors = self._heap.device, self._heap.core, self._heap.errors
         self._lock = threading.Lock()
         self._streams = Streams(self.device)
-        types = domain.core.DType
-        self._dtypes = {
-            torch.float32: types.FLOAT32,
-            torch.bfloat16: types.BFLOAT16,
-            torch.float16: types.FLOAT16,
-            FLOAT8: types.FLOAT8_E4M3,
-        }
-        self._reduces = domain.core.Reduce
-        self._kinds = domain.core.LayoutKind
-        sizes = self._sizes(domain.rank)
-        with self._errors:
-            self._nvshmem, self._block = nvshmem, self._allocate(nvshmem, sizes)
-        try:
-            with self._errors:
-                self._buffer = self._core.DeviceBuffer(
-                    domain.core_domain,
-                    sizes,
-                    provider=self._provider(heap_provider),
-                    segments=list(self._block.segments) if self._block else [],
-                    bootstrap_deadline_s=domain.config.bootstrap_deadline_s,
-                    deadline_s=domain.config.deadline_s,
-                )
-        except BaseException:
-            self._release_block()
-            raise
+        self._arguments = CudaArguments(domain, geometry, self._core, self.device)
+        sizes = self._arguments.sizes
+        self._buffer = self._heap.make(
+            lambda: self._core.segment_bytes(sizes),
+            lambda provider, segments: self._core.DeviceBuffer(
+                domain.core_domain,
+                sizes,
+                provider=provider,
+                segments=segments,
+                bootstrap_deadline_s=domain.config.bootstrap_deadline_s,
+                deadline_s=domain.config.deadline_s,
+            ),
+        )
         self._pool = SymmPool(self._buffer.symm_address, self._buffer.symm_bytes)
-
-    def _provider(self, heap_provider: str):
-        kinds = self._core.HeapProvider
-        if self._block is not None:
-            return kinds.GIVEN
-        vmm = heap_provider == "vmm" or (heap_provider == "auto" and self._core.vmm_supported(self.device.index))
-        return kinds.VMM if vmm else kinds.IPC
-
-    def _allocate(self, nvshmem: NvshmemRuntime | None, sizes) -> SymmBlock | None:
-        """The heap's memory, where NVSHMEM gives it; collective."""
-        if nvshmem is None:
-            return None
-        if nvshmem.device != self.device.index:
-            rule = f"must be GPU {nvshmem.device}, on which NVSHMEM was brought up"
-            raise InvalidArgumentError("device", self.device.index, rule)
-        return nvshmem.allocate(self._core.segment_bytes(sizes))
-
-    def _release_block(self) -> None:
-        if self._block is not None:
-            self._nvshmem.release(self._block)
-            self._block = None
-
-    def _sizes(self, rank: int):
-        """Room for the worst case: every rank sends all its tokens here.
-
-        With ``max_capacity`` the buffer serves padded dispatches, and a rank receives no more than its slots hold.
-        """
-        geometry = self._geometry
-        received = self._num_ranks * geometry.max_tokens
-        # A token may name one expert twice: no smaller bound than K routes.
-        rows = received * geometry.num_topk + ALIGNMENT_ROOM * self._num_local
-        if geometry.max_capacity:
-            rows = geometry.num_experts * geometry.max_capacity
-            received = min(received, rows)
-        if geometry.max_rows is not None:
-            rows = min(rows, geometry.max_rows)
-            received = min(received, rows)
-        sizes = self._core.DeviceSizes()
-        sizes.rank, sizes.num_ranks, sizes.num_experts = rank, self._num_ranks, geometry.num_experts
-        sizes.hidden, sizes.num_topk, sizes.max_tokens = geometry.hidden, geometry.num_topk, geometry.max_tokens
-        sizes.max_recv_tokens, sizes.max_rows, sizes.symm_bytes = received, rows, geometry.symm_bytes
-        sizes.max_element_size, sizes.bulk_copy = geometry.max_element_size, env.bulk_copy()
-        self._max_recv_tokens, self._max_rows = received, rows
-        return sizes
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """See :meth:`Transport.dispatch`."""
@@ -201,14 +115,14 @@ class CudaTransport:
         if topk_idx.dtype is not torch.int64:
             topk_idx = topk_idx.to(torch.int64)
         num_tokens, num_topk = topk_idx.shape
-        plan = self._new_plan(request, num_tokens, num_topk, stream)
+        plan = self._arguments.new_plan(self._buffer, request, num_tokens, num_topk, stream)
         token_major, recv_topk_idx = isinstance(request.layout, TokenMajor), None
         if token_major:
             recv_topk_idx = torch.empty(plan.num_rows, num_topk, dtype=torch.int64, device=self.device)
             recv_weights = torch.empty(plan.num_rows, num_topk, device=self.device)
         else:
             recv_weights = torch.empty(plan.num_rows, device=self.device)
-        args = self._args(request, topk_idx, recv_topk_idx, recv_weights)
+        args = self._arguments.dispatch(request, topk_idx, recv_topk_idx, recv_weights)
         self._buffer.begin_dispatch(args, plan.core, not fixed, stream)
         if fixed:
             x, x_scales = self._pull(request, args, plan, plan.num_rows, num_sms, stream)
@@ -249,7 +163,7 @@ class CudaTransport:
     def _cached_dispatch(self, request: DispatchRequest, num_sms: int, stream: int) -> DispatchOutput:
         handle, plan = request.handle, request.handle.plan
         self._use_plan(plan, stream)
-        args = self._args(request, None, None, None)
+        args = self._arguments.dispatch(request, None, None, None)
         x, x_scales = self._pull(request, args, plan, handle.num_rows, num_sms, stream, cached=True)
         return DispatchOutput(
             x=x,
@@ -269,8 +183,8 @@ class CudaTransport:
         check_rows("rows", rows)
         num_tokens, num_topk, hidden = handle.num_tokens, handle.num_topk, rows.shape[1]
         args, routes = self._core.CombineArgs(), None
-        args.rows, args.num_rows, args.dtype = rows.data_ptr(), rows.shape[0], self._dtypes[rows.dtype]
-        args.weighted, args.reduce = request.weighted, getattr(self._reduces, request.reduce)
+        args.rows, args.num_rows, args.dtype = rows.data_ptr(), rows.shape[0], self._arguments.dtypes[rows.dtype]
+        args.weighted, args.reduce = request.weighted, getattr(self._arguments.reduces, request.reduce)
         if request.bias is not None:
             check_rows("bias", request.bias)
             args.bias = request.bias.data_ptr()
@@ -285,7 +199,7 @@ class CudaTransport:
     def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle, num_sms: int | None) -> torch.Tensor:
         """See :meth:`Transport.combine_weights`."""
         args = self._core.CombineArgs()
-        args.has_rows, args.dtype = False, self._dtypes[torch.float32]
+        args.has_rows, args.dtype = False, self._arguments.dtypes[torch.float32]
         return self._combine(args, topk_weights, handle, num_sms)
 
     def start(
@@ -324,7 +238,7 @@ class CudaTransport:
         """Free this rank's memory; waits for its kernels, which stop waiting for peers."""
         with self._lock:
             self._buffer.close()
-            self._release_block()
+            self._heap.release()
 
     def _combine(
         self, args, weights: torch.Tensor | None, handle: DispatchHandle, num_sms: int | None
@@ -342,59 +256,9 @@ class CudaTransport:
             self._streams.leave()
         return home
 
-    def _new_plan(self, request: DispatchRequest, num_tokens: int, num_topk: int, stream: int) -> CudaPlan:
-        """Room for a plan. One allocation for all arrays: each would cost the host some microseconds per dispatch."""
-        layout, room = request.layout, request.max_recv_tokens
-        kind, alignment, capacity = self._kinds.TOKEN_MAJOR, 1, 0
-        received = num_rows = self._max_recv_tokens
-        if isinstance(layout, ExpertMajor):
-            kind, alignment, num_rows = self._kinds.EXPERT_MAJOR, layout.alignment, self._max_rows
-        elif isinstance(layout, Padded):
-            kind, capacity = self._kinds.PADDED, layout.capacity
-            num_rows = self._geometry.num_experts * capacity
-        if room is not None:
-            received, num_rows = min(received, room), room
-        num_ints = self._buffer.plan_ints(num_tokens, num_topk, received, num_rows)
-        memory = torch.empty(num_ints, dtype=torch.int32, device=self.device)
-        core = self._buffer.make_plan(
-            memory.data_ptr(),
-            num_tokens,
-            num_topk,
-            received,
-            num_rows,
-            kind,
-            alignment,
-            capacity,
-            room is not None,
-        )
-        return CudaPlan(core=core, memory=memory, stream=stream, num_rows=num_rows)
-
     def _use_plan(self, plan: CudaPlan, stream: int) -> None:
         if plan.stream != stream:
             plan.memory.record_stream(torch.cuda.current_stream(self.device))
-
-    def _args(
-        self,
-        request: DispatchRequest,
-        topk_idx: torch.Tensor | None,
-        recv_topk_idx: torch.Tensor | None,
-        recv_weights: torch.Tensor | None,
-    ):
-        """What both halves of a dispatch need; ``_pull`` adds the outputs for rows."""
-        x, cast = request.x, request.cast
-        return self._core.DispatchArgs(
-            x=x.data_ptr(),
-            x_scales=address(request.x_scales),
-            topk_idx=address(topk_idx),
-            topk_weights=address(request.topk_weights),
-            locations=address(request.locations),
-            dtype=self._dtypes[x.dtype if cast is None else FLOAT8],
-            x_dtype=self._dtypes[x.dtype],
-            power_of_two=cast is not None and cast.scale_format == "power_of_two",
-            scale_by_weights=request.scale_by_weights,
-            out_topk_idx=address(recv_topk_idx),
-            out_topk_weights=address(recv_weights),
-        )
 
     def _pull(
         self,
@@ -418,28 +282,3 @@ class CudaTransport:
             args.out_scales = x_scales.data_ptr()
         self._buffer.pull_dispatch(args, plan.core, cached, num_sms, stream)
         return x, x_scales
-
-
-def check_rows(name: str, rows: torch.Tensor) -> None:
-    """Kernels move rows in pieces of 16 bytes; an address in between would end the process's CUDA context.
-
-    Raises:
-        InvalidArgumentError: rows have another size, or the first one begins elsewhere.
-    """
-    row_bytes = rows.shape[1] * rows.element_size()
-    if row_bytes % ROW_ALIGNMENT:
-        rule = f"rows must be a multiple of {ROW_ALIGNMENT} bytes, not {row_bytes}"
-        raise InvalidArgumentError(name, tuple(rows.shape), rule)
-    check_address(name, rows)
-
-
-def check_address(name: str, tensor: torch.Tensor) -> None:
-    """A view into another tensor may begin anywhere.
-
-    Raises:
-        InvalidArgumentError: ``tensor`` begins between multiples of 16 bytes.
-    """
-    begin = tensor.data_ptr()
-    if begin % ROW_ALIGNMENT:
-        rule = f"must begin at a multiple of {ROW_ALIGNMENT} bytes in memory (call .clone())"
-        raise InvalidArgumentError(name, f"address {begin:#x}", rule)

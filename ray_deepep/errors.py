@@ -103,6 +103,10 @@ class NvshmemError(RayDeepEPError, RuntimeError):
         return type(self), (self.step, self.ranks, self.reason)
 
 
+class CudaError(RayDeepEPError, RuntimeError):
+    """A call of CUDA failed in the compiled core; the message says which, and CUDA's own name for the error."""
+
+
 class BootstrapError(RayDeepEPError, RuntimeError):
     """Ranks did not come together within the bootstrap deadline.
 
@@ -187,7 +191,7 @@ class FaultRecord:
     rank: int
     """Rank that reports."""
     peer: int
-    """Rank that is to blame."""
+    """Rank that is to blame; -1: a process outside the group, which hosts torch's store."""
     expected: int
     """Signal value waited for."""
     seen: int
@@ -212,11 +216,12 @@ class FaultRecord:
 
     def __str__(self) -> str:
         where = f" (pid {self.peer_pid} on {self.peer_host})" if self.peer_pid else ""
+        peer = f"rank {self.peer}{where}" if self.peer >= 0 else "a process of no rank, which hosts torch's store,"
         what = {
-            "timeout": f"rank {self.peer}{where} sent no signal for {self.elapsed_s:.1f} s",
-            "peer_died": f"the process of rank {self.peer}{where} is gone",
-            "peer_closed": f"rank {self.peer}{where} closed its communicator",
-            "aborted": f"rank {self.peer}{where} aborted the communicator",
+            "timeout": f"{peer} sent no signal for {self.elapsed_s:.1f} s",
+            "peer_died": f"{'the process of ' if self.peer >= 0 else ''}{peer} is gone",
+            "peer_closed": f"{peer} closed its communicator",
+            "aborted": f"{peer} aborted the communicator",
         }.get(self.cause, self.cause)
         return (
             f"{self.operation} #{self.sequence} on rank {self.rank}, {self.phase}: {what}"

@@ -13,8 +13,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, TypeVar
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
+from .bounded_store import BoundedStore, StoreLostError
 from .errors import FaultRecord
 
 if TYPE_CHECKING:
@@ -22,13 +22,16 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 
+_ANSWER_S = 0.3
+"""Time for the store to answer."""
+
 
 class FaultBoard:
     """One per communicator; ``token`` is the same on its ranks, and new. Where the store is gone, nothing is found."""
 
     def __init__(self, token: str, rank: int, peers: Sequence[RankInfo]) -> None:
         self._rank, self._peers = rank, peers
-        self._store = dist.PrefixStore(f"ray_deepep/faults/{token}", distributed_c10d._get_default_store())
+        self._store = BoundedStore(f"ray_deepep/faults/{token}")
 
     def settle(self, record: FaultRecord) -> FaultRecord:
         """Make a fault known; the record to raise. It blames whom the first fault of all ranks blames."""
@@ -37,12 +40,12 @@ class FaultBoard:
             record = dataclasses.replace(
                 record, peer=peer.rank, peer_host=peer.host, peer_pid=peer.pid, peer_gpu=peer.gpu
             )
-        told = _or_none(lambda: self._store.compare_set("fault", "", record.to_json()))
+        told = self._ask(lambda store: store.compare_set("fault", "", record.to_json()))
         return record if told is None else blaming(record, FaultRecord.from_json(told.decode()))
 
     def found(self) -> FaultRecord | None:
         """The first fault of all ranks."""
-        told = _or_none(lambda: self._store.get("fault") if self._store.check(["fault"]) else None)
+        told = self._ask(lambda store: store.get("fault") if store.check(["fault"]) else None)
         return None if told is None else FaultRecord.from_json(told.decode())
 
     def wait_found(self, seconds: float) -> None:
@@ -53,11 +56,11 @@ class FaultBoard:
 
     def show_wait(self, peer: int) -> None:
         """This rank waits for ``peer``."""
-        _or_none(lambda: self._store.set(f"wait/{self._rank}", str(peer)))
+        self._ask(lambda store: store.set(f"wait/{self._rank}", str(peer)))
 
     def hide_wait(self) -> None:
         """It waits no more."""
-        _or_none(lambda: self._store.delete_key(f"wait/{self._rank}"))
+        self._ask(lambda store: store.delete_key(f"wait/{self._rank}"))
 
     def _follow_waits(self, peer: int) -> int:
         """``peer``, or whom it waits for, to the end of the chain."""
@@ -65,11 +68,17 @@ class FaultBoard:
         while peer not in seen:
             seen.add(peer)
             key = f"wait/{peer}"
-            told = _or_none(lambda key=key: self._store.get(key) if self._store.check([key]) else None)
+            told = self._ask(lambda store, key=key: store.get(key) if store.check([key]) else None)
             if told is None or int(told) in seen:
                 return peer
             peer = int(told)
         return peer
+
+    def _ask(self, question: Callable[[dist.Store], R]) -> R | None:
+        try:
+            return self._store.ask(_ANSWER_S, question)
+        except StoreLostError:
+            return None
 
 
 def blaming(record: FaultRecord, cause: FaultRecord) -> FaultRecord:
@@ -82,11 +91,3 @@ def blaming(record: FaultRecord, cause: FaultRecord) -> FaultRecord:
         peer_pid=cause.peer_pid,
         peer_gpu=cause.peer_gpu,
     )
-
-
-def _or_none(call: Callable[[], R]) -> R | None:
-    try:
-        return call()
-    except RuntimeError:
-        # The process that hosts torch's store is gone.
-        return None

@@ -11,6 +11,7 @@ import dataclasses
 import torch
 
 from .errors import InvalidArgumentError
+from .fields import check_choice, known_fields
 
 FLOAT8 = torch.float8_e4m3fn
 SCALE_BLOCK = 128
@@ -24,6 +25,7 @@ SCALE_FORMATS = ("float32", "power_of_two")
 _MANTISSA_BITS = 23
 
 
+@known_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Float8Cast:
     """Cast rows to float8 as they leave.
@@ -36,9 +38,7 @@ class Float8Cast:
     """``float32``: the scale as it is. ``power_of_two``: the smallest power of two that is no smaller (UE8M0)."""
 
     def __post_init__(self) -> None:
-        if self.scale_format not in SCALE_FORMATS:
-            rule = f"must be one of {', '.join(SCALE_FORMATS)}"
-            raise InvalidArgumentError("scale_format", self.scale_format, rule)
+        check_choice("scale_format", self.scale_format, SCALE_FORMATS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

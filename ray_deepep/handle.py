@@ -15,17 +15,20 @@ from typing import Any
 
 import torch
 
-from .errors import InvalidArgumentError, ReceiveOverflowError
+from .errors import ReceiveOverflowError
+from .fields import check_int, known_fields
 
 NUM_PLAN_COUNTS = 4
 """Numbers in ``DispatchHandle.counts`` before those of the experts."""
 
 
+@known_fields
 @dataclasses.dataclass(frozen=True)
 class TokenMajor:
     """One row per (token, rank) with a chosen expert: ``S = R``."""
 
 
+@known_fields
 @dataclasses.dataclass(frozen=True)
 class ExpertMajor:
     """One row per route (token, k), grouped by local expert; each group starts at a multiple of ``alignment`` and
@@ -34,10 +37,11 @@ class ExpertMajor:
     alignment: int = 1
 
     def __post_init__(self) -> None:
-        if self.alignment < 1:
-            raise InvalidArgumentError("alignment", self.alignment, "must be >= 1")
+        # Plans count rows in int32.
+        check_int("alignment", self.alignment, least=1, most=2**31 - 1)
 
 
+@known_fields
 @dataclasses.dataclass(frozen=True)
 class Padded:
     """Fixed room: ``[N, L, capacity]`` slots, one block per source rank and local expert, zero where nothing was
@@ -46,8 +50,7 @@ class Padded:
     capacity: int
 
     def __post_init__(self) -> None:
-        if self.capacity < 0:
-            raise InvalidArgumentError("capacity", self.capacity, "must be >= 0")
+        check_int("capacity", self.capacity, least=0, most=2**31 - 1)
 
 
 Layout = TokenMajor | ExpertMajor | Padded

@@ -13,7 +13,7 @@ import torch
 
 from . import low_latency_checks as checks
 from .checks import devices
-from .errors import InvalidArgumentError, TransportUnavailableError
+from .errors import InvalidArgumentError
 from .float8 import FLOAT8, SCALE_BLOCK, Float8Cast
 from .low_latency import (
     ExpertBlocks,
@@ -162,7 +162,7 @@ class LowLatencyCalls:
             topk_weights=topk_weights,
             reduce=reduce,
             out=out,
-            num_sms=num_sms,
+            options=options,
         )
         request.plan = engine.plan_of(handle)
         if out is None:
@@ -217,6 +217,11 @@ class LowLatencyCalls:
     def low_latency_stats(self) -> LowLatencyStats:
         """Running totals of the low-latency calls that were not given others."""
         return self._engine("low_latency_stats").stats
+
+    @property
+    def low_latency_heap_bytes(self) -> int:
+        """Bytes of this rank that its peers read, for low-latency calls; 0 for transport ``reference``."""
+        return self._engine("low_latency_heap_bytes").transport.heap_bytes
 
     def _engine(self, operation: str) -> LowLatency:
         self._check_open(operation)
@@ -332,13 +337,4 @@ class LowLatencyCalls:
             expert_offsets=integers(num_local + 1),
             needed=integers(1),
             absent=torch.empty(num_ranks, dtype=torch.bool, device=device),
-        )
-
-
-def check_transport(comm: Communicator, geometry: BufferGeometry) -> None:
-    """Raise, before anything collective, if ``geometry`` asks for low-latency calls that the transport has not."""
-    checks.geometry(geometry)
-    if geometry.low_latency_max_tokens and comm.transport == "cuda":
-        raise TransportUnavailableError(
-            "low_latency_max_tokens: transport cuda has no low-latency kernels yet; use transport shm or reference"
         )

@@ -163,7 +163,7 @@ def combine_request(
     topk_weights: object,
     reduce: object,
     out: object,
-    num_sms: int | None,
+    options: CallOptions,
 ) -> LowLatencyCombineRequest:
     """Check the arguments of ``Buffer.low_latency_combine``."""
     rows = checks._tensor("rows", rows, COMBINE_DTYPES, handle.rows_shape)
@@ -179,7 +179,14 @@ def combine_request(
         topk_weights = checks._tensor("topk_weights", topk_weights, (torch.float32,), shape)
     if out is not None:
         checks._tensor("out", out, (rows.dtype,), (handle.num_tokens, geometry.hidden))
-    return LowLatencyCombineRequest(rows=rows, plan=None, topk_weights=topk_weights, reduce=reduce, num_sms=num_sms)
+    return LowLatencyCombineRequest(
+        rows=rows,
+        plan=None,
+        topk_weights=topk_weights,
+        reduce=reduce,
+        reuses_input=options.return_recv_hook,
+        num_sms=options.num_sms,
+    )
 
 
 def peer(name: str, rank: object, own: int, num_ranks: int) -> None:

@@ -94,6 +94,10 @@ class LowLatency:
             raise InvalidArgumentError("handle", f"{flight}, which failed", rule)
         return flight.plan
 
+    def check(self) -> None:
+        """As ``Buffer.check``."""
+        self.transport.check()
+
     def rejoin(self, deadline_s: float) -> None:
         """Forget what is in flight, and take part again."""
         with self._lock:

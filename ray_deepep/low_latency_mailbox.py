@@ -5,6 +5,7 @@ The protocol is that of ``csrc/host/low_latency.h``: an operation's messages sta
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
@@ -13,13 +14,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn
+from typing import TYPE_CHECKING, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from . import rendezvous
+from .bounded_store import BoundedStore, StoreLostError, hosts_default_store
 from .errors import BootstrapError, CommFaultError, FaultRecord, RankMaskedError
 from .reference_group import Signature, check_signatures
 
@@ -31,6 +32,10 @@ _CHUNK_BYTES = 4 << 20
 """The store refuses values of 8 MiB."""
 _LATE_S = 0.2
 _POLL_S = 0.01
+_GRACE_S = 0.3
+"""For the store to answer after the deadline, and for a rank that leaves to say so."""
+
+R = TypeVar("R")
 
 Message = Sequence[torch.Tensor]
 
@@ -64,16 +69,20 @@ class Mailbox:
         # ``mask`` may be called by another thread than the one that waits.
         self._view_lock = threading.Lock()
         exchange = rendezvous.store_exchange(comm.group, comm.rank, comm.num_ranks, comm.config.bootstrap_deadline_s)
-        token = json.loads(exchange("allocate", json.dumps(secrets.token_hex(8)).encode())[0])
-        store = distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"ray_deepep/low_latency/{token}", store)
-        self._store.set(f"last/{self._rank}", "0")
+        offer = json.dumps([secrets.token_hex(8), hosts_default_store()]).encode()
+        tokens, hosting = zip(*(json.loads(reply) for reply in exchange("allocate", offer)))
+        self._store = BoundedStore(f"ray_deepep/low_latency/{tokens[0]}")
+        # -1: a process outside the group, such as a launcher.
+        self._store_host = hosting.index(True) if True in hosting else -1
+        self._begin(comm.config.deadline_s)
+        self._call(lambda store: store.set(f"last/{self._rank}", "0"))
         self._show()
         exchange("ready", b"ready")
 
     def send(self, operation: str, signature: Signature, messages: Sequence[Message]) -> tuple[int, frozenset[int]]:
         """Leave a message for every rank. Never waits for one. Returns the sequence number, and who is masked."""
         self._operation = operation
+        self._begin(self._comm.config.deadline_s)
         self._refuse_if_masked()
         self._sequence += 1
         keys = []
@@ -82,15 +91,16 @@ class Mailbox:
             num_chunks = math.ceil(len(data) / _CHUNK_BYTES)
             for i in range(num_chunks):
                 keys.append(f"{self._sequence}/{self._rank}/{peer}/{i}")
-                self._call(lambda k=keys[-1], d=data[i * _CHUNK_BYTES : (i + 1) * _CHUNK_BYTES]: self._store.set(k, d))
+                chunk = data[i * _CHUNK_BYTES : (i + 1) * _CHUNK_BYTES]
+                self._call(lambda store, key=keys[-1], value=chunk: store.set(key, value))
         header = {"signature": {"operation": operation, **signature}, "masked": sorted(self.masked)}
         keys.append(f"{self._sequence}/{self._rank}/header")
-        self._call(lambda: self._store.set(keys[-1], json.dumps(header)))
-        self._call(lambda: self._store.set(f"last/{self._rank}", str(self._sequence)))
+        self._call(lambda store: store.set(keys[-1], json.dumps(header)))
+        self._call(lambda store: store.set(f"last/{self._rank}", str(self._sequence)))
         self._kept.append(keys)
         if len(self._kept) > NUM_AREAS:
             for key in self._kept.popleft():
-                self._call(lambda k=key: self._store.delete_key(k))
+                self._call(lambda store, key=key: store.delete_key(key))
         return self._sequence, frozenset(self.masked)
 
     def receive(
@@ -105,6 +115,7 @@ class Mailbox:
         """
         self._operation, start, absent = operation, time.monotonic(), set(masked)
         wait_ns = [0] * self._num_ranks
+        self._begin(timeout_s)
         for peer in range(self._num_ranks):
             if peer in absent or not (waited_s := self._wait_for(peer, sequence, start, timeout_s, on_timeout)):
                 continue
@@ -125,6 +136,7 @@ class Mailbox:
     def mask(self, rank: int, masked: bool) -> None:
         """Leave a rank out, or let it in again from the next operation on."""
         with self._view_lock:
+            self._begin(self._comm.config.deadline_s)
             if masked:
                 self.masked = self.masked | {rank}
             else:
@@ -134,11 +146,13 @@ class Mailbox:
 
     def returning(self) -> tuple[int, ...]:
         """Masked ranks that want to take part again."""
+        self._begin(self._comm.config.deadline_s)
         return tuple(peer for peer in sorted(self.masked) if self._view(peer)["rejoining"])
 
     def rejoin(self, deadline_s: float) -> None:
         """Wait until all others let this rank in, before the same operation."""
         end = time.monotonic() + deadline_s
+        self._begin(deadline_s)
         others = [p for p in range(self._num_ranks) if p != self._rank and p not in self.masked]
         self._set_rejoining(True)
         try:
@@ -157,15 +171,13 @@ class Mailbox:
         for peer, (times, _) in admitted.items():
             self._admissions[peer] = times
         self._sequence = first
-        self._call(lambda: self._store.set(f"last/{self._rank}", str(first)))
+        self._call(lambda store: store.set(f"last/{self._rank}", str(first)))
 
     def close(self) -> None:
         """Tell peers that still wait; does not wait for them."""
-        try:
-            self._store.set(f"closed/{self._rank}", b"1")
-        except RuntimeError:
-            # The store's host is gone already: nobody is left to be told.
-            return
+        # If the store's host is gone already, nobody is left to be told.
+        with contextlib.suppress(StoreLostError):
+            self._store.ask(_GRACE_S, lambda store: store.set(f"closed/{self._rank}", b"1"))
 
     def _wait_for(self, peer: int, sequence: int, start: float, timeout_s: float, on_timeout: str) -> float:
         """Seconds waited for ``peer``, 0 if it had sent before. Masks it where that is asked for."""
@@ -175,7 +187,7 @@ class Mailbox:
             lost = ""
             if waited_s >= timeout_s:
                 lost = "timeout"
-            elif waited_s > _LATE_S and self._call(lambda: self._store.check([f"closed/{peer}"])):
+            elif waited_s > _LATE_S and self._call(lambda store: store.check([f"closed/{peer}"])):
                 # Asked again after: it may have sent and closed between the two questions.
                 lost = "" if self._last(peer) >= sequence else "peer_closed"
             elif waited_s > _LATE_S and on_timeout == "mask" and self._masked_by_others(peer):
@@ -213,15 +225,15 @@ class Mailbox:
 
     def _read(self, key: str, by: list[int]) -> bytes:
         """A value that was there a moment ago; gone if its sender went on without this rank."""
-        if not self._call(lambda: self._store.check([key])):
+        if not self._call(lambda store: store.check([key])):
             raise RankMaskedError(self._operation, by)
-        return self._call(lambda: self._store.get(key))
+        return self._call(lambda store: store.get(key))
 
     def _last(self, peer: int) -> int:
-        return int(self._call(lambda: self._store.get(f"last/{peer}")))
+        return int(self._call(lambda store: store.get(f"last/{peer}")))
 
     def _view(self, peer: int) -> dict:
-        return json.loads(self._call(lambda: self._store.get(f"view/{peer}")))
+        return json.loads(self._call(lambda store: store.get(f"view/{peer}")))
 
     def _set_rejoining(self, rejoining: bool) -> None:
         with self._view_lock:
@@ -230,16 +242,24 @@ class Mailbox:
 
     def _show(self) -> None:
         view = {"masked": sorted(self.masked), "admitted": self._admitted, "rejoining": self._rejoining}
-        self._call(lambda: self._store.set(f"view/{self._rank}", json.dumps(view)))
+        self._call(lambda store: store.set(f"view/{self._rank}", json.dumps(view)))
 
-    def _call(self, call: Callable):
+    def _begin(self, deadline_s: float) -> None:
+        """From now on the store has so long to answer, all questions together."""
+        self._started, self._deadline_s = time.monotonic(), deadline_s
+
+    def _call(self, question: Callable[[dist.Store], R]) -> R:
+        left_s = self._started + self._deadline_s - time.monotonic()
         try:
-            return call()
-        except RuntimeError:
-            # The process that hosts torch's store is gone; which rank that is, torch does not say.
-            self._fail("peer_died", -1, self._sequence, 0.0, self._comm.config.deadline_s)
+            return self._store.ask(max(left_s, _GRACE_S), question)
+        except StoreLostError as error:
+            cause = "timeout" if error.silent else "peer_died"
+            elapsed_s = time.monotonic() - self._started
+            self._fail(cause, self._store_host, self._sequence, elapsed_s, self._deadline_s, seen=0)
 
-    def _fail(self, cause: str, peer: int, sequence: int, elapsed_s: float, deadline_s: float) -> NoReturn:
+    def _fail(
+        self, cause: str, peer: int, sequence: int, elapsed_s: float, deadline_s: float, seen: int | None = None
+    ) -> NoReturn:
         info = self._comm.peers[peer] if peer >= 0 else None
         record = FaultRecord(
             operation=self._operation,
@@ -249,7 +269,7 @@ class Mailbox:
             rank=self._rank,
             peer=peer,
             expected=sequence,
-            seen=self._last(peer) if peer >= 0 else 0,
+            seen=self._last(peer) if seen is None else seen,
             elapsed_s=elapsed_s,
             deadline_s=deadline_s,
             peer_host=info.host if info else "",

@@ -16,6 +16,7 @@ from .float8 import quantize
 from .handle import ExpertMajor
 from .low_latency_mailbox import Arrivals, Mailbox, Message
 from .low_latency_transport import (
+    HostLowLatency,
     LowLatencyCombineOutputs,
     LowLatencyCombineRequest,
     LowLatencyDispatchOutputs,
@@ -63,7 +64,7 @@ class _Sent:
     topk_weights: torch.Tensor
 
 
-class ReferenceLowLatency:
+class ReferenceLowLatency(HostLowLatency):
     """See :class:`~ray_deepep.low_latency_transport.LowLatencyTransport`. Making one is collective."""
 
     device = None

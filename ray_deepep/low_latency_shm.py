@@ -11,6 +11,7 @@ from .core_errors import PublicErrors
 from .errors import FaultRecord
 from .handle import ExpertMajor
 from .low_latency_transport import (
+    HostLowLatency,
     LowLatencyCombineOutputs,
     LowLatencyCombineRequest,
     LowLatencyDispatchOutputs,
@@ -24,7 +25,7 @@ NUM_KEPT_OUTPUTS = 4
 """Dispatch outputs in bfloat16 whose memory is kept while nobody uses it. Only rows that were written take memory."""
 
 
-class ShmLowLatency:
+class ShmLowLatency(HostLowLatency):
     """See :class:`~ray_deepep.low_latency_transport.LowLatencyTransport`. Making one is collective."""
 
     device = torch.device("cpu")
@@ -46,6 +47,7 @@ class ShmLowLatency:
         sizes.max_tokens = geometry.low_latency_max_tokens
         config = domain.config
         sizes.max_segment_bytes = int(config.heap_gib * 2**30)
+        self.heap_bytes = sizes.segment_bytes(len(domain.peers))
         with self._errors:
             self._buffer = self._core.LowLatencyBuffer(
                 domain.core_domain,

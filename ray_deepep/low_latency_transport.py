@@ -11,6 +11,7 @@ from typing import Any, Protocol
 
 import torch
 
+from .errors import FaultRecord
 from .float8 import Float8Cast
 from .low_latency import LowLatencyLayout, LowLatencyStats
 
@@ -69,6 +70,8 @@ class LowLatencyCombineRequest:
     reduce: str
     """``fast``: a rank adds up its experts' rows of a token (float32, k order, rounded once) and sends one row; the
     source adds these by rank. ``exact``: every route's row comes, and the source adds them in k order, in float32."""
+    reuses_input: bool
+    """The caller may overwrite ``rows`` and ``topk_weights`` as soon as they are sent."""
     num_sms: int | None
 
 
@@ -85,6 +88,9 @@ class LowLatencyTransport(Protocol):
 
     device: torch.device | None
     """Where all tensors must be; None: anywhere."""
+
+    heap_bytes: int
+    """That this rank set aside and its peers read."""
 
     def send_dispatch(self, request: LowLatencyDispatchRequest) -> Any: ...
 
@@ -110,4 +116,29 @@ class LowLatencyTransport(Protocol):
 
     def rejoin(self, deadline_s: float) -> None: ...
 
+    def check(self) -> None:
+        """As :meth:`~ray_deepep.transport.Transport.check`."""
+
+    def fault_record(self) -> FaultRecord | None:
+        """As :meth:`~ray_deepep.transport.Transport.fault_record`."""
+
+    def give_up_on_gone_peers(self) -> None:
+        """As :meth:`~ray_deepep.transport.Transport.give_up_on_gone_peers`."""
+
     def close(self) -> None: ...
+
+
+class HostLowLatency:
+    """What transports share whose calls have ended when they return, and that wait on the host."""
+
+    heap_bytes = 0
+
+    def check(self) -> None:
+        """Nothing to do."""
+
+    def fault_record(self) -> FaultRecord | None:
+        """Nothing beside what operations raise, and the communicator then holds."""
+        return None
+
+    def give_up_on_gone_peers(self) -> None:
+        """Nothing to do: who waits here looks for itself."""

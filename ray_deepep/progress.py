@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
+from collections.abc import Iterator
+
+from .errors import CommFaultError
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -66,6 +70,20 @@ class Progress:
     @phase.setter
     def phase(self, phase: str) -> None:
         self._now = (self._now[0], phase, time.monotonic())
+
+    @contextlib.contextmanager
+    def during(self, phase: str) -> Iterator[None]:
+        """``phase`` inside a ``with`` block; afterwards the one before, also where the block raised. A fault leaves it
+        as it is: nothing comes after, and it says where this rank ended."""
+        before, self.phase = self.phase, phase
+        try:
+            yield
+        except CommFaultError:
+            raise
+        except BaseException:
+            self.phase = before
+            raise
+        self.phase = before
 
     def beacon(self) -> Beacon:
         """As it is now."""

@@ -9,15 +9,18 @@ from __future__ import annotations
 import datetime
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from .bounded_store import StoreLostError
 from .store_meeting import Signature, StoreMeeting, check_signatures
 
 if TYPE_CHECKING:
     from .communicator import Communicator
+
+R = TypeVar("R")
 
 # A failed collective says nothing about the culprit, so survivors sign a list and look who is not on it.
 _ROLL_CALL_S = 0.5
@@ -79,21 +82,26 @@ class ReferenceGroup(StoreMeeting):
             self._fail(phase, cause, self._roll_call(start + self._deadline_s + _ROLL_CALL_S), time.monotonic() - start)
 
     def _roll_call(self, end: float) -> int:
-        """The rank that does not report the failed collective, or -1 if all do or the store is gone.
+        """The rank that does not report the failed collective, -1 if all do; if the store is lost, the rank that hosts
+        it.
 
         Ranks may notice at different times (at once where the connection broke, else at their deadline), so wait for
         all but one.
         """
         others = [p for p in self._ranks if p != self._comm.rank]
+
+        def ask(question: Callable[[dist.Store], R]) -> R:
+            return self._store.ask(max(end - time.monotonic(), 0.1), question)
+
         try:
-            self._store.set(self._key("failed", self._comm.rank), b"1")
+            ask(lambda store: store.set(self._key("failed", self._comm.rank), b"1"))
             while True:
-                silent = [p for p in others if not self._store.check([self._key("failed", p)])]
+                silent = ask(lambda store: [p for p in others if not store.check([self._key("failed", p)])])
                 if len(silent) <= 1 or time.monotonic() > end:
                     return silent[0] if silent else -1
                 time.sleep(0.02)
-        except RuntimeError:
-            return -1
+        except StoreLostError:
+            return self._store_host
 
 
 def as_bytes(value: torch.Tensor) -> torch.Tensor:

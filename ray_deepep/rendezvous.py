@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-import datetime
 import json
 import time
 from collections.abc import Callable
+from typing import TypeVar
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
+from .bounded_store import BoundedStore, StoreLostError
 from .errors import BootstrapError
 
+R = TypeVar("R")
+
 _MET = "met"
+_GRACE_S = 0.5
+"""For the store to answer after the deadline, when ranks find out who is missing."""
 
 
 def store_exchange(
@@ -20,13 +24,12 @@ def store_exchange(
 ) -> Callable[[str, bytes], list[bytes]]:
     """Exchange through the key-value store behind a torch process group.
 
-    A store has what a collective lacks: per-key waits with a deadline, so a missing rank can be named, and it works
-    alike for gloo and NCCL. Ranks may bootstrap one group many times, also after attempts that failed.
+    A store can say which keys are there, which a collective cannot, so a missing rank can be named; and it works alike
+    for gloo and NCCL. Ranks may bootstrap one group many times, also after attempts that failed.
     """
     ranks = "-".join(map(str, dist.get_process_group_ranks(group)))
     # The default store, not the group's own: destroying and re-making a group must not meet stale keys either.
-    store = dist.PrefixStore(f"ray_deepep/{ranks}", distributed_c10d._get_default_store())
-    return _StoreExchange(store, rank, num_ranks, deadline_s)
+    return _StoreExchange(BoundedStore(f"ray_deepep/{ranks}"), rank, num_ranks, deadline_s)
 
 
 class _StoreExchange:
@@ -38,42 +41,47 @@ class _StoreExchange:
     attempt. So a rank that comes late, or calls again, never reads what ranks left in an attempt that is over.
     """
 
-    def __init__(self, store: dist.Store, rank: int, num_ranks: int, deadline_s: float) -> None:
+    def __init__(self, store: BoundedStore, rank: int, num_ranks: int, deadline_s: float) -> None:
         self._store, self._rank, self._num_ranks, self._deadline_s = store, rank, num_ranks, deadline_s
         self._attempt: int | None = None
+        self._end = 0.0
 
     def __call__(self, phase: str, payload: bytes) -> list[bytes]:
+        self._end = time.monotonic() + self._deadline_s
         try:
             return self._exchange(phase, payload)
-        except dist.DistNetworkError as error:
-            # Most often rank 0's; torch does not say whose it is.
-            detail = f"the process that hosts torch's store is gone: {error}"
-            raise BootstrapError(phase, [], self._deadline_s, detail) from None
+        except StoreLostError as error:
+            # Most often that of the job's rank 0; torch does not say.
+            raise BootstrapError(phase, [], self._deadline_s, str(error)) from None
 
     def _exchange(self, phase: str, payload: bytes) -> list[bytes]:
         if self._attempt is None:
             self._attempt = self._join(phase, payload)
         else:
-            self._store.set(self._keys(self._attempt, phase)[self._rank], payload)
+            key = self._keys(self._attempt, phase)[self._rank]
+            self._ask(lambda store: store.set(key, payload))
             self._wait_for_all(phase)
-        return [self._store.get(key) for key in self._keys(self._attempt, phase)]
+        keys = self._keys(self._attempt, phase)
+        return self._ask(lambda store: [store.get(key) for key in keys])
 
     def _join(self, phase: str, payload: bytes) -> int:
         """Number of the attempt in which all ranks met."""
-        attempt = int(self._store.compare_set("open", "", "0"))
-        while self._store.check([self._outcome_key(attempt)]):
+        attempt = int(self._ask(lambda store: store.compare_set("open", "", "0")))
+        while self._present([self._outcome_key(attempt)]):
             attempt = self._open_next(attempt)
         keys = self._keys(attempt, phase)
-        self._store.set(keys[self._rank], payload)
+        self._ask(lambda store: store.set(keys[self._rank], payload))
         try:
             # Whoever comes last sees all others, so one of them always says it.
-            if self._store.check(keys):
+            if self._present(keys):
                 self._decide(attempt, _MET)
-            self._wait([self._outcome_key(attempt)], self._deadline_s)
-            outcome = self._store.get(self._outcome_key(attempt)).decode()
-        except RuntimeError:
+            self._wait([self._outcome_key(attempt)])
+            outcome = self._ask(lambda store: store.get(self._outcome_key(attempt))).decode()
+        except TimeoutError:
             missing = self._missing(keys)
             outcome = self._decide(attempt, json.dumps([phase, missing]) if missing else _MET)
+        except StoreLostError:
+            raise
         except BaseException:
             # Interrupted: this rank leaves, so the others must not count on it.
             self._decide(attempt, json.dumps([phase, [self._rank]]))
@@ -84,28 +92,39 @@ class _StoreExchange:
         return attempt
 
     def _wait_for_all(self, phase: str) -> None:
-        end = time.monotonic() + self._deadline_s
-        for key in (keys := self._keys(self._attempt, phase)):
-            try:
-                self._wait([key], max(end - time.monotonic(), 0.001))
-            except RuntimeError:
-                if missing := self._missing(keys):
-                    raise BootstrapError(phase, missing, self._deadline_s) from None
+        keys = self._keys(self._attempt, phase)
+        try:
+            self._wait(keys)
+        except TimeoutError:
+            if missing := self._missing(keys):
+                raise BootstrapError(phase, missing, self._deadline_s) from None
 
-    def _wait(self, keys: list[str], seconds: float) -> None:
-        """Raises ``RuntimeError`` (``DistStoreError`` is one) when the time is over."""
-        self._store.wait(keys, datetime.timedelta(seconds=seconds))
+    def _wait(self, keys: list[str]) -> None:
+        """Until all keys are there; ``TimeoutError`` at the deadline. Asks now and then, for a store that is asked to
+        wait answers nothing else meanwhile."""
+        start = time.monotonic()
+        while not self._present(keys):
+            now = time.monotonic()
+            if now >= self._end:
+                raise TimeoutError
+            time.sleep(min(0.0005 + (now - start) / 20, 0.05))
+
+    def _ask(self, question: Callable[[dist.Store], R]) -> R:
+        return self._store.ask(max(self._end - time.monotonic(), _GRACE_S), question)
+
+    def _present(self, keys: list[str]) -> bool:
+        return self._ask(lambda store: store.check(keys))
 
     def _missing(self, keys: list[str]) -> list[int]:
-        return [peer for peer, key in enumerate(keys) if not self._store.check([key])]
+        return [peer for peer, key in enumerate(keys) if not self._present([key])]
 
     def _decide(self, attempt: int, outcome: str) -> str:
         """The outcome of ``attempt``: this one, unless another rank was first."""
-        return self._store.compare_set(self._outcome_key(attempt), "", outcome).decode()
+        return self._ask(lambda store: store.compare_set(self._outcome_key(attempt), "", outcome)).decode()
 
     def _open_next(self, attempt: int) -> int:
         """Number of the open attempt, once ``attempt`` is decided."""
-        return int(self._store.compare_set("open", str(attempt), str(attempt + 1)))
+        return int(self._ask(lambda store: store.compare_set("open", str(attempt), str(attempt + 1))))
 
     def _keys(self, attempt: int, phase: str) -> list[str]:
         return [f"{attempt}/{phase}/{peer}" for peer in range(self._num_ranks)]

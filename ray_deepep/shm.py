@@ -157,7 +157,7 @@ class ShmTransport(BlockingTransport):
         args = self._core.DispatchArgs()
         args.x, args.dtype, args.num_tokens = request.x.data_ptr(), self._dtypes[request.x.dtype], len(request.x)
         args.x_scales = address(request.x_scales)
-        args.scale_by_weights = request.scale_by_weights
+        args.scale_by_weights, args.max_recv_tokens = request.scale_by_weights, request.max_recv_tokens or 0
         args.layout = self._layout(request.layout)
         with self._lock, self._errors:
             if request.handle is not None:

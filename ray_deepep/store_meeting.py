@@ -5,23 +5,28 @@ Every rank shows what it asks for. A store, unlike a collective, can say *who* h
 
 from __future__ import annotations
 
+import contextlib
 import json
 import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import torch.distributed as dist
-from torch.distributed import distributed_c10d
 
 from . import rendezvous
+from .bounded_store import BoundedStore, StoreLostError, hosts_default_store
 from .errors import CommFaultError, FaultRecord, MismatchError
 
 if TYPE_CHECKING:
     from .communicator import Communicator
 
+R = TypeVar("R")
+
 # Only then it is worth asking who is missing and whether they have closed.
 _LATE_S = 0.2
+# For the store to answer after the deadline, and for a rank that leaves to say so.
+_GRACE_S = 0.3
 
 Signature = dict[str, object]
 """What a rank asks for: JSON values by field name; all fields must agree between ranks."""
@@ -50,31 +55,47 @@ class StoreMeeting:
     def __init__(self, comm: Communicator, settings: Signature) -> None:
         self._comm, self._deadline_s = comm, comm.config.deadline_s
         self.sequence = 0
-        self._operation = "allocate"
+        self._operation, self._start = "allocate", time.monotonic()
         exchange = rendezvous.store_exchange(comm.group, comm.rank, comm.num_ranks, comm.config.bootstrap_deadline_s)
-        payload = {"settings": settings, "token": secrets.token_hex(8)}
+        payload = {"settings": settings, "token": secrets.token_hex(8), "hosts_store": hosts_default_store()}
         replies = [json.loads(reply) for reply in exchange("allocate", json.dumps(payload).encode())]
         check_signatures("allocate", [reply["settings"] for reply in replies])
-        store = distributed_c10d._get_default_store()
-        self._store = dist.PrefixStore(f"ray_deepep/reference/{replies[0]['token']}", store)
+        self._store = BoundedStore(f"ray_deepep/reference/{replies[0]['token']}")
+        # -1: a process outside the group, such as a launcher.
+        self._store_host = next((rank for rank, reply in enumerate(replies) if reply["hosts_store"]), -1)
 
     def close(self) -> None:
         """Tell peers that still wait; does not wait for them."""
-        try:
-            self._store.set(f"closed/{self._comm.rank}", b"1")
-        except RuntimeError:
-            # The store's host is gone already: nobody is left to be told.
-            return
+        # If the store's host is gone already, nobody is left to be told.
+        with contextlib.suppress(StoreLostError):
+            self._store.ask(_GRACE_S, lambda store: store.set(f"closed/{self._comm.rank}", b"1"))
 
     def _key(self, kind: str, peer: int, step: int = 0) -> str:
         return f"{kind}/{self.sequence + step}/{peer}"
 
+    def _open(self, operation: str, signature: Signature) -> Signature:
+        """Count an operation; what this rank asks for."""
+        self._comm.check_usable(operation)
+        self.sequence += 1
+        self._operation, self._start = operation, time.monotonic()
+        return {"operation": operation, **signature}
+
+    def _meet(self, kind: str, ranks: Sequence[int], payload: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Show ``payload`` to ``ranks``, this one among them. Returns theirs."""
+        own, text = self._comm.rank, json.dumps(payload)
+        self._store_call("publish", lambda store: store.set(self._key(kind, own), text))
+        self._wait_all_published(kind, ranks)
+        keys = [self._key(kind, peer) for peer in ranks]
+        told = [json.loads(value) for value in self._store_call("publish", lambda store: store.multi_get(keys))]
+        # All ranks came here, so all have read the operation before this one.
+        self._store_call("publish", lambda store: store.delete_key(self._key(kind, own, -1)))
+        return told
+
     def _wait_all_published(self, kind: str, ranks: Sequence[int]) -> None:
-        start = time.monotonic()
         keys = [self._key(kind, peer) for peer in ranks]
         # Polls instead of Store.wait, which holds the client's lock while it blocks and logs every expiry.
         while not self._present(keys):
-            elapsed_s = time.monotonic() - start
+            elapsed_s = time.monotonic() - self._start
             if elapsed_s > _LATE_S:
                 self._judge_late(kind, ranks, elapsed_s)
             time.sleep(min(0.0001 + elapsed_s / 20, 0.02))
@@ -89,32 +110,15 @@ class StoreMeeting:
             self._fail("wait_published", "timeout", missing[0], elapsed_s)
 
     def _present(self, keys: list[str]) -> bool:
-        return self._store_call("wait_published", lambda: self._store.check(keys))
+        return self._store_call("wait_published", lambda store: store.check(keys))
 
-    def _store_call(self, phase: str, call: Callable):
+    def _store_call(self, phase: str, question: Callable[[dist.Store], R]) -> R:
+        left_s = self._start + self._deadline_s - time.monotonic()
         try:
-            return call()
-        except RuntimeError:
-            # The process that hosts torch's store is gone; which rank that is, torch does not say.
-            self._fail(phase, "peer_died", -1, 0.0)
-
-    def _open(self, operation: str, signature: Signature) -> Signature:
-        """Count an operation; what this rank asks for."""
-        self._comm.check_usable(operation)
-        self.sequence += 1
-        self._operation = operation
-        return {"operation": operation, **signature}
-
-    def _meet(self, kind: str, ranks: Sequence[int], payload: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """Show ``payload`` to ``ranks``, this one among them. Returns theirs."""
-        own = self._comm.rank
-        self._store_call("publish", lambda: self._store.set(self._key(kind, own), json.dumps(payload)))
-        self._wait_all_published(kind, ranks)
-        keys = [self._key(kind, peer) for peer in ranks]
-        told = [json.loads(value) for value in self._store_call("publish", lambda: self._store.multi_get(keys))]
-        # All ranks came here, so all have read the operation before this one.
-        self._store_call("publish", lambda: self._store.delete_key(self._key(kind, own, -1)))
-        return told
+            return self._store.ask(max(left_s, _GRACE_S), question)
+        except StoreLostError as error:
+            cause = "timeout" if error.silent else "peer_died"
+            self._fail(phase, cause, self._store_host, time.monotonic() - self._start)
 
     def _fail(self, phase: str, cause: str, peer: int, elapsed_s: float) -> NoReturn:
         info = self._comm.peers[peer] if peer >= 0 else None

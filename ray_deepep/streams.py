@@ -44,6 +44,10 @@ class Streams:
             self._switch(number)
         return number
 
+    def current_number(self) -> int:
+        """The current stream as a number."""
+        return self._current(self._index)
+
     def leave(self) -> None:
         """After an operation, on its stream."""
         # Without a communication stream nothing overlaps, and a change of streams may wait for all of the last one.

@@ -228,6 +228,22 @@ class Ranks:
         self._pools.clear()
 
 
+def store_of_rank_0(context: RankContext, port_path: str) -> dist.Store:
+    """A process group whose store rank 0 hosts, as under plain ``init_method``; for pools without ``init_group``."""
+    if context.rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+        with open(port_path + ".part", "w") as file:
+            file.write(str(store.port))
+        os.rename(port_path + ".part", port_path)
+    else:
+        while not os.path.exists(port_path):
+            time.sleep(0.01)
+        with open(port_path) as file:
+            store = dist.TCPStore("127.0.0.1", int(file.read()), is_master=False, wait_for_workers=False)
+    dist.init_process_group("gloo", store=store, rank=context.rank, world_size=context.num_ranks)
+    return store
+
+
 def error_of(expected: type[BaseException], call: Callable[[], Any]) -> BaseException:
     """The error that ``call`` raises; an ``AssertionError`` if it raises none. Others pass through."""
     try:

@@ -9,10 +9,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import random
+from collections.abc import Callable
 
 import oracle
 import torch
+from device_cases import use_gpu
 from harness import RankContext
+from on_device import OnDevice
 
 from ray_deepep import (
     Buffer,
@@ -152,9 +155,9 @@ class World:
         return out
 
 
-def make_buffer(context: RankContext, transport: str, case: Case) -> Buffer:
+def make_buffer(context: RankContext, transport: str, case: Case) -> Buffer | OnDevice:
     """Collective."""
-    return context.buffer(
+    return wrapped(context, transport)(
         transport,
         num_experts=case.num_experts,
         hidden=case.hidden,
@@ -162,6 +165,14 @@ def make_buffer(context: RankContext, transport: str, case: Case) -> Buffer:
         max_tokens=0,
         low_latency_max_tokens=case.max_tokens,
     )
+
+
+def wrapped(context: RankContext, transport: str) -> Callable[..., Buffer | OnDevice]:
+    """``context.buffer``; of transport ``cuda`` such that it takes and gives tensors on the CPU."""
+    if transport != "cuda":
+        return context.buffer
+    use_gpu(context.rank)
+    return lambda *args, **geometry: OnDevice(context.buffer(*args, **geometry))
 
 
 def dispatch(buffer: Buffer, world: World, rank: int, **options: object) -> LowLatencyDispatchResult:

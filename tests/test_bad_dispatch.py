@@ -98,6 +98,9 @@ BAD_CALLS = {
     "locations negative": bad_dispatch(
         "locations[0, 0]", "must be in [0, 6); got -1", layout=Padded(6), locations=LOCATIONS - 1
     ),
+    "locations without slots": bad_dispatch(
+        "locations[0, 0]", "must be in [0, 0); got 0", layout=Padded(0), locations=torch.zeros_like(LOCATIONS)
+    ),
     "locations twice": bad_dispatch(
         "locations",
         "must differ between the routes of one expert; got '0 twice for expert 0'",

@@ -16,9 +16,12 @@ from ray_deepep import (
     CommConfig,
     DispatchHandle,
     ExpertMajor,
+    Float8Cast,
     InvalidArgumentError,
     InvalidTypeError,
+    NvshmemConfig,
     Padded,
+    TokenMajor,
     env,
 )
 from ray_deepep.transport import BufferGeometry
@@ -134,10 +137,36 @@ def test_bad_settings(make: Callable[[], Any], message: str) -> None:
         (lambda: CommConfig(num_sms=1.5), "num_sms: must be an int; got 1.5"),
         (lambda: CommConfig(num_threads=True), "num_threads: must be an int; got True"),
         (lambda: CommConfig(allow_shared_gpus="no"), "allow_shared_gpus: must be a bool; got 'no'"),
+        (lambda: CommConfig(transport=3), "transport: must be a str; got 3"),
+        (lambda: CommConfig(heap_provider=None), "heap_provider: must be a str; got None"),
+        (lambda: ExpertMajor(1.5), "alignment: must be an int; got 1.5"),
+        (lambda: ExpertMajor("8"), "alignment: must be an int; got '8'"),
+        (lambda: ExpertMajor(True), "alignment: must be an int; got True"),
+        (lambda: Padded(None), "capacity: must be an int; got None"),
+        (lambda: Float8Cast(scale_format=8), "scale_format: must be a str; got 8"),
+        (lambda: NvshmemConfig(qp_depth="8"), "qp_depth: must be an int or None; got '8'"),
+        (lambda: CommConfig(nvshmem=[]), "nvshmem: must be an NvshmemConfig; got []"),
     ),
 )
 def test_settings_of_another_type(make: Callable[[], Any], message: str) -> None:
     assert str(error_of(InvalidTypeError, make)) == message
+
+
+@pytest.mark.parametrize(
+    "make",
+    (
+        NvshmemConfig,
+        CommConfig,
+        TokenMajor,
+        lambda **fields: ExpertMajor(1, **fields),
+        lambda **fields: Padded(1, **fields),
+        Float8Cast,
+        lambda **fields: CommConfig(nvshmem=fields),
+    ),
+)
+def test_fields_that_are_not_known(make: Callable[..., Any]) -> None:
+    error = error_of(InvalidTypeError, lambda: make(unknown=3))
+    assert error.argument == "unknown" and error.value == 3 and "has no such field, only" in error.rule
 
 
 BAD_ENVIRONMENT = {

@@ -29,6 +29,7 @@ from ray_deepep import (
     FaultRecord,
     InvalidArgumentError,
     InvalidTypeError,
+    TransportUnavailableError,
     run_files,
 )
 from ray_deepep.cluster import (
@@ -142,9 +143,51 @@ def test_what_an_actor_raises_comes_back_typed(actors):
         bootstrap(actors, config=CommConfig(transport="reference", bootstrap_deadline_s=30.0))
 
 
+def test_a_failed_communicator_leaves_no_process_group(actors):
+    """No actor here has a GPU; the process group was made before that shows."""
+    config = CommConfig(transport="cuda", bootstrap_deadline_s=30.0)
+    with pytest.raises(TransportUnavailableError, match="transport cuda"):
+        bootstrap(actors[:2], config=config, process_group="gloo", timeout_s=60)
+    assert bootstrap(actors[:2], config=CONFIG, process_group="gloo", timeout_s=60)[0].transport == "shm"
+    assert ray.get([actor.add_up.remote() for actor in actors[:2]], timeout=60) == [1.0, 2.0]
+    teardown(actors[:2])
+
+
+def test_an_actor_that_stops_in_torchs_bootstrap_is_named(cluster):
+    """Rank 0 hosts torch's store, which others ask without a deadline of torch's."""
+    made = [new_actor() for _ in range(2)]
+    pid = ray.get(made[0].pid.remote(), timeout=60)
+    ray.get(made[0].__ray_call__.remote(cluster_cases.stop_in_torchs_bootstrap))
+    config = CommConfig(bootstrap_deadline_s=6.0, num_threads=1, heap_gib=1.0)
+    begin = time.monotonic()
+    with pytest.raises(BootstrapError, match="rank 0 did not reach") as info:
+        bootstrap(made, config=config, process_group="gloo", timeout_s=600)
+    assert info.value.missing == [0] and f"pid {pid}" in info.value.detail
+    assert time.monotonic() - begin < config.bootstrap_deadline_s + 12.0
+    # The other one is free again.
+    assert ray.get(made[1].pid.remote(), timeout=config.bootstrap_deadline_s + 5.0) > 0
+    os.kill(pid, signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "text"),
+    [
+        ({"config": "fast"}, "config: must be a CommConfig; got 'str'"),
+        ({"process_group": 7}, "process_group: must be a str; got 7"),
+        ({"timeout_s": "9"}, "timeout_s: must be a number; got '9'"),
+        ({"swap": 1}, "swap: must be a bool or a SwapConfig; got 'int'"),
+        ({"ep_size": 1.5}, "ep_size: must be an int, or None; got 1.5"),
+    ],
+)
+def test_arguments_of_another_type_are_refused(actors, arguments, text):
+    with pytest.raises(InvalidTypeError, match=re.escape(text)):
+        bootstrap(actors, **({"config": CONFIG} | arguments))
+
+
 @pytest.mark.parametrize(
     ("change", "error", "text"),
     [
+        (lambda actors: 7, InvalidTypeError, "actors: must be a sequence of Ray actor handles; got 'int'"),
         (lambda actors: [], InvalidArgumentError, "actors: must name at least one actor"),
         (lambda actors: [actors[0], "a"], InvalidTypeError, "actors: must be Ray actor handles; got 'str at 1'"),
         (lambda actors: [actors[0], actors[0]], InvalidArgumentError, "actors: must be different actors"),
@@ -172,7 +215,7 @@ def test_current_outside_an_actor(cluster):
     ("fields", "error"),
     [
         ({"ep_size": 0}, InvalidArgumentError),
-        ({"ep_size": 1.5}, InvalidArgumentError),
+        ({"ep_size": 1.5}, InvalidTypeError),
         ({"comm": {}}, InvalidTypeError),
         ({"hang_deadline_s": -1.0}, InvalidArgumentError),
         ({"init_method": "file"}, InvalidArgumentError),

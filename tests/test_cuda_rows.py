@@ -7,7 +7,7 @@ import torch
 from harness import error_of
 
 from ray_deepep import InvalidArgumentError
-from ray_deepep.cuda import check_address, check_rows
+from ray_deepep.cuda_arguments import check_address, check_rows
 
 MEMORY = torch.zeros(4 * 24 + 8, dtype=torch.bfloat16)
 

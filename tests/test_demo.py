@@ -14,6 +14,7 @@ import pytest
 
 pytest.importorskip("ray", reason="the demo needs Ray")
 
+from train import local_ray
 from train.demo import DemoOptions, main, options_from_args, progress
 from train.errors import ConfigError, DataError
 from train.inject import Injection
@@ -179,6 +180,26 @@ def test_a_head_that_will_not_listen_is_killed_with_its_children(monkeypatch, tm
     assert watchdog.wait(20) == 0
     assert wait_until_gone(pids, 5) == []
     assert not folder.exists()
+
+
+def test_a_watchdog_that_does_not_end_is_ended(monkeypatch):
+    """Its head and what came from that too, and the folder."""
+    monkeypatch.setattr(local_ray, "_WATCHDOG_DEADLINE_S", 1.0)
+    monkeypatch.setattr(LocalRay, "_head_command", lambda *_: [sys.executable, "-c", "import time; time.sleep(600)"])
+    local = LocalRay(num_workers=1)
+    local._start(0)
+    end = time.monotonic() + 20
+    while not (pids := processes_below(local._watchdog.pid)):
+        assert time.monotonic() < end
+        time.sleep(0.1)
+    pids = [local._watchdog.pid, *pids]
+    os.kill(local._watchdog.pid, signal.SIGSTOP)
+    begin = time.monotonic()
+    local.close()
+    assert time.monotonic() - begin < 1.0 + 2 * local_ray._STOP_DEADLINE_S + 5.0
+    assert wait_until_gone(pids, 5) == []
+    assert not local._folder.exists()
+    assert "watchdog of Ray did not end" in local.notes[-1]
 
 
 # The whole, on a Ray of its own

@@ -13,6 +13,7 @@ from ray_deepep.errors import (
     BootstrapError,
     ClosedError,
     CommFaultError,
+    CudaError,
     FaultRecord,
     HeapFullError,
     HookError,
@@ -77,6 +78,7 @@ EXAMPLES = (
         RuntimeError,
         "symm_empty: asked for 1024 bytes; 1536 of symm_bytes=4096 are free, the largest piece has 512",
     ),
+    (CudaError("cudaMalloc: cudaErrorMemoryAllocation"), RuntimeError, "cudaMalloc: cudaErrorMemoryAllocation"),
     (ClosedError("dispatch: the buffer is closed"), RuntimeError, "dispatch: the buffer is closed"),
     (TransportUnavailableError("transport shm: two hosts"), RuntimeError, "transport shm: two hosts"),
     (

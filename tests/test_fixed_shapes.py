@@ -247,14 +247,16 @@ def test_bad_arguments(ranks: Ranks, transport: str) -> None:
     assert ranks.run(2, bad_arguments, transport) == [want, want]
 
 
-def other_room(context: RankContext) -> str:
-    with context.buffer("reference", num_experts=4, hidden=8, num_topk=2, max_tokens=3) as buffer:
+def other_room(context: RankContext, transport: str, rooms: tuple[int | None, int | None]) -> str:
+    with context.buffer(transport, num_experts=4, hidden=8, num_topk=2, max_tokens=3) as buffer:
         idx = torch.zeros(3, 2, dtype=torch.int64)
-        call = lambda: buffer.dispatch(torch.ones(3, 8), idx, max_recv_tokens=8 + context.rank)  # noqa: E731
-        return str(error_of(MismatchError, call))
+        call = lambda: buffer.dispatch(torch.ones(3, 8), idx, max_recv_tokens=rooms[context.rank])  # noqa: E731
+        texts = {str(error_of(MismatchError, call)) for _ in range(2)}
+        assert buffer.dispatch(torch.ones(3, 8), idx, max_recv_tokens=9).x.shape == (9, 8)
+        return texts.pop() if len(texts) == 1 else str(texts)
 
 
-def test_other_room_on_another_rank(ranks: Ranks) -> None:
-    """The reference compares; the CPU core has no need to."""
-    text = "dispatch: rank 1 passed max_recv_tokens=9, rank 0 passed max_recv_tokens=8"
-    assert ranks.run(2, other_room) == [text, text]
+@pytest.mark.parametrize("rooms", ((8, 9), (8, None), (None, 8)))
+def test_other_room_on_another_rank(ranks: Ranks, transport: str, rooms: tuple[int | None, int | None]) -> None:
+    text = f"dispatch: rank 1 passed max_recv_tokens={rooms[1]}, rank 0 passed max_recv_tokens={rooms[0]}"
+    assert ranks.run(2, other_room, transport, rooms) == [text, text]

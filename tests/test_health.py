@@ -7,9 +7,9 @@ import time
 
 import pytest
 import torch
-from harness import RankContext, RankPool, error_of, shm_problem
+from harness import RankContext, RankPool, Ranks, error_of, shm_problem
 
-from ray_deepep import Beacon, Buffer, CommFaultError, FaultRecord, Progress, TokenMajor
+from ray_deepep import Beacon, Buffer, CommFaultError, FaultRecord, MismatchError, Progress, TokenMajor
 from ray_deepep.gpu_events import GpuEvent
 from ray_deepep.health import HealthReport, HealthThread
 
@@ -174,6 +174,36 @@ def test_a_rank_tells_where_it_waits_and_what_it_found():
     with RankPool(2) as pool:
         found = pool.outcomes(told_while_waiting, deadline_s=30.0)[0]
         assert found.value == [5, 5, "forward", "dispatch"], found.error
+
+
+def phases_after_errors(context: RankContext, transport: str) -> list[str]:
+    """The phase that the program set is back after errors that it can go on from."""
+    comm = context.communicator(transport)
+    progress, sizes = comm.progress, {"num_experts": 4, "hidden": 16, "num_topk": 2, "max_tokens": 64}
+    x, idx = torch.ones(4, 16), torch.zeros(4, 2, dtype=torch.int64)
+    progress.phase = "setup"
+    # A mismatch of sizes, of a dispatch, of a combine and of weights; then all agree again.
+    error_of(MismatchError, lambda: Buffer(comm, **{**sizes, "hidden": 16 << context.rank}))
+    found = [progress.phase]
+    with Buffer(comm, **sizes) as buffer:
+        progress.phase = "forward"
+        odd = x.half() if context.rank else x
+        error_of(MismatchError, lambda: buffer.dispatch(odd, idx))
+        found.append(progress.phase)
+        result = buffer.dispatch(x, idx)
+        reduce = ("exact", "fast")[context.rank]
+        error_of(MismatchError, lambda: buffer.combine(result.x, result.handle, reduce=reduce))
+        found.append(progress.phase)
+        weights = torch.ones(len(result.x), 2)
+        other = buffer.dispatch(x, idx).handle if context.rank else (buffer.dispatch(x, idx), result.handle)[1]
+        error_of(MismatchError, lambda: buffer.combine_weights(weights, other))
+        found.append(progress.phase)
+    progress.phase = ""
+    return found
+
+
+def test_the_phase_is_back_after_an_error_that_one_can_go_on_from(ranks: Ranks, transport: str):
+    assert ranks.run(2, phases_after_errors, transport) == [["setup", "forward", "forward", "forward"]] * 2
 
 
 def looked_at_while_closing(context: RankContext) -> int:

@@ -17,6 +17,7 @@ from test_mismatch import GEOMETRY, IDX, MISMATCHES, X, check_mismatch
 from torch.distributed import distributed_c10d
 
 from ray_deepep import Buffer, CommFaultError, FaultRecord, InvalidArgumentError, MismatchError, Padded
+from ray_deepep.bounded_store import StoreLostError
 from ray_deepep.fault_board import FaultBoard
 
 pytestmark = pytest.mark.skipif(bool(shm_problem()), reason=shm_problem())
@@ -24,8 +25,8 @@ pytestmark = pytest.mark.skipif(bool(shm_problem()), reason=shm_problem())
 DEADLINE_S = 1.5
 
 
-def make_buffer(context: RankContext, size: int) -> Buffer:
-    comm = context.new_communicator(f"shm/{size}", deadline_s=DEADLINE_S)
+def make_buffer(context: RankContext, size: int, deadline_s: float = DEADLINE_S) -> Buffer:
+    comm = context.new_communicator(f"shm/{size}", deadline_s=deadline_s)
     return Buffer(comm, num_experts=2 * context.num_ranks, hidden=16, num_topk=2, max_tokens=64)
 
 
@@ -138,13 +139,13 @@ def test_interrupt_is_told_to_all_nodes() -> None:
 
 def slow_but_in_time(context: RankContext) -> None:
     """Late by less than the deadline, by turns: no fault, and nothing shown on the board is left for later."""
-    buffer = make_buffer(context, 2)
+    buffer = make_buffer(context, 2, deadline_s=10.0)
     for late in range(context.num_ranks):
         if context.rank == late:
             time.sleep(0.5)
         dispatch(buffer)
     assert buffer.comm.fault_board.found() is None
-    assert not buffer.comm.fault_board._store.check([f"wait/{context.rank}"])
+    assert not buffer.comm.fault_board._store.ask(1.0, lambda store: store.check([f"wait/{context.rank}"]))
     buffer.comm.close()
 
 
@@ -237,8 +238,8 @@ def board_without_a_store(context: RankContext) -> None:
     board = FaultBoard("gone", context.rank, context.communicator("shm/1").peers)
 
     class Gone:
-        def __getattr__(self, name: str):
-            raise RuntimeError("connection closed")
+        def ask(self, seconds: float, question: object) -> None:
+            raise StoreLostError(silent=False, detail="connection closed")
 
     board._store = Gone()
     record = FaultRecord(

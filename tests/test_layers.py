@@ -23,7 +23,7 @@ CPP_MAY_INCLUDE = {
 
 # From the bottom: a module imports only from lower rows and from its own.
 PYTHON_LAYERS = [
-    {"version", "errors", "env", "config", "run_files"},
+    {"version", "errors", "env", "fields", "config", "run_files"},
     {
         "handle",
         "domains",
@@ -33,6 +33,7 @@ PYTHON_LAYERS = [
         "symm_pool",
         "nvshmem_decisions",
         "progress",
+        "bounded",
         "gpu_events",
         "low_latency",
     },
@@ -41,6 +42,7 @@ PYTHON_LAYERS = [
         "low_latency_checks",
         "checks",
         "rendezvous",
+        "bounded_store",
         "core_errors",
         "fixed_shapes",
         "streams",
@@ -50,6 +52,7 @@ PYTHON_LAYERS = [
     {
         "shm",
         "cuda",
+        "cuda_arguments",
         "nvshmem",
         "reference",
         "reference_group",
@@ -58,12 +61,14 @@ PYTHON_LAYERS = [
         "hop",
         "hop_group",
         "hop_plan",
+        "cuda_heap",
+        "low_latency_cuda",
         "low_latency_shm",
         "low_latency_reference",
         "low_latency_mailbox",
         "communicator",
     },
-    {"buffer", "low_latency_buffer", "low_latency_flight", "health"},
+    {"buffer", "expert_rows", "heap_tensors", "low_latency_buffer", "low_latency_flight", "health"},
     {"autograd"},
     {"__init__"},
     {"deepspeed", "doctor", "report"},

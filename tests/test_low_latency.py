@@ -31,6 +31,7 @@ from low_latency_cases import (
     fuzz_case,
     make_buffer,
     step,
+    wrapped,
 )
 
 from ray_deepep import (
@@ -47,8 +48,8 @@ from ray_deepep import (
 )
 
 SEED = 50_500
-NUM_FUZZ_CASES = {"shm": 40, "reference": 8}
-NUM_SOAK_STEPS = {("shm", 2): 150, ("shm", 4): 40, ("reference", 2): 8, ("reference", 4): 3}
+NUM_FUZZ_CASES = {"shm": 40, "reference": 8, "cuda": 60}
+NUM_SOAK_STEPS = {("shm", 2): 150, ("shm", 4): 40, ("reference", 2): 8, ("reference", 4): 3, ("cuda", 2): 300}
 BASE = Case(seed=SEED, num_tokens=(9, 0), num_experts=6)
 
 
@@ -111,7 +112,7 @@ def casts_as_quantize(context: RankContext, transport: str) -> None:
     x[7] = torch.exp2(torch.arange(256) % 14 - 7.0)
     topk_idx = torch.zeros(64, 1, dtype=torch.int32)
     sizes = {"num_experts": 1, "hidden": 256, "num_topk": 1, "max_tokens": 0, "low_latency_max_tokens": 64}
-    with context.buffer(transport, **sizes) as buffer:
+    with wrapped(context, transport)(transport, **sizes) as buffer:
         for dtype in (torch.float32, torch.bfloat16, torch.float16):
             for scale_format in ("float32", "power_of_two"):
                 cast = Float8Cast(scale_format=scale_format)
@@ -277,7 +278,7 @@ def soak(context: RankContext, transport: str, seed: int) -> None:
             world = World(case)
             step(buffer, world, context.rank, with_hooks=generator.random() < 0.5)
             total += torch.tensor([len(group) for group in world.groups[context.rank]])
-        assert torch.equal(buffer.low_latency_stats.num_tokens_per_expert, total)
+        assert torch.equal(buffer.low_latency_stats.num_tokens_per_expert.cpu(), total)
 
 
 @pytest.mark.parametrize("num_ranks", (2, 4))
@@ -291,7 +292,7 @@ def large(context: RankContext, transport: str) -> None:
     x = torch.randn(1024, 1536, generator=torch.Generator().manual_seed(SEED))
     topk_idx = torch.tensor([[0, 3]]).repeat(1024, 1)
     weights = torch.tensor([[0.25, 0.5]]).repeat(1024, 1)
-    with context.buffer(transport, **sizes) as buffer:
+    with wrapped(context, transport)(transport, **sizes) as buffer:
         got = buffer.low_latency_dispatch(x, topk_idx, topk_weights=weights)
         # Expert 0 is rank 0's first, expert 3 rank 1's second.
         assert got.counts.tolist() == ([2048, 0] if context.rank == 0 else [0, 2048])

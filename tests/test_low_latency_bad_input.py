@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -23,10 +22,7 @@ from ray_deepep import (
     LowLatencyStats,
     MismatchError,
     Padded,
-    TransportUnavailableError,
 )
-from ray_deepep.low_latency_buffer import check_transport
-from ray_deepep.transport import BufferGeometry
 
 CASE = Case(seed=3, num_tokens=(4, 4), max_tokens=5, num_experts=4)
 T, H, K = 4, 128, 2
@@ -255,10 +251,3 @@ def check_sizes(context: RankContext, transport: str) -> None:
 
 def test_room(ranks: Ranks, transport: str) -> None:
     ranks.run(2, check_sizes, transport)
-
-
-def test_transport_without_low_latency_calls() -> None:
-    geometry = BufferGeometry(**SIZES, low_latency_max_tokens=5)
-    error = error_of(TransportUnavailableError, lambda: check_transport(SimpleNamespace(transport="cuda"), geometry))
-    assert "transport cuda has no low-latency kernels yet" in str(error)
-    check_transport(SimpleNamespace(transport="cuda"), dataclasses.replace(geometry, low_latency_max_tokens=0))

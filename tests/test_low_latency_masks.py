@@ -7,12 +7,15 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Mapping
 
 import pytest
 import torch
 import torch.distributed as dist
+from device_cases import use_gpu
 from harness import RankContext, RankPool, Ranks, error_of, shm_problem
 from low_latency_cases import Case, World, check_combined, check_dispatch, combine, dispatch, make_buffer, step
+from on_device import OnDevice
 
 from ray_deepep import BootstrapError, Buffer, CommFaultError, FaultRecord, HookError, RankMaskedError
 
@@ -20,6 +23,7 @@ FULL = Case(seed=7, num_tokens=(9, 4, 11), num_experts=9, num_topk=4, reduce="ex
 WITHOUT_2 = dataclasses.replace(FULL, absent=frozenset({2}), reduce="fast")
 TIMEOUT_S = 1.5
 LONG_S = 15.0
+SIZES = {"num_experts": 6, "num_topk": 3}
 MASKING = {"on_timeout": "mask", "timeout_s": TIMEOUT_S}
 
 
@@ -135,9 +139,9 @@ def test_stopped_rank_is_masked_and_returns(ranks: Ranks, transport: str) -> Non
 def is_killed(context: RankContext, transport: str) -> tuple[int, ...]:
     """Rank 2 is killed between a dispatch and its combine."""
     rank, full = context.rank, World(dataclasses.replace(FULL, reduce="fast"))
-    comm = context.new_communicator(transport)
-    sizes = {"num_experts": 9, "hidden": 128, "num_topk": 4, "max_tokens": 0, "low_latency_max_tokens": 12}
-    buffer = Buffer(comm, **sizes)
+    sizes = {"num_experts": 9, "num_topk": 4}
+    buffer = own_buffer(context, transport, sizes)
+    comm = buffer.comm
     step(buffer, full, rank)
     got = dispatch(buffer, full, rank, **MASKING)
     check_dispatch(full, rank, got)
@@ -183,10 +187,15 @@ def test_killed_rank_is_a_fault_unless_masks_are_asked_for() -> None:
             assert record.elapsed_s < LONG_S / 2, "a dead process shows at once"
 
 
-def own_buffer(context: RankContext, transport: str, **config: object) -> Buffer:
+def own_buffer(
+    context: RankContext, transport: str, sizes: Mapping[str, int] = SIZES, **config: object
+) -> Buffer | OnDevice:
     """On a communicator of its own, which a fault may end."""
+    if transport == "cuda":
+        use_gpu(context.rank)
     comm = context.new_communicator(transport, **config)
-    return Buffer(comm, num_experts=6, hidden=128, num_topk=3, max_tokens=0, low_latency_max_tokens=12)
+    buffer = Buffer(comm, hidden=128, max_tokens=0, low_latency_max_tokens=12, **sizes)
+    return OnDevice(buffer) if transport == "cuda" else buffer
 
 
 TWO = Case(seed=8, num_tokens=(5, 3), num_experts=6)

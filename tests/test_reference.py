@@ -13,9 +13,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, check_case
-from harness import CASE_CONFIG, RankContext, RankPool, Ranks, error_of
+from harness import CASE_CONFIG, RankContext, RankPool, Ranks, error_of, store_of_rank_0
 
-from ray_deepep import Buffer, CommConfig, CommFaultError, Communicator, ExpertMajor, MismatchError, Padded, TokenMajor
+from ray_deepep import (
+    Buffer,
+    CommConfig,
+    CommFaultError,
+    Communicator,
+    ExpertMajor,
+    FaultRecord,
+    MismatchError,
+    Padded,
+    TokenMajor,
+)
 from ray_deepep.plan_reference import RankRouting, expert_major_slots, make_plan
 from ray_deepep.reference_group import as_bytes, check_signatures, from_bytes
 
@@ -196,32 +206,55 @@ def test_fault_names_the_culprit(how: str, num_ranks: int, culprit: int) -> None
         assert outcomes[rank].value["elapsed_s"] < DEADLINE_S + 1
 
 
-def check_lost_store(context: RankContext, port_path: str) -> str | None:
-    """Rank 0 hosts torch's store, as under plain ``init_method``, and dies."""
+def low_latency_dispatch(buffer: Buffer) -> None:
+    buffer.low_latency_dispatch(torch.ones(4, 128), torch.arange(8).view(4, 2) % buffer.comm.num_ranks)
+
+
+def check_lost_store(context: RankContext, port_path: str, how: int, low_latency: bool) -> tuple[str, int, float]:
+    """Rank 0 hosts torch's store, as under plain ``init_method``, and dies or stands still."""
+    store_of_rank_0(context, port_path)
+    comm = context.new_communicator("reference", deadline_s=DEADLINE_S)
+    sizes = {"num_experts": context.num_ranks, "hidden": 128, "num_topk": 2, "max_tokens": 8}
+    buffer = Buffer(comm, **sizes, low_latency_max_tokens=8)
+    call = low_latency_dispatch if low_latency else dispatch_wide
+    call(buffer)
     if context.rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        with open(port_path + ".part", "w") as file:
-            file.write(str(store.port))
-        os.rename(port_path + ".part", port_path)
-    else:
-        while not os.path.exists(port_path):
-            time.sleep(0.01)
-        with open(port_path) as file:
-            store = dist.TCPStore("127.0.0.1", int(file.read()), is_master=False, wait_for_workers=False)
-    dist.init_process_group("gloo", store=store, rank=context.rank, world_size=context.num_ranks)
-    buffer = make_buffer(context)
-    dispatch(buffer)
-    if context.rank == 0:
-        os.kill(os.getpid(), signal.SIGKILL)
-    error = error_of(CommFaultError, lambda: dispatch(buffer))
+        os.kill(os.getpid(), how)
+    start = time.monotonic()
+    error = error_of(CommFaultError, lambda: call(buffer))
+    elapsed_s = time.monotonic() - start
     buffer.comm.close()
-    return error.record.cause, error.record.peer
+    return error.record.cause, error.record.peer, elapsed_s
 
 
-def test_lost_store(tmp_path) -> None:
+def dispatch_wide(buffer: Buffer) -> None:
+    buffer.dispatch(torch.ones(4, 128), torch.arange(8).view(4, 2) % buffer.comm.num_ranks)
+
+
+@pytest.mark.parametrize(("how", "cause"), ((signal.SIGKILL, "peer_died"), (signal.SIGSTOP, "timeout")))
+@pytest.mark.parametrize("low_latency", (False, True))
+def test_lost_store(tmp_path, how: int, cause: str, low_latency: bool) -> None:
     with RankPool(2, init_group=False) as pool:
-        outcome = pool.outcomes(check_lost_store, str(tmp_path / "port"), deadline_s=20.0, doomed=[0])[1]
-    assert outcome.value == ("peer_died", -1), outcome.error or outcome.lost
+        arguments = str(tmp_path / "port"), how, low_latency
+        outcome = pool.outcomes(check_lost_store, *arguments, deadline_s=20.0, doomed=[0])[1]
+    assert outcome.value, outcome.error or outcome.lost
+    assert outcome.value[:2] == (cause, 0) and outcome.value[2] < DEADLINE_S + 1
+
+
+def test_a_store_of_no_rank_is_told_apart() -> None:
+    record = FaultRecord(
+        operation="dispatch",
+        sequence=3,
+        phase="publish",
+        cause="timeout",
+        rank=1,
+        peer=-1,
+        expected=3,
+        seen=3,
+        elapsed_s=1.0,
+        deadline_s=1.0,
+    )
+    assert "a process of no rank, which hosts torch's store, sent no signal for 1.0 s" in str(record)
 
 
 def check_single(context: RankContext) -> None:

@@ -7,9 +7,10 @@ import os
 import signal
 import time
 
+import pytest
 import torch
 import torch.distributed as dist
-from harness import RankContext, RankPool, Ranks, error_of
+from harness import RankContext, RankPool, Ranks, error_of, store_of_rank_0
 
 from ray_deepep import BootstrapError, Buffer
 from ray_deepep.rendezvous import store_exchange
@@ -97,9 +98,10 @@ def check_interrupted(context: RankContext) -> str:
     if context.rank == 2:
         return ""
     if context.rank == 0:
+        waits = call._wait
 
-        def interrupted(keys: list[str], seconds: float) -> None:
-            call._store.wait([key.replace("outcome", "meet/1") for key in keys])
+        def interrupted(keys: list[str]) -> None:
+            waits([key.replace("outcome", "meet/1") for key in keys])
             raise KeyboardInterrupt
 
         call._wait = interrupted
@@ -116,36 +118,30 @@ def test_an_interrupted_rank(ranks: Ranks) -> None:
     assert ranks.run(3, check_all, "after") == said_by_all("after", 3)
 
 
-def check_lost_store(context: RankContext, port_path: str) -> list[tuple[str, list[int], str]]:
-    """Rank 0 hosts torch's store, as under plain ``init_method``, and dies."""
-    if context.rank == 0:
-        store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        with open(port_path + ".part", "w") as file:
-            file.write(str(store.port))
-        os.rename(port_path + ".part", port_path)
-    else:
-        while not os.path.exists(port_path):
-            time.sleep(0.01)
-        with open(port_path) as file:
-            store = dist.TCPStore("127.0.0.1", int(file.read()), is_master=False, wait_for_workers=False)
-    dist.init_process_group("gloo", store=store, rank=context.rank, world_size=context.num_ranks)
+def check_lost_store(context: RankContext, port_path: str, how: int) -> list[tuple[str, list[int], str]]:
+    """Rank 0 hosts torch's store, as under plain ``init_method``, and dies or stands still."""
+    store = store_of_rank_0(context, port_path)
     call = exchange_of(context, DEADLINE_S)
     call("meet", b"")
     store.set(f"rank {context.rank} has met", "")
     if context.rank == 0:
         store.wait(["rank 1 has met"], datetime.timedelta(seconds=PATIENT_S))
-        os.kill(os.getpid(), signal.SIGKILL)
+        os.kill(os.getpid(), how)
     found = []
     for again in (call, call, exchange_of(context, DEADLINE_S)):
+        begin = time.monotonic()
         error = error_of(BootstrapError, lambda again=again: again("connect", b""))
-        found.append((error.phase, error.missing, error.detail.partition(":")[0]))
+        assert time.monotonic() - begin < DEADLINE_S + 1.0
+        found.append((error.phase, error.missing, error.detail.partition(": ")[0]))
     return found
 
 
-def test_a_lost_store_is_a_bootstrap_error(tmp_path) -> None:
+@pytest.mark.parametrize(("how", "words"), ((signal.SIGKILL, "is gone"), (signal.SIGSTOP, "does not answer")))
+def test_a_lost_store_is_a_bootstrap_error(tmp_path, how: int, words: str) -> None:
+    path = tmp_path / "port"
     with RankPool(2, init_group=False) as pool:
-        outcome = pool.outcomes(check_lost_store, str(tmp_path / "port"), deadline_s=20.0, doomed=[0])[1]
-    lost = ("connect", [], "the process that hosts torch's store is gone")
+        outcome = pool.outcomes(check_lost_store, str(path), how, deadline_s=20.0, doomed=[0])[1]
+    lost = ("connect", [], f"the process that hosts torch's store, 127.0.0.1:{path.read_text()}, {words}")
     assert outcome.value == [lost] * 3, outcome.error or outcome.lost
 
 

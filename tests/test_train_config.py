@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import pickle
+import re
 
 import pytest
 
@@ -56,6 +57,25 @@ def test_rules_across_sections():
         TrainConfig(model=ModelConfig(dtype="bf16"))
     with pytest.raises(ConfigError, match=r"model\.min_capacity"):
         TrainConfig(model=ModelConfig(min_capacity=100), data=DataConfig(seq_len=8), optim=OptimConfig(micro_batch=2))
+
+
+@pytest.mark.parametrize(
+    ("make", "text"),
+    (
+        (lambda: ModelConfig(hidden="64"), "model.hidden = '64': must be of type int"),
+        (lambda: ModelConfig(num_layers=2.0), "model.num_layers = 2.0: must be of type int"),
+        (lambda: ModelConfig(drop_tokens=1), "model.drop_tokens = 1: must be of type bool"),
+        (lambda: DataConfig(paths="a.txt"), "data.paths = 'a.txt': must be of type tuple"),
+        (lambda: DataConfig(val_fraction=None), "data.val_fraction = None: must be of type float"),
+        (lambda: OptimConfig(lr="fast"), "optim.lr = 'fast': must be of type float"),
+        (lambda: RunConfig(steps=True), "run.steps = True: must be of type int"),
+        (lambda: RunConfig(dist_timeout_s="9"), "run.dist_timeout_s = '9': must be of type float"),
+        (lambda: TrainConfig(model={}), "model = {}: must be of type ModelConfig"),
+    ),
+)
+def test_values_of_another_type(make, text):
+    with pytest.raises(ConfigError, match=re.escape(text)):
+        make()
 
 
 def test_configs_are_frozen_and_keyword_only():

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from train.convert import build_dataclass, require, set_dotted
+from train.convert import build_dataclass, check_types, require, set_dotted
 from train.errors import ConfigError
 
 BACKENDS = ("stock", "ray_deepep")
@@ -76,6 +76,7 @@ class ModelConfig:
     """Recompute each block in the backward pass instead of keeping its activations."""
 
     def __post_init__(self) -> None:
+        check_types(self, "model.")
         positive = ("hidden", "num_layers", "num_heads", "num_experts", "num_topk", "expert_hidden", "moe_every")
         _require_at_least(self, "model", 1, *positive, "rope_theta")
         _require_at_least(self, "model", 0, "ep_size", "min_capacity", "aux_loss_coef", "init_std")
@@ -130,6 +131,7 @@ class DataConfig:
     """A `tokenizer.json` to use instead of learning one."""
 
     def __post_init__(self) -> None:
+        check_types(self, "data.")
         _require_at_least(self, "data", 2, "seq_len")
         _require_at_least(self, "data", 0, "max_bytes")
         _require_at_least(self, "data", 257, "bpe_vocab")
@@ -161,6 +163,7 @@ class OptimConfig:
     """ZeRO stage 0, 1 or 2 (DeepSpeed's MoE layer does not support 3). bf16 needs 1 or 2."""
 
     def __post_init__(self) -> None:
+        check_types(self, "optim.")
         _require_at_least(self, "optim", 1, "micro_batch", "grad_accum")
         _require_at_least(self, "optim", 2, "warmup_steps")
         _require_at_least(self, "optim", 0, "weight_decay", "grad_clip")
@@ -210,6 +213,7 @@ class RunConfig:
     """Show progress bars (rank 0)."""
 
     def __post_init__(self) -> None:
+        check_types(self, "run.")
         _require_at_least(self, "run", 1, "steps", "eval_batches", "keep_checkpoints")
         _require_at_least(self, "run", 0, "seed", "eval_every", "checkpoint_every", "load_every")
         _require_at_least(self, "run", 0, "sample_tokens", "num_threads")
@@ -235,6 +239,7 @@ class TrainConfig:
     """Steps, places, devices."""
 
     def __post_init__(self) -> None:
+        check_types(self, "")
         bf16_ok = self.model.dtype != "bf16" or self.optim.zero_stage in (1, 2)
         require(bf16_ok, "optim.zero_stage", self.optim.zero_stage, "must be 1 or 2 when model.dtype is bf16")
         num_tokens = self.optim.micro_batch * self.data.seq_len

@@ -15,6 +15,15 @@ def require(ok: bool, name: str, value: object, rule: str) -> None:
         raise ConfigError(name, value, rule)
 
 
+def check_types(section: object, prefix: str) -> None:
+    """Raise ConfigError unless every field has its annotated type; an int will do for a float, a bool for neither."""
+    for name, kind in typing.get_type_hints(type(section)).items():
+        value, wanted = getattr(section, name), typing.get_origin(kind) or kind
+        fits = isinstance(value, (int, float) if wanted is float else wanted)
+        fits = fits and (wanted is bool or not isinstance(value, bool))
+        require(fits, f"{prefix}{name}", value, f"must be of type {wanted.__name__}")
+
+
 def set_dotted(raw: dict[str, Any], name: str, value: Any) -> None:
     """Put `value` at `section.field` (or `field`) of a nested dict that has that field already."""
     section_name, _, key = name.rpartition(".")

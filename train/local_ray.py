@@ -28,6 +28,8 @@ from pathlib import Path
 _DASHBOARD_PORT = 8265
 _START_DEADLINE_S = 120.0
 _STOP_DEADLINE_S = 5.0
+_WATCHDOG_DEADLINE_S = 30.0
+"""More than twice what the watchdog takes at most: _STOP_DEADLINE_S for the head, as much for the rest."""
 _OBJECT_STORE_BYTES = 200 * 2**20
 _PR_SET_CHILD_SUBREAPER = 36
 _SHORT_FOLDER = "/tmp"  # Ray makes sockets below it, whose paths may have 107 characters
@@ -75,7 +77,19 @@ class LocalRay:
         if self._watchdog is not None:
             if not self._watchdog.stdin.closed:
                 self._watchdog.stdin.close()
-            self._watchdog.wait()
+            try:
+                self._watchdog.wait(_WATCHDOG_DEADLINE_S)
+            except subprocess.TimeoutExpired:
+                self._end_watchdog()
+
+    def _end_watchdog(self) -> None:
+        """It does not end, so it is stopped or stuck: end all that came from it, then it, and tidy up in its place."""
+        _kill_descendants(self._watchdog.pid)
+        self._watchdog.kill()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._watchdog.wait(_STOP_DEADLINE_S)
+        shutil.rmtree(self._folder, ignore_errors=True)
+        self.notes.append(f"the watchdog of Ray did not end within {_WATCHDOG_DEADLINE_S:g} s; it was killed")
 
     def _start(self, dashboard_port: int) -> None:
         self._folder = Path(tempfile.mkdtemp(prefix="ray_demo_", dir=_SHORT_FOLDER))
@@ -173,7 +187,7 @@ def watch(command: list[str], folder: Path) -> int:
         head.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             head.wait(_STOP_DEADLINE_S)
-    _kill_descendants()
+    _kill_descendants(os.getpid())
     if ended_by_itself:
         with contextlib.suppress(OSError):
             lines = (folder / "head.log").read_text(encoding="utf-8", errors="replace").splitlines()
@@ -199,18 +213,19 @@ def _wait_for_end(head: subprocess.Popen) -> bool:
     return True
 
 
-def _kill_descendants() -> None:
-    """SIGKILL until nothing is left: a process may start another while it is being killed."""
+def _kill_descendants(root: int) -> None:
+    """SIGKILL all below ``root`` until nothing is left: a process may start another while it is being killed."""
     deadline = time.monotonic() + _STOP_DEADLINE_S
     while time.monotonic() < deadline:
-        found = list(_descendants(os.getpid()))
+        found = list(_descendants(root))
         if not found:
             return
         for pid in found:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
+        # Only the watchdog has no other children.
         with contextlib.suppress(ChildProcessError):
-            while os.waitpid(-1, os.WNOHANG)[0]:
+            while root == os.getpid() and os.waitpid(-1, os.WNOHANG)[0]:
                 pass
         time.sleep(0.05)
 

@@ -75,7 +75,8 @@ void register_arguments(py::module_& module) {
         .def_readwrite("num_topk", &DispatchArgs::num_topk)
         .def_readwrite("dtype", &DispatchArgs::dtype)
         .def_readwrite("layout", &DispatchArgs::layout)
-        .def_readwrite("scale_by_weights", &DispatchArgs::scale_by_weights);
+        .def_readwrite("scale_by_weights", &DispatchArgs::scale_by_weights)
+        .def_readwrite("max_recv_tokens", &DispatchArgs::max_recv_tokens);
     py::class_<DispatchOutputs>(module, "DispatchOutputs")
         .def(py::init())
         .def_readwrite("x", &DispatchOutputs::x)

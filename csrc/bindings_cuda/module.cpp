@@ -2,7 +2,11 @@
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
+#include <array>
+#include <exception>
+
 #include "bindings/error_translation.h"
+#include "bindings_cuda/bindings.h"
 #include "cuda/check.h"
 #include "cuda/device_buffer.h"
 
@@ -11,12 +15,28 @@ namespace py = pybind11;
 namespace ray_deepep {
 namespace {
 
-void run_signal_handlers() {
-    const py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+// A public class of the package's: errors travel between processes, also to those that have no CUDA core.
+void translate_cuda_error() {
+    py::register_exception_translator([](std::exception_ptr pointer) {
+        try {
+            if (pointer) std::rethrow_exception(pointer);
+        } catch (const CudaError& error) {
+            PyErr_SetString(py::module_::import("ray_deepep.errors").attr("CudaError").ptr(), error.what());
+        }
+    });
 }
 
-cudaStream_t as_stream(uintptr_t stream) { return reinterpret_cast<cudaStream_t>(stream); }
+// What errors say needs no GPU to be tested.
+void register_signature(py::module_& module) {
+    module.def(
+        "find_difference",
+        [](const std::array<int32_t, 8>& expected, const std::array<int32_t, 8>& seen) -> py::object {
+            const auto found = find_difference(Signature{expected}, Signature{seen});
+            if (!found) return py::none();
+            return py::make_tuple(found->field, found->expected, found->seen);
+        },
+        py::arg("expected"), py::arg("seen"));
+}
 
 void register_plan(py::module_& module) {
     py::class_<DevicePlan>(module, "DevicePlan")
@@ -135,17 +155,25 @@ void register_buffer(py::module_& module) {
             [](DeviceBuffer& buffer, const DeviceCombineArgs& args, const DevicePlan& plan, int num_sms,
                uintptr_t stream) { buffer.combine(args, plan, num_sms, as_stream(stream)); },
             py::arg("args"), py::arg("plan"), py::arg("num_sms"), py::arg("stream"), Release())
-        .def("check",
-             [](DeviceBuffer& buffer) {
-                 buffer.check();
-                 buffer.check_routing();
-             })
+        .def(
+            "check",
+            [](DeviceBuffer& buffer) {
+                buffer.check();
+                buffer.check_routing();
+            },
+            Release())
         .def("fault_record", [](const DeviceBuffer& buffer) { return to_python(buffer.fault_record()); })
         .def("give_up_on_gone_peers", &DeviceBuffer::give_up_on_gone_peers, Release())
         .def("close", &DeviceBuffer::close, Release());
 }
 
 }  // namespace
+
+void run_signal_handlers() {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 }  // namespace ray_deepep
 
 PYBIND11_MODULE(_cuda, module) {
@@ -153,8 +181,10 @@ PYBIND11_MODULE(_cuda, module) {
     module.attr("version") = RAY_DEEPEP_VERSION;
     py::module_::import("ray_deepep._core");
     ray_deepep::translate_errors();
-    py::register_exception<ray_deepep::CudaError>(module, "CudaError", PyExc_RuntimeError);
+    ray_deepep::translate_cuda_error();
+    ray_deepep::register_signature(module);
     ray_deepep::register_plan(module);
     ray_deepep::register_arguments(module);
     ray_deepep::register_buffer(module);
+    ray_deepep::register_device_low_latency(module);
 }

@@ -131,6 +131,24 @@ void plan_receive(Plan& plan, const std::vector<Routing>& routing, std::vector<i
 
 }  // namespace
 
+const char* to_string(LayoutKind kind) {
+    switch (kind) {
+        case LayoutKind::kTokenMajor: return "TokenMajor";
+        case LayoutKind::kExpertMajor: return "ExpertMajor";
+        case LayoutKind::kPadded: return "Padded";
+    }
+    return "unknown";
+}
+
+const char* to_string(Reduce reduce) {
+    switch (reduce) {
+        case Reduce::kExact: return "exact";
+        case Reduce::kFast: return "fast";
+        case Reduce::kExpertOrder: return "expert_order";
+    }
+    return "unknown";
+}
+
 void count_routing(const Geometry& geometry, const int32_t* topk_idx, int64_t begin, int64_t end, int num_topk,
                    int64_t* num_per_rank, int64_t* num_per_expert) {
     const int num_local = geometry.num_local_experts();

@@ -13,6 +13,9 @@ enum class LayoutKind : int32_t { kTokenMajor = 0, kExpertMajor = 1, kPadded = 2
 // source by ascending expert.
 enum class Reduce : int32_t { kExact = 0, kFast = 1, kExpertOrder = 2 };
 
+const char* to_string(LayoutKind kind);
+const char* to_string(Reduce reduce);
+
 struct Layout {
     LayoutKind kind = LayoutKind::kTokenMajor;
     int64_t alignment = 1;  // expert-major: group starts are multiples of it

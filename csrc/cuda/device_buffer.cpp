@@ -23,16 +23,15 @@ DeviceBuffer::DeviceBuffer(std::shared_ptr<Domain> domain, const DeviceSizes& si
     heap_ = allocate_device_heap(*domain_, source, device, layout_.bytes, agreed, bootstrap_deadline_s);
 
     const int num_local = sizes.num_local_experts();
-    check_cuda(cudaMalloc(reinterpret_cast<void**>(&control_), sizeof(DeviceControl)), "cudaMalloc");
-    check_cuda(cudaMemset(control_, 0, sizeof(DeviceControl)), "cudaMemset");
-    const size_t status_bytes = sizeof(HostStatus) + (2 * num_local + 1) * sizeof(int32_t);
-    check_cuda(cudaHostAlloc(reinterpret_cast<void**>(&status_), status_bytes, cudaHostAllocMapped), "cudaHostAlloc");
+    control_ = device_memory<DeviceControl>(sizeof(DeviceControl));
+    check_cuda(cudaMemset(control_.get(), 0, sizeof(DeviceControl)), "cudaMemset");
+    status_ = mapped_host_memory<HostStatus>(sizeof(HostStatus) + (2 * num_local + 1) * sizeof(int32_t));
     *status_ = HostStatus{};
 
     for (int rank = 0; rank < sizes.num_ranks; ++rank) peers_.segments[rank] = heap_.segments[rank]->data();
     peers_.layout = layout_;
-    peers_.control = control_;
-    peers_.status = status_;
+    peers_.control = control_.get();
+    peers_.status = status_.get();
     peers_.deadline_ns = static_cast<uint64_t>(deadline_s * 1e9);
     peers_.rank = sizes.rank;
     peers_.num_ranks = sizes.num_ranks;
@@ -54,18 +53,11 @@ void DeviceBuffer::close() {
     status_->abort = 1;
     cudaDeviceSynchronize();
     heap_.segments.clear();
-    free_memory();
-}
-
-void DeviceBuffer::free_memory() {
-    cudaFree(control_);
-    control_ = nullptr;
-    HostStatus* status = nullptr;
-    {
-        const std::lock_guard<std::mutex> lock(status_mutex_);
-        status = std::exchange(status_, nullptr);
-    }
-    cudaFreeHost(status);
+    control_.reset();
+    // Freed outside the lock: readers hold it for no longer than a read.
+    HostMemory<HostStatus> status;
+    const std::lock_guard<std::mutex> lock(status_mutex_);
+    status.swap(status_);
 }
 
 }  // namespace ray_deepep

@@ -16,8 +16,10 @@
 #include "common/fault.h"
 #include "common/interrupt.h"
 #include "cuda/device_heap.h"
+#include "cuda/memory.h"
 #include "cuda/params.h"
 #include "cuda/segment_layout.h"
+#include "cuda/signature.h"
 #include "heap/domain.h"
 
 namespace ray_deepep {
@@ -80,8 +82,8 @@ class DeviceBuffer {
     void combine(const DeviceCombineArgs& args, const DevicePlan& plan, int num_sms, cudaStream_t stream);
     // Throw if a kernel of this buffer has reported a fault.
     void check();
-    // Throw if a dispatch that nobody waited for saw an expert id out of range. Not part of check(): an operation that
-    // is about to start must start, as its peers' do.
+    // Throw if a dispatch that nobody waited for saw an expert id or a location out of range. Not part of check(): an
+    // operation that is about to start must start, as its peers' do.
     void check_routing();
     void close();
 
@@ -94,10 +96,6 @@ class DeviceBuffer {
     void give_up_on_gone_peers();
 
   private:
-    struct Signature {
-        int32_t fields[8] = {};
-        uint32_t hash() const;
-    };
     int64_t offset_in_heap(uintptr_t address) const;
     Publication publication(Operation operation, const Signature& signature, const DevicePlan& plan) const;
     Publication dispatch_publication(const DeviceDispatchArgs& args, const DevicePlan& plan, bool cached,
@@ -106,8 +104,8 @@ class DeviceBuffer {
                                     Staging* staging) const;
     FaultRecord reported() const;
     bool look_for_gone_peers();
+    void wait_headers(Operation operation, uint32_t sequence);
     [[noreturn]] void throw_mismatch();
-    void free_memory();
 
     std::shared_ptr<Domain> domain_;
     DeviceSizes sizes_;
@@ -116,11 +114,12 @@ class DeviceBuffer {
     Interrupt interrupt_;
     DeviceHeap heap_;
     Peers peers_{};
-    DeviceControl* control_ = nullptr;
-    HostStatus* status_ = nullptr;
+    DeviceMemory<DeviceControl> control_;
+    HostMemory<HostStatus> status_;
     mutable std::mutex status_mutex_;  // against freeing status_ under fault_record()
     std::atomic<int> gone_peer_{-1};   // whose end made us stop the kernels
     uint32_t ticket_ = 0;
+    int64_t capacity_ = 0;  // of the last new dispatch, for an error
     bool bulk_copy_ = false;
     cudaStream_t stream_ = nullptr;  // of the dispatch whose counts are awaited
     bool open_ = false;

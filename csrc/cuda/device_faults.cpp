@@ -2,8 +2,10 @@
 #include <sched.h>
 
 #include <algorithm>
+#include <iterator>
 #include <string>
 #include <utility>
+#include <vector>
 
 #include "common/deadline.h"
 #include "cuda/check.h"
@@ -44,12 +46,12 @@ PlanCounts DeviceBuffer::wait_counts() {
             throw FaultError(record);
         }
     }
-    if (status_->bad_expert != 0 || status_->overflow != 0) {
+    if (status_->bad_expert != 0 || status_->bad_location != 0 || status_->overflow != 0) {
         // This dispatch ends here; peers must not wait for its end.
         launch_release(peers_, stream_);
     }
     check_routing();
-    const auto* counts = reinterpret_cast<const int32_t*>(status_ + 1);
+    const auto* counts = reinterpret_cast<const int32_t*>(status_.get() + 1);
     const int num_local = sizes_.num_local_experts();
     PlanCounts result;
     result.num_recv_tokens = status_->num_recv_tokens;
@@ -94,10 +96,17 @@ bool DeviceBuffer::look_for_gone_peers() {
 }
 
 void DeviceBuffer::check_routing() {
-    if (!open_ || status_->bad_expert == 0) return;
+    if (!open_) return;
     const int expert = std::exchange(status_->bad_expert, 0) - 1;
-    throw ArgumentError("topk_idx", std::to_string(expert),
-                        "must be in [-1, " + std::to_string(sizes_.num_experts) + ")");
+    const uint64_t location = std::exchange(status_->bad_location, 0);
+    if (expert != -1) {
+        throw ArgumentError("topk_idx", std::to_string(expert),
+                            "must be in [-1, " + std::to_string(sizes_.num_experts) + ")");
+    }
+    if (location != 0) {
+        throw ArgumentError("locations", std::to_string(static_cast<int32_t>(location)),
+                            "must be in [0, " + std::to_string(capacity_) + ")");
+    }
 }
 
 FaultRecord DeviceBuffer::reported() const {
@@ -122,34 +131,61 @@ FaultRecord DeviceBuffer::reported() const {
     return record;
 }
 
+// The kernel stopped at the first peer that differs, when others may not have come yet. Wait for them, so that all
+// ranks compare the same headers and name the same rank.
+void DeviceBuffer::wait_headers(Operation operation, uint32_t sequence) {
+    const Deadline deadline(deadline_s_);
+    std::vector<uint64_t> signals(sizes_.num_ranks);
+    for (int peer = 0; peer < sizes_.num_ranks;) {
+        check_cuda(cudaMemcpy(signals.data(), heap_.segments[sizes_.rank]->data() + layout_.signals_at,
+                              signals.size() * sizeof(uint64_t), cudaMemcpyDefault),
+                   "cudaMemcpy of the signals");
+        const auto seen = static_cast<uint32_t>(signals[peer] >> 32);
+        if (static_cast<int32_t>(seen - sequence) >= 0) {
+            ++peer;
+            continue;
+        }
+        const bool gone = domain_->peer_is_gone(peer);
+        if (gone || deadline.expired()) {
+            FaultRecord record;
+            record.operation = operation;
+            record.sequence = record.expected = sequence;
+            record.phase = "wait_published";
+            record.cause = gone ? Cause::kPeerDied : Cause::kTimeout;
+            record.rank = sizes_.rank;
+            record.peer = peer;
+            record.seen = seen;
+            record.elapsed_s = deadline.elapsed_s();
+            record.deadline_s = deadline_s_;
+            throw FaultError(record);
+        }
+        if (interrupt_) interrupt_();
+        ::sched_yield();
+    }
+}
+
 // All ranks see the difference in the same operation: each names the field, and the buffer can go on.
 void DeviceBuffer::throw_mismatch() {
-    static const char* const kFields[] = {"operation",
-                                          "dtype",
-                                          "num_topk",
-                                          "layout",
-                                          "reduce or alignment",
-                                          "weighted, capacity or max_recv_tokens",
-                                          "handle or topk_weights",
-                                          "scale_by_weights"};
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-    AreaHeader headers[2];
-    const int ranks[] = {0, status_->peer == 0 ? sizes_.rank : status_->peer};
+    wait_headers(static_cast<Operation>(status_->operation), status_->sequence);
     const int64_t at = layout_.area_at[status_->sequence & 1] + layout_.area.header_at;
-    for (int i = 0; i < 2; ++i) {
-        check_cuda(
-            cudaMemcpy(&headers[i], heap_.segments[ranks[i]]->data() + at, sizeof(AreaHeader), cudaMemcpyDefault),
-            "cudaMemcpy of a header");
+    std::vector<Signature> signatures(sizes_.num_ranks);
+    for (int rank = 0; rank < sizes_.num_ranks; ++rank) {
+        AreaHeader header;
+        check_cuda(cudaMemcpy(&header, heap_.segments[rank]->data() + at, sizeof(header), cudaMemcpyDefault),
+                   "cudaMemcpy of a header");
+        std::copy(std::begin(header.fields), std::end(header.fields), signatures[rank].fields.begin());
     }
-    const auto operation = static_cast<Operation>(status_->operation);
+    const int peer = status_->peer;
     status_->fault = 0;
     check_cuda(cudaMemset(&control_->failed, 0, sizeof(uint32_t)), "cudaMemset");
-    for (int i = 0; i < 8; ++i) {
-        if (headers[0].fields[i] == headers[1].fields[i]) continue;
-        throw MismatchError(operation, ranks[1], kFields[i], std::to_string(headers[0].fields[i]),
-                            std::to_string(headers[1].fields[i]));
+    const auto operation = static_cast<Operation>(signatures[0].fields[DispatchFields::kOperation]);
+    for (int rank = 1; rank < sizes_.num_ranks; ++rank) {
+        if (const auto difference = find_difference(signatures[0], signatures[rank])) {
+            throw MismatchError(operation, rank, difference->field, difference->expected, difference->seen);
+        }
     }
-    throw MismatchError(operation, ranks[1], "arguments", "those of rank 0", "others");
+    throw MismatchError(operation, peer, "arguments", "those of rank 0", "others");
 }
 
 }  // namespace ray_deepep

@@ -21,57 +21,101 @@ CUmemAllocationProp allocation_properties(int device) {
     return properties;
 }
 
-// Virtual memory management: an allocation behind a file descriptor.
+// A driver call whose error has nobody to go to: the context may be gone.
+template <typename Function, typename... Args>
+void call_at_teardown(const char* name, Args... args) noexcept {
+    try {
+        driver_function<Function>(name)(args...);
+    } catch (const CudaError&) {
+    }
+}
+
+// The three things that a segment of virtual memory management holds; each gives back what it took, whatever the next
+// one throws.
+class Allocation {
+  public:
+    explicit Allocation(CUmemGenericAllocationHandle handle) : handle_(handle) {}
+    ~Allocation() { call_at_teardown<decltype(cuMemRelease)>("cuMemRelease", handle_); }
+    Allocation(const Allocation&) = delete;
+    Allocation& operator=(const Allocation&) = delete;
+    CUmemGenericAllocationHandle get() const { return handle_; }
+
+  private:
+    CUmemGenericAllocationHandle handle_;
+};
+
+class AddressRange {
+  public:
+    explicit AddressRange(size_t bytes) : bytes_(bytes) {
+        check_driver(driver_function<decltype(cuMemAddressReserve)>("cuMemAddressReserve")(&begin_, bytes, 0, 0, 0),
+                     "cuMemAddressReserve");
+    }
+    ~AddressRange() { call_at_teardown<decltype(cuMemAddressFree)>("cuMemAddressFree", begin_, bytes_); }
+    AddressRange(const AddressRange&) = delete;
+    AddressRange& operator=(const AddressRange&) = delete;
+    CUdeviceptr begin() const { return begin_; }
+
+  private:
+    CUdeviceptr begin_ = 0;
+    size_t bytes_;
+};
+
+class Mapping {
+  public:
+    Mapping(CUdeviceptr begin, size_t bytes, CUmemGenericAllocationHandle allocation) : begin_(begin), bytes_(bytes) {
+        check_driver(driver_function<decltype(cuMemMap)>("cuMemMap")(begin, bytes, 0, allocation, 0), "cuMemMap");
+    }
+    ~Mapping() { call_at_teardown<decltype(cuMemUnmap)>("cuMemUnmap", begin_, bytes_); }
+    Mapping(const Mapping&) = delete;
+    Mapping& operator=(const Mapping&) = delete;
+
+  private:
+    CUdeviceptr begin_;
+    size_t bytes_;
+};
+
+// An allocation behind a file descriptor, mapped where `device` reads and writes it. Takes the handle over.
 class VmmSegment : public DeviceSegment {
   public:
-    VmmSegment(CUmemGenericAllocationHandle allocation, size_t bytes, int device)
-        : allocation_(allocation), bytes_(bytes) {
-        check_driver(driver_function<decltype(cuMemAddressReserve)>("cuMemAddressReserve")(&address_, bytes, 0, 0, 0),
-                     "cuMemAddressReserve");
-        check_driver(driver_function<decltype(cuMemMap)>("cuMemMap")(address_, bytes, 0, allocation, 0), "cuMemMap");
-        mapped_ = true;
+    VmmSegment(CUmemGenericAllocationHandle handle, size_t bytes, int device)
+        : allocation_(handle), range_(bytes), mapping_(range_.begin(), bytes, handle) {
         CUmemAccessDesc access{};
         access.location = {CU_MEM_LOCATION_TYPE_DEVICE, {device}};
         access.flags = CU_MEM_ACCESS_FLAGS_PROT_READWRITE;
-        check_driver(driver_function<decltype(cuMemSetAccess)>("cuMemSetAccess")(address_, bytes, &access, 1),
+        check_driver(driver_function<decltype(cuMemSetAccess)>("cuMemSetAccess")(range_.begin(), bytes, &access, 1),
                      "cuMemSetAccess");
     }
-    ~VmmSegment() override {
-        // Errors at teardown have nobody to go to: the context may be gone.
-        if (mapped_) driver_function<decltype(cuMemUnmap)>("cuMemUnmap")(address_, bytes_);
-        if (address_ != 0) driver_function<decltype(cuMemAddressFree)>("cuMemAddressFree")(address_, bytes_);
-        driver_function<decltype(cuMemRelease)>("cuMemRelease")(allocation_);
-    }
-    std::byte* data() const override { return reinterpret_cast<std::byte*>(address_); }
+    std::byte* data() const override { return reinterpret_cast<std::byte*>(range_.begin()); }
+    CUmemGenericAllocationHandle allocation() const { return allocation_.get(); }
 
   private:
-    CUmemGenericAllocationHandle allocation_;
-    size_t bytes_;
-    CUdeviceptr address_ = 0;
-    bool mapped_ = false;
+    // In the order in which they are taken; given back the other way round.
+    Allocation allocation_;
+    AddressRange range_;
+    Mapping mapping_;
 };
 
 std::unique_ptr<DeviceSegment> create_vmm(int device, size_t bytes, Fd* fd) {
     const CUmemAllocationProp properties = allocation_properties(device);
-    CUmemGenericAllocationHandle allocation{};
-    check_driver(driver_function<decltype(cuMemCreate)>("cuMemCreate")(&allocation, bytes, &properties, 0),
+    CUmemGenericAllocationHandle handle{};
+    check_driver(driver_function<decltype(cuMemCreate)>("cuMemCreate")(&handle, bytes, &properties, 0),
                  ("cuMemCreate of " + std::to_string(bytes >> 20) + " MiB").c_str());
     int descriptor = -1;
-    auto segment = std::make_unique<VmmSegment>(allocation, bytes, device);
+    auto segment = std::make_unique<VmmSegment>(handle, bytes, device);
     check_driver(driver_function<decltype(cuMemExportToShareableHandle)>("cuMemExportToShareableHandle")(
-                     &descriptor, allocation, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
+                     &descriptor, segment->allocation(), CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR, 0),
                  "cuMemExportToShareableHandle");
     *fd = Fd(descriptor);
     return segment;
 }
 
 std::unique_ptr<DeviceSegment> import_vmm(int device, size_t bytes, int fd) {
-    CUmemGenericAllocationHandle allocation{};
-    auto* handle = reinterpret_cast<void*>(static_cast<uintptr_t>(fd));
+    CUmemGenericAllocationHandle handle{};
+    auto* descriptor = reinterpret_cast<void*>(static_cast<uintptr_t>(fd));
     check_driver(driver_function<decltype(cuMemImportFromShareableHandle)>("cuMemImportFromShareableHandle")(
-                     &allocation, handle, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
+                     &handle, descriptor, CU_MEM_HANDLE_TYPE_POSIX_FILE_DESCRIPTOR),
                  "cuMemImportFromShareableHandle");
-    return std::make_unique<VmmSegment>(allocation, bytes, device);
+    return std::make_unique<VmmSegment>(handle, bytes, device);
 }
 
 // CUDA IPC: plain allocations behind opaque handles.

@@ -15,12 +15,6 @@ T* pointer(uintptr_t address) {
 
 }  // namespace
 
-uint32_t DeviceBuffer::Signature::hash() const {
-    uint32_t hash = 2166136261u;
-    for (const int32_t field : fields) hash = (hash ^ static_cast<uint32_t>(field)) * 16777619u;
-    return hash;
-}
-
 int64_t DeviceBuffer::offset_in_heap(uintptr_t address) const {
     const uintptr_t first = symm_address();
     if (address < first || address >= first + static_cast<uintptr_t>(layout_.symm_bytes)) return -1;
@@ -73,7 +67,7 @@ Publication DeviceBuffer::publication(Operation operation, const Signature& sign
     Publication publication;
     publication.operation = static_cast<uint32_t>(operation);
     publication.signature = signature.hash();
-    std::copy_n(signature.fields, 8, publication.fields);
+    std::copy(signature.fields.begin(), signature.fields.end(), publication.fields);
     publication.num_tokens = plan.num_tokens;
     return publication;
 }
@@ -117,6 +111,7 @@ void DeviceBuffer::begin_dispatch(const DeviceDispatchArgs& args, const DevicePl
     publish.topk_idx = pointer<const int64_t>(args.topk_idx);
     publish.topk_weights = pointer<const float>(args.topk_weights);
     publish.locations = pointer<const int32_t>(args.locations);
+    publish.capacity = capacity_ = plan.capacity;
     publish.num_topk = plan.num_topk;
     launch_publish(publish, stream);
     if (plan.layout == LayoutKind::kPadded) {

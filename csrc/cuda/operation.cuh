@@ -10,7 +10,7 @@ namespace ray_deepep {
 struct Publication {
     uint32_t operation = 0;
     uint32_t signature = 0;
-    int32_t fields[8] = {};  // what the signature is made of
+    int32_t fields[8] = {};  // what the signature is made of; see signature.h
     int32_t num_tokens = 0;
     int64_t rows_at = -1;  // offset in the segment of rows that live in the heap; -1: the area's
     int64_t scales_at = -1;

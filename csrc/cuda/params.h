@@ -21,6 +21,7 @@ struct PublishParams {
     const int64_t* topk_idx = nullptr;    // [T, K]
     const float* topk_weights = nullptr;  // [T, K]; null: ones
     const int32_t* locations = nullptr;   // [T, K], padded layout only
+    int64_t capacity = 0;                 // what locations are below
     const float* row_weights = nullptr;   // combine
     int64_t num_row_weights = 0;
     int num_topk = 0;

@@ -22,6 +22,8 @@ struct DeviceControl {
     uint32_t failed;          // set once; kernels then return at once
 };
 
+inline constexpr uint64_t kLocationSeen = uint64_t{1} << 32;
+
 // In pinned host memory: what the host reads without a CUDA call.
 struct HostStatus {
     uint32_t fault;  // 0, or 1: timeout, 2: aborted, 3: arguments differ
@@ -39,6 +41,7 @@ struct HostStatus {
     uint32_t overflow;      // 1 + a rank on which the dispatch does not fit the buffer; 0: it fits
     int32_t overflow_rows;  // that it needs there
     int32_t bad_expert;     // 1 + an expert id out of range that was seen; 0: none. Its route is dropped.
+    uint64_t bad_location;  // kLocationSeen | a location out of range that was seen; 0: none. Its route is dropped.
     // int32 expert_count[L] and expert_offset[L + 1] follow
 };
 

@@ -4,6 +4,7 @@
 
 #include "cuda/check.h"
 #include "cuda/plan_counts.cuh"
+#include "cuda/ticket.cuh"
 
 namespace ray_deepep {
 namespace {
@@ -19,22 +20,6 @@ struct Chunk {
     int tokens;
     int routes;
 };
-
-// Position of this lane's route among earlier ones with the same key, in order; `counter[key]` carries on from step to
-// step. All lanes of a warp call it; those not `active` get -1.
-__device__ int take_ticket(int* counter, int key, bool active) {
-    const int lane = threadIdx.x % 32;
-    const unsigned same = __match_any_sync(kAll, active ? key : -1 - lane);
-    const int leader = __ffs(same) - 1;
-    int base = 0;
-    if (active && lane == leader) {
-        base = counter[key];
-        counter[key] = base + __popc(same);
-    }
-    base = __shfl_sync(kAll, base, leader);
-    __syncwarp();
-    return active ? base + __popc(same & ((1u << lane) - 1)) : -1;
-}
 
 __device__ int padded_slot(const PlanParams& p, int source, int local_expert, int location) {
     return static_cast<int>((int64_t{source} * p.peers.num_local_experts + local_expert) * p.plan.capacity + location);

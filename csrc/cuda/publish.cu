@@ -27,10 +27,18 @@ __device__ void publish_chunk(const PublishParams& p, uint32_t sequence, int chu
             peers.status->bad_expert = expert == -1 ? -1 : expert + 1;
             expert = -1;
         }
+        // A slot outside its block is another's, or outside the segment: nobody may hear of such a route.
+        if (p.locations != nullptr && expert >= 0) {
+            const int location = p.locations[first_route + i];
+            if (location < 0 || location >= p.capacity) {
+                peers.status->bad_location = kLocationSeen | static_cast<uint32_t>(location);
+                expert = -1;
+            }
+            locations[i] = location;
+        }
         experts[i] = expert;
         topk_idx[i] = expert;
         topk_weights[i] = p.topk_weights == nullptr ? 1.0f : p.topk_weights[first_route + i];
-        if (p.locations != nullptr) locations[i] = p.locations[first_route + i];
     }
     __syncthreads();
     for (int i = threadIdx.x; i < routes; i += blockDim.x) {

@@ -96,12 +96,11 @@ std::vector<int> Domain::missing_peers() const {
 std::vector<HeapOffer> Domain::exchange_offers(const HeapOffer& own, const AgreedSizes& sizes, double deadline_s) {
     const Deadline deadline(deadline_s);
     PeerMessage mine;
-    if (sizes.values.size() + 1 > std::size(mine.values)) throw std::logic_error("too many sizes to agree on");
+    if (sizes.values.size() > std::size(mine.values)) throw std::logic_error("too many sizes to agree on");
     mine.magic = kMagic;
     mine.kind = kHeap;
     mine.rank = rank_;
-    mine.values[0] = ++num_heaps_;
-    std::copy(sizes.values.begin(), sizes.values.end(), mine.values + 1);
+    std::copy(sizes.values.begin(), sizes.values.end(), mine.values);
     std::copy(own.blob.begin(), own.blob.end(), mine.blob);
     for (int peer = 0; peer < num_ranks_; ++peer) {
         if (peer != rank_) send_message(peers_[peer].socket.get(), mine, own.fd.get());
@@ -119,7 +118,7 @@ std::vector<HeapOffer> Domain::exchange_offers(const HeapOffer& own, const Agree
     if (!missing.empty()) throw BootstrapError("allocate", missing, deadline_s, "");
     for (int peer = 0; peer < num_ranks_; ++peer) {
         for (size_t i = 0; i < sizes.values.size(); ++i) {
-            const uint64_t expected = messages[0].values[1 + i], seen = messages[peer].values[1 + i];
+            const uint64_t expected = messages[0].values[i], seen = messages[peer].values[i];
             if (expected == seen) continue;
             throw MismatchError(Operation::kAllocate, peer, sizes.names[i], std::to_string(expected),
                                 std::to_string(seen));

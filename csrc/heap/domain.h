@@ -62,7 +62,6 @@ class Domain {
     Fd listener_;
     mutable std::mutex mutex_;  // held for moments: descriptors are closed while others look at them
     std::vector<Peer> peers_;
-    uint64_t num_heaps_ = 0;
 };
 
 }  // namespace ray_deepep

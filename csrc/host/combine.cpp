@@ -1,5 +1,4 @@
 // Combine: expert outputs back to their tokens, added up in a fixed order.
-#include <algorithm>
 #include <array>
 #include <cstring>
 #include <vector>
@@ -47,35 +46,6 @@ int order_routes(const int32_t* routes, int num_topk, int num_local, bool by_ran
     }
     return count;
 }
-
-// One token's sum, in a row of float32 that stays in the first-level cache.
-class RowSum {
-  public:
-    RowSum(int64_t hidden, DType dtype, bool streamed)
-        : hidden_(hidden), dtype_(dtype), streamed_(streamed), sum_(hidden) {}
-    void add(const void* row) {
-        empty_ ? set_row(sum_.data(), row, hidden_, dtype_) : add_row(sum_.data(), row, hidden_, dtype_);
-        empty_ = false;
-    }
-    void add_scaled(const void* row, float weight) {
-        empty_ ? set_scaled_row(sum_.data(), row, hidden_, dtype_, weight)
-               : add_scaled_row(sum_.data(), row, hidden_, dtype_, weight);
-        empty_ = false;
-    }
-    // Write the sum, rounded, and start the next.
-    void take(void* out) {
-        if (empty_) std::fill(sum_.begin(), sum_.end(), 0.0f);
-        store_row(out, sum_.data(), hidden_, dtype_, streamed_);
-        empty_ = true;
-    }
-
-  private:
-    int64_t hidden_;
-    DType dtype_;
-    bool streamed_;
-    std::vector<float> sum_;
-    bool empty_ = true;
-};
 
 }  // namespace
 

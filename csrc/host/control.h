@@ -40,6 +40,7 @@ struct OpHeader {
     int64_t capacity;
     uint32_t plan_sequence;    // of the dispatch whose plan is reused; 0: a new plan
     int32_t scale_by_weights;  // dispatch
+    int64_t max_recv_tokens;   // dispatch: rows that the outputs will have; 0: as many as arrive
     int32_t reduce;            // combine
     int32_t weighted;          // combine
     int32_t has_row_weights;   // combine: numbers travel beside the rows

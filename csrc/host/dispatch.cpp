@@ -4,6 +4,7 @@
 #include <string>
 #include <vector>
 
+#include "host/float8.h"
 #include "host/host_buffer.h"
 #include "host/rows.h"
 
@@ -11,7 +12,6 @@ namespace ray_deepep {
 namespace {
 
 constexpr int64_t kRowGrain = 32;  // rows a thread takes at a time
-constexpr int64_t kScaleBlock = 128;
 
 int64_t row_bytes(int64_t hidden, DType dtype) { return hidden * element_size(dtype); }
 int64_t scale_bytes(int64_t hidden) { return hidden / kScaleBlock * 4; }
@@ -146,6 +146,7 @@ void HostBuffer::stage_rows(const DispatchArgs& args, OpHeader& own, const int32
     own.dtype = args.dtype;
     own.num_tokens = args.num_tokens;
     own.scale_by_weights = args.scale_by_weights;
+    own.max_recv_tokens = args.max_recv_tokens;
     const int64_t in_heap = symm_offset(args.x);
     own.in_place = in_heap != 0;
     own.rows_at = in_heap != 0 ? in_heap : reserve(args.num_tokens * bytes);

@@ -2,12 +2,8 @@
 
 #include <cstring>
 
-// As in rows.cpp: the loader picks the widest version that the processor has.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define RAY_DEEPEP_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define RAY_DEEPEP_MULTIVERSION
-#endif
+#include "host/multiversion.h"
+#include "host/rows.h"
 
 namespace ray_deepep {
 namespace {
@@ -21,23 +17,6 @@ float float_of(int32_t bits) {
     float value;
     std::memcpy(&value, &bits, sizeof(value));
     return value;
-}
-
-// A block in float32. Not set_row: that loses the sign of zeros.
-RAY_DEEPEP_MULTIVERSION void load(float* __restrict dst, const BFloat16* __restrict src) {
-    for (int64_t i = 0; i < kScaleBlock; ++i) dst[i] = to_float(src[i]);
-}
-RAY_DEEPEP_MULTIVERSION void load(float* __restrict dst, const Float16* __restrict src) {
-    for (int64_t i = 0; i < kScaleBlock; ++i) dst[i] = to_float(src[i]);
-}
-
-void load(float* dst, const void* src, DType dtype) {
-    switch (dtype) {
-        case DType::kFloat32: std::memcpy(dst, src, kScaleBlock * sizeof(float)); return;
-        case DType::kBFloat16: return load(dst, static_cast<const BFloat16*>(src));
-        case DType::kFloat16: return load(dst, static_cast<const Float16*>(src));
-        case DType::kFloat8E4M3: return;
-    }
 }
 
 // Largest absolute value, as bits: without the sign they are ordered as the numbers are, NaN above all.
@@ -103,7 +82,8 @@ void quantize_row(uint8_t* dst, float* scales, const void* src, int64_t hidden, 
     float block[kScaleBlock];
     const int64_t block_bytes = kScaleBlock * element_size(dtype);
     for (int64_t i = 0; i < hidden / kScaleBlock; ++i) {
-        load(block, static_cast<const std::byte*>(src) + i * block_bytes, dtype);
+        // Not set_row: that loses the sign of zeros.
+        widen_row(block, static_cast<const std::byte*>(src) + i * block_bytes, kScaleBlock, dtype);
         scales[i] = scale_of(amax_bits(block), scale);
         convert(dst + i * kScaleBlock, block, scales[i]);
     }

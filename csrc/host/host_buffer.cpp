@@ -125,17 +125,19 @@ void HostBuffer::check_agreement() const {
         const auto flag = [&](const char* field, int32_t expected, int32_t seen) {
             if (expected != seen) differ(field, expected != 0 ? "True" : "False", seen != 0 ? "True" : "False");
         };
-        static const char* const kLayouts[] = {"TokenMajor", "ExpertMajor", "Padded"};
-        static const char* const kReduces[] = {"exact", "fast", "expert_order"};
         differ("operation", to_string(first.operation), to_string(other.operation));
         differ("dtype", to_string(first.dtype), to_string(other.dtype));
         number("handle (dispatch number)", first.plan_sequence, other.plan_sequence);
         number("num_topk", first.num_topk, other.num_topk);
-        differ("layout", kLayouts[static_cast<int>(first.layout_kind)], kLayouts[static_cast<int>(other.layout_kind)]);
+        differ("layout", to_string(first.layout_kind), to_string(other.layout_kind));
         number("layout.alignment", first.alignment, other.alignment);
         number("layout.capacity", first.capacity, other.capacity);
         flag("scale_by_weights", first.scale_by_weights, other.scale_by_weights);
-        differ("reduce", kReduces[first.reduce], kReduces[other.reduce]);
+        if (first.max_recv_tokens != other.max_recv_tokens) {
+            const auto room = [](int64_t rows) { return rows != 0 ? std::to_string(rows) : "None"; };
+            differ("max_recv_tokens", room(first.max_recv_tokens), room(other.max_recv_tokens));
+        }
+        differ("reduce", to_string(static_cast<Reduce>(first.reduce)), to_string(static_cast<Reduce>(other.reduce)));
         flag("weighted", first.weighted, other.weighted);
         flag("topk_weights", first.has_row_weights, other.has_row_weights);
     }

@@ -56,6 +56,7 @@ struct DispatchArgs {
     DType dtype = DType::kFloat32;
     Layout layout;
     bool scale_by_weights = false;
+    int64_t max_recv_tokens = 0;  // only to agree on: the caller cuts or pads the outputs; 0: as many as arrive
 };
 
 struct DispatchOutputs {

@@ -17,33 +17,6 @@ T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
 }
 
-// One token's sum at a time, in a row of float32 that stays in the first-level cache.
-class Sum {
-  public:
-    Sum(int64_t hidden, DType dtype) : hidden_(hidden), dtype_(dtype), sum_(hidden) {}
-    void add(const void* row) {
-        empty_ ? set_row(sum_.data(), row, hidden_, dtype_) : add_row(sum_.data(), row, hidden_, dtype_);
-        empty_ = false;
-    }
-    void add_scaled(const void* row, float weight) {
-        empty_ ? set_scaled_row(sum_.data(), row, hidden_, dtype_, weight)
-               : add_scaled_row(sum_.data(), row, hidden_, dtype_, weight);
-        empty_ = false;
-    }
-    // Write the sum, rounded, and start the next.
-    void take(void* out) {
-        if (empty_) std::fill(sum_.begin(), sum_.end(), 0.0f);
-        store_row(out, sum_.data(), hidden_, dtype_, false);
-        empty_ = true;
-    }
-
-  private:
-    int64_t hidden_;
-    DType dtype_;
-    std::vector<float> sum_;
-    bool empty_ = true;
-};
-
 // Ranks that hold experts of one token, ascending; `routes` is its row of LowLatencyPlan::send_expert.
 void ranks_of(const int32_t* routes, int num_topk, int num_local, std::vector<int>* ranks) {
     ranks->clear();
@@ -76,7 +49,7 @@ void LowLatencyBuffer::stage_sums(const LowLatencyCombineArgs& args, const LowLa
     const int64_t bytes = sizes_.hidden * element_size(args.dtype);
     const auto* rows = pointer<const std::byte>(args.rows);
     threads_.parallel_for(static_cast<int64_t>(plan.recv_token.size()), kRowGrain, [&](int64_t begin, int64_t end) {
-        Sum sum(sizes_.hidden, args.dtype);
+        RowSum sum(sizes_.hidden, args.dtype, false);
         for (int64_t i = begin; i < end; ++i) {
             for (int64_t r = plan.route_begin[i]; r < plan.route_begin[i + 1]; ++r) {
                 if (plan.route_slot[r] >= 0) sum.add_scaled(rows + plan.route_slot[r] * bytes, plan.route_weight[r]);
@@ -120,7 +93,7 @@ void LowLatencyBuffer::receive_combine(const LowLatencyCall& call, const LowLate
         staged[rank] = at<const std::byte>(rank, call.sequence, map_.rows_at);
     }
     threads_.parallel_for(plan.num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
-        Sum sum(sizes_.hidden, args.dtype);
+        RowSum sum(sizes_.hidden, args.dtype, false);
         std::vector<int> ranks;
         for (int64_t t = begin; t < end; ++t) {
             const int32_t* routes = &plan.send_expert[t * num_topk];

@@ -7,17 +7,16 @@
 #include <emmintrin.h>
 #endif
 
-// One build serves every x86-64: the loader picks the widest version that the processor has.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ >= 12
-#define RAY_DEEPEP_MULTIVERSION __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define RAY_DEEPEP_MULTIVERSION
-#endif
+#include "host/multiversion.h"
 
 namespace ray_deepep {
 namespace {
 
 #define RAY_DEEPEP_ROW_LOOPS(T, NAME)                                                                           \
+    RAY_DEEPEP_MULTIVERSION [[maybe_unused]] void widen_##NAME(float* __restrict dst, const T* __restrict src,  \
+                                                               int64_t n) {                                     \
+        for (int64_t i = 0; i < n; ++i) dst[i] = to_float(src[i]);                                              \
+    }                                                                                                           \
     RAY_DEEPEP_MULTIVERSION void scale_##NAME(T* __restrict dst, const T* __restrict src, int64_t n, float w) { \
         for (int64_t i = 0; i < n; ++i) dst[i] = from_float<T>(w * to_float(src[i]));                           \
     }                                                                                                           \
@@ -55,6 +54,15 @@ void scale_row(void* dst, const void* src, int64_t hidden, DType dtype, float we
             return scale_bfloat16(static_cast<BFloat16*>(dst), static_cast<const BFloat16*>(src), hidden, weight);
         case DType::kFloat16:
             return scale_float16(static_cast<Float16*>(dst), static_cast<const Float16*>(src), hidden, weight);
+        case DType::kFloat8E4M3: return;
+    }
+}
+
+void widen_row(float* dst, const void* src, int64_t count, DType dtype) {
+    switch (dtype) {
+        case DType::kFloat32: std::memcpy(dst, src, count * sizeof(float)); return;
+        case DType::kBFloat16: return widen_bfloat16(dst, static_cast<const BFloat16*>(src), count);
+        case DType::kFloat16: return widen_float16(dst, static_cast<const Float16*>(src), count);
         case DType::kFloat8E4M3: return;
     }
 }

@@ -22,14 +22,16 @@ import ray
 import torch.distributed as dist
 from ray.train._internal.utils import get_address_and_port
 
+from ..bounded import NoReturnError, call_within
 from ..communicator import Communicator
 from ..config import CommConfig
 from ..errors import BootstrapError, InvalidArgumentError, InvalidTypeError, SharedGpuError
+from ..fields import check_positive, check_str
 from . import groups
 from .exchange import RayExchange, make_rendezvous
 from .gather import Answers, first_error, gather, one_line, refuse_shared_gpus
 from .layout import ep_groups, group_of
-from .processes import ProcessId, own_process
+from .processes import ProcessId, on_nodes, own_process, process_state
 from .state import WorkerState, drop_state, keep_state
 from .worker import WorkerStart
 
@@ -97,7 +99,7 @@ def bootstrap(
         Exception: what else an actor raised; then no actor keeps a communicator.
     """
     config = CommConfig() if config is None else config
-    _check(actors, process_group, swap)
+    _check(actors, config, process_group, timeout_s, swap)
     groups_ = ep_groups(len(actors), ep_size)
     rendezvous = make_rendezvous(len(actors))
     spec = _JoinSpec(
@@ -137,7 +139,15 @@ def drop_state_of(actor: Any) -> None:
     drop_state(actor)
 
 
-def _check(actors: Sequence[Any], process_group: str | None, swap: bool | SwapConfig) -> None:
+def _check(actors: object, config: object, process_group: object, timeout_s: object, swap: object) -> None:
+    if not isinstance(config, CommConfig):
+        raise InvalidTypeError("config", type(config).__name__, "must be a CommConfig")
+    if process_group is not None:
+        check_str("process_group", process_group)
+    check_positive("timeout_s", timeout_s)
+    groups.check_swap(swap)
+    if not isinstance(actors, Sequence):
+        raise InvalidTypeError("actors", type(actors).__name__, "must be a sequence of Ray actor handles")
     if not actors:
         raise InvalidArgumentError("actors", list(actors), "must name at least one actor")
     for index, actor in enumerate(actors):
@@ -163,10 +173,24 @@ def _diagnose(
         waiting_for = ray.get(rendezvous.waiting_for.remote(), timeout=_CLEANUP_S)
     except ray.exceptions.RayError:
         waiting_for = {}
-    missing = sorted({rank for ranks in waiting_for.values() for rank in ranks}) or error.missing
+    missing = sorted({rank for ranks in waiting_for.values() for rank in ranks}) or _stopped(actors) or error.missing
     phase = min(waiting_for, key=len).rsplit("/", 1)[-1] if waiting_for else error.phase
     details = "; ".join(f"rank {rank}, {_describe(actors[rank])}, did not come" for rank in missing)
-    return BootstrapError(phase, missing, deadline_s, details)
+    return BootstrapError(phase, missing, deadline_s, details or error.detail)
+
+
+def _stopped(actors: Sequence[ray.actor.ActorHandle]) -> list[int]:
+    """Ranks whose process is stopped, by a debugger or SIGSTOP; Ray counts them as alive."""
+    processes = []
+    for actor in actors:
+        info = ray._private.state.state.actor_table(actor._actor_id.hex())
+        address = info.get("Address", {})
+        process = ProcessId(
+            node_id=address.get("NodeID", ""), host=address.get("IPAddress", ""), pid=info.get("Pid", 0)
+        )
+        processes.append(process)
+    states = on_nodes(process_state, processes, _CLEANUP_S)
+    return [rank for rank, state in enumerate(states) if state == "stopped"]
 
 
 def _break_off(refs: Sequence[ray.ObjectRef], rendezvous: ray.actor.ActorHandle, missing: Sequence[int]) -> None:
@@ -203,16 +227,13 @@ def _join(actor: Any, rendezvous: ray.actor.ActorHandle, spec: _JoinSpec) -> Act
     world("join", json.dumps(dataclasses.asdict(process)).encode())
     if spec.process_group is not None:
         _init_process_group(world, spec)
-    ranks, group = group_of(spec.world_rank, spec.ep_groups), None
-    if dist.is_initialized() and dist.get_world_size() == spec.world_size:
-        ranks, group = groups.own_ep_group(spec.ep_groups, spec.world_rank, spec.timeout_s)
-    communicator = Communicator(
-        _exchange(rendezvous, spec, f"ep{ranks[0]}", ranks),
-        rank=ranks.index(spec.world_rank),
-        num_ranks=len(ranks),
-        config=spec.config,
-        group=group,
-    )
+    try:
+        ranks, communicator = _make_communicator(rendezvous, spec)
+    except BaseException:
+        # No state holds it yet, and an actor that has one cannot take part in the next bootstrap.
+        if spec.process_group is not None:
+            dist.destroy_process_group()
+        raise
     state = WorkerState(
         world_rank=spec.world_rank,
         world_size=spec.world_size,
@@ -237,6 +258,23 @@ def _join(actor: Any, rendezvous: ray.actor.ActorHandle, spec: _JoinSpec) -> Act
     )
 
 
+def _make_communicator(rendezvous: ray.actor.ActorHandle, spec: _JoinSpec) -> tuple[tuple[int, ...], Communicator]:
+    """The communicator of this rank's EP group, and the group's world ranks."""
+    ranks, group = group_of(spec.world_rank, spec.ep_groups), None
+    if dist.is_initialized() and dist.get_world_size() == spec.world_size:
+        ranks, group = groups.own_ep_group(
+            spec.ep_groups, spec.world_rank, spec.timeout_s, deadline_s=spec.config.bootstrap_deadline_s
+        )
+    communicator = Communicator(
+        _exchange(rendezvous, spec, f"ep{ranks[0]}", ranks),
+        rank=ranks.index(spec.world_rank),
+        num_ranks=len(ranks),
+        config=spec.config,
+        group=group,
+    )
+    return ranks, communicator
+
+
 def _exchange(rendezvous: ray.actor.ActorHandle, spec: _JoinSpec, name: str, ranks: tuple[int, ...]) -> RayExchange:
     return RayExchange(
         rendezvous, name=name, ranks=ranks, world_rank=spec.world_rank, deadline_s=spec.config.bootstrap_deadline_s
@@ -256,9 +294,17 @@ def _init_process_group(world: RayExchange, spec: _JoinSpec) -> None:
         "WORLD_SIZE": str(spec.world_size),
         "LOCAL_RANK": "0",  # an actor sees only its own GPUs
     }
-    dist.init_process_group(
-        spec.process_group,
-        rank=spec.world_rank,
-        world_size=spec.world_size,
-        timeout=datetime.timedelta(seconds=spec.timeout_s),
-    )
+    deadline_s = spec.config.bootstrap_deadline_s
+    try:
+        call_within(
+            deadline_s,
+            lambda: dist.init_process_group(
+                spec.process_group,
+                rank=spec.world_rank,
+                world_size=spec.world_size,
+                timeout=datetime.timedelta(seconds=spec.timeout_s),
+            ),
+            if_late=dist.destroy_process_group,
+        )
+    except NoReturnError:
+        raise BootstrapError("process_group", [], deadline_s, groups.STORE_OF_RANK_0.format(address, port)) from None

@@ -191,4 +191,5 @@ def _blamed(record: FaultRecord, ranks: Sequence[int], processes: Sequence[Proce
     for rank, process in enumerate(processes):
         if record.peer_pid and (process.pid, process.host) == (record.peer_pid, record.peer_host):
             return rank
-    return ranks[record.peer]
+    # Not of the EP group: torch's store, which Ray puts into the process of world rank 0.
+    return ranks[record.peer] if record.peer >= 0 else 0

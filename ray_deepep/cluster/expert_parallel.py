@@ -22,9 +22,11 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
 from .. import env
 from ..config import CommConfig
-from ..errors import BootstrapError, InvalidArgumentError, InvalidTypeError
+from ..errors import BootstrapError, InvalidTypeError
+from ..fields import check_choice, check_duration, check_int, check_positive, check_str, known_fields
 from . import worker
 from .gather import first_error, gather, refuse_shared_gpus
+from .groups import check_swap
 from .layout import ep_groups
 from .nodes import lost_nodes
 from .placement import PlacementConfig
@@ -48,6 +50,7 @@ class WorkerBootstrapError(WorkerGroupStartupFailedError, BootstrapError):
     """
 
 
+@known_fields
 @dataclasses.dataclass
 class ExpertParallelConfig(TorchConfig):
     """Ray Train's torch configuration plus expert parallelism.
@@ -82,14 +85,15 @@ class ExpertParallelConfig(TorchConfig):
             raise InvalidTypeError("comm", type(self.comm).__name__, "must be a CommConfig")
         if self.placement is not None and not isinstance(self.placement, PlacementConfig):
             raise InvalidTypeError("placement", type(self.placement).__name__, "must be a PlacementConfig, or None")
-        if self.ep_size is not None and (not isinstance(self.ep_size, int) or self.ep_size < 1):
-            raise InvalidArgumentError("ep_size", self.ep_size, "must be an integer >= 1, or None")
-        if not self.hang_deadline_s >= 0:
-            raise InvalidArgumentError("hang_deadline_s", self.hang_deadline_s, "must be >= 0")
-        if not isinstance(self.fault_log, str):
-            raise InvalidTypeError("fault_log", type(self.fault_log).__name__, "must be a str")
-        if self.init_method not in ("env", "tcp"):
-            raise InvalidArgumentError("init_method", self.init_method, "must be env or tcp")
+        if self.ep_size is not None:
+            check_int("ep_size", self.ep_size, least=1)
+        check_swap(self.swap)
+        check_duration("hang_deadline_s", self.hang_deadline_s)
+        check_str("fault_log", self.fault_log)
+        if self.backend is not None:
+            check_str("backend", self.backend)
+        check_choice("init_method", self.init_method, ("env", "tcp"))
+        check_positive("timeout_s", self.timeout_s)
         register_callbacks()
 
     @property

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ..errors import InvalidArgumentError
+from ..errors import InvalidArgumentError, InvalidTypeError
+from ..fields import check_int
 
 
 def ep_groups(world_size: int, ep_size: int | None) -> tuple[tuple[int, ...], ...]:
@@ -16,10 +17,12 @@ def ep_groups(world_size: int, ep_size: int | None) -> tuple[tuple[int, ...], ..
 
     Raises:
         InvalidArgumentError: ``ep_size`` does not divide ``world_size``.
+        InvalidTypeError: one of them is no ``int``.
     """
-    if world_size < 1:
-        raise InvalidArgumentError("world_size", world_size, "must be >= 1")
+    check_int("world_size", world_size, least=1)
     size = world_size if ep_size is None else ep_size
+    if type(size) is not int:
+        raise InvalidTypeError("ep_size", ep_size, "must be an int, or None")
     if size < 1 or world_size % size:
         raise InvalidArgumentError("ep_size", ep_size, f"must divide the world size {world_size}")
     return tuple(tuple(range(start, start + size)) for start in range(0, world_size, size))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import selectors
 import socket
 import time
@@ -35,7 +36,13 @@ def reachable(addresses: Mapping[str, tuple[str, int]], timeout_s: float) -> set
         for name, address in addresses.items():
             probe = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
             probe.setblocking(False)
-            probe.connect_ex(address)
+            result = probe.connect_ex(address)
+            if result == 0:
+                found.add(name)
+            if result != errno.EINPROGRESS:
+                # Refused at once, as where there is no route; the socket would be writable all the same.
+                probe.close()
+                continue
             selector.register(probe, selectors.EVENT_WRITE, name)
         while selector.get_map() and (left := deadline - time.monotonic()) > 0:
             for key, _ in selector.select(left):

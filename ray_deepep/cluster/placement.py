@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 
 from .. import env
 from ..errors import InvalidArgumentError
+from ..fields import check_bool, check_duration, check_number, check_str, known_fields
 from .layout import ep_groups
 from .packing import share_out, split_whole
 from .shortage import DomainRoom, PlacementShortage, several, shortened
@@ -47,12 +48,13 @@ class NodeOffer:
         return min(int(have.get(name, 0.0) / need + _ROUNDING) for name, need in resources.items())
 
 
+@known_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlacementRequest:
     """What is to be placed.
 
     Raises:
-        InvalidArgumentError: a field breaks its rule.
+        InvalidArgumentError, InvalidTypeError: a field breaks its rule.
     """
 
     num_workers: int
@@ -66,6 +68,10 @@ class PlacementRequest:
 
     def __post_init__(self) -> None:
         ep_groups(self.num_workers, self.ep_size)
+        check_str("domain_label", self.domain_label)
+        check_bool("allow_spread", self.allow_spread)
+        for name, amount in self.resources_per_worker.items():
+            check_number(f"resources_per_worker[{name!r}]", amount)
         if any(amount < 0 for amount in self.resources_per_worker.values()) or not self.needs:
             rule = "must have an amount above 0, and none below"
             raise InvalidArgumentError("resources_per_worker", dict(self.resources_per_worker), rule)
@@ -88,12 +94,13 @@ class PlacementRequest:
         return next((name for name in ("GPU", *special, *ordinary) if name in self.needs), next(iter(self.needs)))
 
 
+@known_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class PlacementConfig:
     """How ranks are placed on a Ray cluster.
 
     Raises:
-        InvalidArgumentError: a field breaks its rule.
+        InvalidArgumentError, InvalidTypeError: a field breaks its rule.
     """
 
     domain_label: str = DOMAIN_LABEL
@@ -106,11 +113,12 @@ class PlacementConfig:
     """Seconds to wait for room."""
 
     def __post_init__(self) -> None:
+        check_str("domain_label", self.domain_label)
         if not self.domain_label:
             raise InvalidArgumentError("domain_label", self.domain_label, "must not be empty")
-        for name in ("settle_s", "wait_s"):
-            if not getattr(self, name) >= 0:
-                raise InvalidArgumentError(name, getattr(self, name), "must be >= 0")
+        check_bool("allow_spread", self.allow_spread)
+        check_duration("settle_s", self.settle_s)
+        check_duration("wait_s", self.wait_s)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

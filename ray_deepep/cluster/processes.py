@@ -49,18 +49,24 @@ def process_state(process: ProcessId) -> str:
         text = Path(f"/proc/{process.pid}/stat").read_text()
     except (FileNotFoundError, ProcessLookupError):
         return "gone"
+    except PermissionError:
+        return "unknown"
     letter = text[text.rindex(")") + 2]
     return "gone" if letter in "ZX" else "stopped" if letter in "Tt" else "running"
 
 
 def kill_process(process: ProcessId) -> bool:
-    """SIGKILL a Ray worker of this node, which ends a stopped one too. Whether there was one to kill."""
+    """SIGKILL a Ray worker of this node, which ends a stopped one too. Whether one was killed."""
     try:
         # The pid may have been given to a stranger since.
         if b"ray::" not in Path(f"/proc/{process.pid}/cmdline").read_bytes():
             return False
         os.kill(process.pid, signal.SIGKILL)
     except (FileNotFoundError, ProcessLookupError):
+        return False
+    except PermissionError as error:
+        # Of another user, so none of this run's; or /proc hides it.
+        logger.warning("cannot kill %s: %s", process, error)
         return False
     return True
 

@@ -79,11 +79,14 @@ def start_worker(spec: WorkerSpec) -> WorkerStart:
         init_method=spec.init_method,
         timeout_s=spec.timeout_s,
     )
-    ranks, group = groups.own_ep_group(spec.ep_groups, spec.world_rank, spec.timeout_s)
+    ranks, group = groups.own_ep_group(
+        spec.ep_groups, spec.world_rank, spec.timeout_s, deadline_s=spec.comm.bootstrap_deadline_s
+    )
     try:
         communicator = Communicator.from_process_group(group, config=spec.comm)
     except BootstrapError as error:
-        missing = [ranks[rank] for rank in error.missing]
+        # Nobody named: torch's store, which is in the process of world rank 0.
+        missing = [ranks[rank] for rank in error.missing] or [0]
         raise BootstrapError(error.phase, missing, error.deadline_s, error.detail) from None
     try:
         swap = groups.swap_deepspeed(spec.swap, communicator, ranks, spec.comm)

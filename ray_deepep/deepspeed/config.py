@@ -6,12 +6,14 @@ import dataclasses
 
 from .. import env
 from ..config import CommConfig
-from ..errors import InvalidArgumentError, InvalidTypeError
+from ..errors import InvalidTypeError
+from ..fields import check_choice, known_fields
 
 LAYOUTS = ("padded", "compact")
 COMBINES = ("exact", "fast")
 
 
+@known_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SwapConfig:
     """How swapped layers move rows; the same on every rank."""
@@ -27,7 +29,6 @@ class SwapConfig:
 
     def __post_init__(self) -> None:
         for name, allowed in (("layout", LAYOUTS), ("combine", COMBINES)):
-            if getattr(self, name) not in allowed:
-                raise InvalidArgumentError(name, getattr(self, name), f"must be one of {', '.join(allowed)}")
+            check_choice(name, getattr(self, name), allowed)
         if not isinstance(self.comm, CommConfig):
             raise InvalidTypeError("comm", type(self.comm).__name__, "must be a CommConfig")

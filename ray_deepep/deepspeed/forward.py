@@ -24,7 +24,7 @@ from .exchange import Dispatched, Routes, combine, dispatch
 from .gating import route
 from .registry import BufferRegistry, SharedBuffer
 
-CAPACITY_FIELDS = ("layout", "layout.capacity", "weighted, capacity or max_recv_tokens")
+CAPACITY_FIELDS = ("layout", "layout.capacity")
 """What a mismatch of capacities is called: by the CPU core and the reference, and by the CUDA core."""
 
 

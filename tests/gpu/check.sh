@@ -2,7 +2,7 @@
 # compute-sanitizer over small cases of the CUDA core, then faults (both without MPS). Run after run.sh has built.
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
-export PYTHONPATH=$PWD
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 for tool in memcheck racecheck; do
   echo "== $tool"
   compute-sanitizer --tool $tool --target-processes all --error-exitcode 9 \

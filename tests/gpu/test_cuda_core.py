@@ -12,7 +12,7 @@ import torch
 from cases import FLOAT8, LAYOUTS, PADDED, ROUTINGS, Case, all_modes, check_case
 from harness import RankContext, Ranks, error_of
 
-from ray_deepep import ExpertMajor, InvalidArgumentError, TokenMajor
+from ray_deepep import ExpertMajor, InvalidArgumentError, Padded, TokenMajor
 from ray_deepep.cuda import cuda_problem
 
 pytestmark = pytest.mark.skipif(bool(cuda_problem()), reason=f"transport cuda: {cuda_problem()}")
@@ -126,6 +126,40 @@ def bad_expert(context: RankContext) -> str:
 
 def test_expert_out_of_range(ranks: Ranks) -> None:
     assert ranks.run(2, bad_expert) == ["topk_idx: must be in [-1, 4); got '4'", ""]
+
+
+def bad_location(context: RankContext, location: int) -> str:
+    """As a bad expert id: an error where it was given, and its route is nobody's: the slots of all others hold what
+    they did, those that the location would have reached included."""
+    torch.cuda.set_device(context.rank % torch.cuda.device_count())
+    with context.buffer("cuda", num_experts=4, hidden=64, num_topk=1, max_tokens=8, max_capacity=8) as buffer:
+        topk_idx = torch.zeros(4, 1, dtype=torch.int64, device="cuda")
+        locations = torch.arange(4, dtype=torch.int32, device="cuda").view(4, 1)
+        x = torch.randn(4, 64, device="cuda")
+        padded = {"layout": Padded(8)}
+        usual = buffer.dispatch(x, topk_idx, locations=locations, **padded).x.view(context.num_ranks, 2, 8, 64)
+        text = ""
+        if context.rank == 1:
+            locations[2, 0] = location
+            call = lambda: buffer.dispatch(x, topk_idx, locations=locations, **padded)  # noqa: E731
+            text = str(error_of(InvalidArgumentError, call))
+        else:
+            want = usual.clone()
+            want[1, 0, 2] = 0
+            assert torch.equal(buffer.dispatch(x, topk_idx, locations=locations, **padded).x.view_as(want), want)
+        locations[2, 0] = 2
+        again = buffer.dispatch(x, topk_idx, locations=locations, **padded)
+        assert torch.equal(again.x.view_as(usual), usual)
+        home = buffer.combine(again.x, again.handle)
+        torch.cuda.synchronize()
+        assert torch.equal(home.x, x)
+        return text
+
+
+@pytest.mark.parametrize("location", (8, -1, 17, 2**31 - 1, -(2**31)))
+def test_location_out_of_range(ranks: Ranks, location: int) -> None:
+    """The same argument is ``locations[2, 0]`` on CPUs (``test_bad_dispatch.py``), where the host can look."""
+    assert ranks.run(2, bad_location, location) == ["", f"locations: must be in [0, 8); got '{location}'"]
 
 
 def no_tokens_after_some(context: RankContext) -> None:

@@ -1,0 +1,257 @@
+// Low-latency combine: each rank stages what it sends home (a token's sum over its experts, or a row per route), the
+// source pulls it and adds up, in float32 and a fixed order. The sums are those of host/low_latency_combine.cpp.
+#include <algorithm>
+
+#include "cuda/check.h"
+#include "cuda/low_latency.cuh"
+#include "cuda/vec.cuh"
+
+namespace ray_deepep {
+namespace {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kWidth = 2;                   // 16-byte vectors of a lane
+constexpr int kPieceVectors = 32 * kWidth;  // that a warp adds up at a time
+constexpr int kBatch = 4;                   // rows whose loads are in flight together
+
+using Params = LowLatencyCombineParams;
+
+template <typename T>
+using Piece = Vec<T>[kWidth];
+
+// Where a piece is in its row, and how much of it there is.
+struct PieceRange {
+    int first, vectors;
+    __device__ PieceRange(int piece, int row_vectors) : first(piece * kPieceVectors), vectors(row_vectors - first) {}
+};
+
+template <typename T>
+__device__ void load_piece(const std::byte* row, const PieceRange& range, Piece<T>& v) {
+    const auto* from = reinterpret_cast<const uint4*>(row) + range.first;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+        const int i = threadIdx.x % 32 + j * 32;
+        if (i < range.vectors) v[j].bits = __ldcg(&from[i]);
+    }
+}
+
+template <typename T>
+__device__ void store_piece(std::byte* row, const PieceRange& range, const Piece<T>& v) {
+    auto* to = reinterpret_cast<uint4*>(row) + range.first;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+        const int i = threadIdx.x % 32 + j * 32;
+        if (i < range.vectors) to[i] = v[j].bits;
+    }
+}
+
+// A warp's sum of one piece; the first row is set, not added to 0, which would lose the sign of -0.
+template <typename T>
+struct Sum {
+    float values[kWidth][Vec<T>::kCount];
+    bool empty = true;
+    __device__ Sum() {
+#pragma unroll
+        for (auto& vector : values) {
+#pragma unroll
+            for (float& value : vector) value = 0.0f;
+        }
+    }
+    __device__ void add(const Piece<T>& v, float weight, bool weighted) {
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+            float terms[Vec<T>::kCount];
+            widen_all(v[j], terms);
+#pragma unroll
+            for (int i = 0; i < Vec<T>::kCount; ++i) {
+                const float term = weighted ? __fmul_rn(weight, terms[i]) : terms[i];
+                values[j][i] = empty ? term : __fadd_rn(values[j][i], term);
+            }
+        }
+        empty = false;
+    }
+    __device__ void store(std::byte* row, const PieceRange& range) const {
+        Piece<T> v;
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+#pragma unroll
+            for (int i = 0; i < Vec<T>::kCount; ++i) v[j].items[i] = narrow<T>(values[j][i]);
+        }
+        store_piece<T>(row, range, v);
+    }
+};
+
+// A warp's list of rows to add: one a lane, in lane order.
+struct Rows {
+    const std::byte* row = nullptr;  // null: none
+    float weight = 1.0f;
+};
+
+template <typename T>
+__device__ Sum<T> sum_rows(const Rows& rows, bool weighted, const PieceRange& range) {
+    Sum<T> sum;
+    const auto address = reinterpret_cast<uint64_t>(rows.row);
+    unsigned left = __ballot_sync(kAllLanes, rows.row != nullptr);
+    while (left != 0) {
+        Piece<T> v[kBatch];
+        float weights[kBatch];
+        int count = 0;
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) {
+            if (left == 0) break;
+            const int lane = __ffs(left) - 1;
+            left &= left - 1;
+            weights[n] = __shfl_sync(kAllLanes, rows.weight, lane);
+            load_piece<T>(reinterpret_cast<const std::byte*>(__shfl_sync(kAllLanes, address, lane)), range, v[n]);
+            count = n + 1;
+        }
+#pragma unroll
+        for (int n = 0; n < kBatch; ++n) {
+            if (n < count) sum.add(v[n], weights[n], weighted);
+        }
+    }
+    return sum;
+}
+
+// The row of a warp's first piece.
+__device__ int first_row(int row_vectors) {
+    const int pieces = (row_vectors + kPieceVectors - 1) / kPieceVectors;
+    return (static_cast<int>(threadIdx.x / 32 * gridDim.x) + static_cast<int>(blockIdx.x)) / pieces;
+}
+
+// Calls body(i, piece) with a warp for every piece of every one of `count` rows.
+template <typename Body>
+__device__ void each_piece(int count, int row_vectors, Body body) {
+    const int pieces = (row_vectors + kPieceVectors - 1) / kPieceVectors;
+    const int items = count * pieces;
+    for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < items; item += gridDim.x * kLowLatencyWarps) {
+        body(item / pieces, PieceRange(item % pieces, row_vectors));
+    }
+}
+
+// Rows for the sources, at (source, token), or (source, token, turn of the route among those of this rank).
+template <typename T>
+__device__ void stage_home(const Params& p, uint32_t sequence) {
+    const LowLatencyPeers& peers = p.peers;
+    const int lane = threadIdx.x % 32, row_vectors = static_cast<int>(peers.hidden * sizeof(T) / 16);
+    const int64_t row_bytes = peers.hidden * sizeof(T);
+    std::byte* staged = area_rows(peers, peers.rank, sequence);
+    // Tokens that did not come have no routes.
+    const int tokens = peers.num_ranks * static_cast<int>(peers.max_tokens);
+    each_piece(tokens, row_vectors, [&](int64_t token, const PieceRange& range) {
+        int slot = -1;
+        Rows rows;
+        if (lane < p.step.num_topk) {
+            const int64_t at = token * p.step.num_topk + lane;
+            slot = p.plan.slot[at];
+            rows.weight = p.plan.weight[at];
+        }
+        unsigned here = __ballot_sync(kAllLanes, slot != -1);
+        if (here == 0) return;
+        if (!p.exact) {
+            rows.row = slot >= 0 ? p.rows + slot * row_bytes : nullptr;
+            sum_rows<T>(rows, true, range).store(staged + token * row_bytes, range);
+            return;
+        }
+        for (int turn = 0; here != 0; ++turn, here &= here - 1) {
+            const int from = __shfl_sync(kAllLanes, slot, __ffs(here) - 1);
+            Piece<T> v;
+#pragma unroll
+            for (auto& vector : v) vector.bits = make_uint4(0, 0, 0, 0);
+            if (from >= 0) load_piece<T>(p.rows + from * row_bytes, range, v);
+            store_piece<T>(staged + (token * p.max_routes_here + turn) * row_bytes, range, v);
+        }
+    });
+}
+
+// A token of this rank, and this lane's route of it.
+struct TokenRoute {
+    int token = -1;
+    int expert = -1;
+    float weight = 1.0f;
+};
+
+__device__ TokenRoute route_of(const Params& p, int token) {
+    TokenRoute route;
+    const int lane = threadIdx.x % 32;
+    if (token >= p.step.num_tokens) return route;
+    route.token = token;
+    if (lane >= p.step.num_topk) return route;
+    const int64_t at = int64_t{token} * p.step.num_topk + lane;
+    route.expert = p.plan.send_expert[at];
+    if (p.exact) route.weight = p.topk_weights != nullptr ? p.topk_weights[at] : p.plan.send_weight[at];
+    return route;
+}
+
+// The row of each lane for one token of this rank: by k, or one for each rank in turn, ascending.
+__device__ Rows rows_of_token(const Params& p, uint32_t sequence, const TokenRoute& route, int64_t row_bytes,
+                              uint64_t absent) {
+    const LowLatencyPeers& peers = p.peers;
+    const int lane = threadIdx.x % 32;
+    const int rank = route.expert >= 0 ? route.expert / peers.num_local_experts : -1;
+    const int64_t home = peers.rank * peers.max_tokens + route.token;
+    Rows rows;
+    if (p.exact) {
+        const unsigned same = __match_any_sync(kAllLanes, rank);
+        if (rank < 0 || (absent & bit_of(rank)) != 0) return rows;
+        const int turn = __popc(same & ((1u << lane) - 1));
+        rows.row = area_rows(peers, rank, sequence) + (home * p.max_routes_here + turn) * row_bytes;
+        rows.weight = route.weight;
+        return rows;
+    }
+    uint64_t ranks = rank >= 0 ? bit_of(rank) : 0;
+    const uint32_t low = __reduce_or_sync(kAllLanes, static_cast<uint32_t>(ranks));
+    const uint32_t high = __reduce_or_sync(kAllLanes, static_cast<uint32_t>(ranks >> 32));
+    ranks = (uint64_t{high} << 32 | low) & ~absent;
+    for (int turn = 0; turn < lane; ++turn) ranks &= ranks - 1;
+    if (ranks == 0) return rows;
+    rows.row = area_rows(peers, __ffsll(static_cast<long long>(ranks)) - 1, sequence) + home * row_bytes;
+    return rows;
+}
+
+template <typename T>
+__device__ void receive(const Params& p, const LowLatencyStart& start, uint32_t plan_sequence) {
+    const LowLatencyPeers& peers = p.peers;
+    const uint64_t left_out = uint64_t{p.plan.sequence[2]} << 32 | uint64_t{p.plan.sequence[1]};
+    const int row_vectors = static_cast<int>(peers.hidden * sizeof(T) / 16);
+    // Of the first token, before the wait.
+    const TokenRoute first = route_of(p, first_row(row_vectors));
+    const Arrivals arrivals = await_arrivals(peers, p.step, start, full_signature(p.step, plan_sequence));
+    if (arrivals.ok) {
+        // A rank whose rows this rank left out at dispatch has sent nothing that belongs to this plan.
+        const uint64_t absent = arrivals.absent | left_out;
+        const int64_t row_bytes = peers.hidden * sizeof(T);
+        each_piece(p.step.num_tokens, row_vectors, [&](int token, const PieceRange& range) {
+            const TokenRoute route = token == first.token ? first : route_of(p, token);
+            const Rows rows = rows_of_token(p, start.sequence, route, row_bytes, absent);
+            sum_rows<T>(rows, p.exact, range).store(p.out + token * row_bytes, range);
+        });
+        write_absent(peers, p.step, absent, blockIdx.x == gridDim.x - 1);
+    }
+    finish_receive(peers, p.step, start.sequence, arrivals);
+}
+
+template <typename T>
+__global__ void __launch_bounds__(kLowLatencyThreads) low_latency_combine_kernel(const __grid_constant__ Params p) {
+    const LowLatencyStart start = start_low_latency(p.peers, p.step);
+    const uint32_t plan_sequence = p.plan.sequence[0];
+    if (p.step.sends) {
+        if (!start.failed) {
+            if (blockIdx.x == 0) write_headers(p.peers, p.step, start, plan_sequence);
+            stage_home<T>(p, start.sequence);
+        }
+        finish_send(p.peers, start);
+    }
+    if (p.step.receives) receive<T>(p, start, plan_sequence);
+}
+
+}  // namespace
+
+void launch_low_latency_combine(const LowLatencyCombineParams& params, cudaStream_t stream) {
+    with_float_type(params.dtype, [&](auto type) {
+        low_latency_combine_kernel<decltype(type)><<<params.step.num_sms, kLowLatencyThreads, 0, stream>>>(params);
+    });
+    check_launch("low_latency_combine_kernel");
+}
+
+}  // namespace ray_deepep

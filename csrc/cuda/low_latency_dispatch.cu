@@ -1,0 +1,444 @@
+// Low-latency dispatch: routing is pushed to all peers, rows are staged where peers pull them; every block of the
+// receiving side finds the places of its own range of tokens from all routing, without waiting for another block.
+#include <algorithm>
+
+#include "cuda/check.h"
+#include "cuda/low_latency.cuh"
+#include "cuda/staging.cuh"
+#include "cuda/ticket.cuh"
+
+namespace ray_deepep {
+namespace {
+
+constexpr unsigned kAllLanes = 0xffffffffu;
+constexpr int kPieceVectors = 64;   // 16-byte vectors that a warp moves at a time: two a lane
+constexpr int kCastElements = 512;  // that a warp casts at a time
+constexpr int kChunkRoutes = 2048;  // of the tokens that a block places at a time
+
+using Params = LowLatencyDispatchParams;
+
+// Expert of a route as it was given; -1 where it is out of range, or named before in its token.
+__device__ int given_expert(const Params& p, int64_t route) {
+    const int num_topk = p.step.num_topk, k = static_cast<int>(route % num_topk);
+    const auto at = [&](int64_t i) -> int64_t {
+        return p.wide_idx ? static_cast<const int64_t*>(p.topk_idx)[i] : static_cast<const int32_t*>(p.topk_idx)[i];
+    };
+    const int64_t expert = at(route);
+    if (expert == -1) return -1;
+    if (expert < 0 || expert >= p.peers.num_experts) {
+        // Never 0, which says that there is none.
+        const int32_t shown = static_cast<int32_t>(max(int64_t{-0x7ffffffe}, min(int64_t{0x7ffffffe}, expert)));
+        p.peers.host->bad_expert = shown + 1;
+        return -1;
+    }
+    for (int i = 1; i <= k; ++i) {
+        if (at(route - i) != expert) continue;
+        p.peers.host->repeated_expert = static_cast<int32_t>(expert) + 1;
+        return -1;
+    }
+    return static_cast<int>(expert);
+}
+
+__device__ void push_routing(const Params& p, const LowLatencyStart& start) {
+    const LowLatencyPeers& peers = p.peers;
+    if (blockIdx.x == 0) write_headers(peers, p.step, start, 0);
+    const int routes = p.step.num_tokens * p.step.num_topk;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < routes; i += gridDim.x * blockDim.x) {
+        const int expert = given_expert(p, i);
+        const float weight = p.topk_weights == nullptr ? 1.0f : p.topk_weights[i];
+        for (int turn = 1; turn <= peers.num_ranks; ++turn) {
+            const int peer = (peers.rank + turn) % peers.num_ranks;
+            if ((start.masked & bit_of(peer)) != 0) continue;
+            std::byte* mail = mailbox(peers, peer, peers.rank, start.sequence);
+            reinterpret_cast<int32_t*>(mail + peers.layout.topk_idx_at)[i] = expert;
+            reinterpret_cast<float*>(mail + peers.layout.topk_weights_at)[i] = weight;
+        }
+    }
+}
+
+__device__ void copy_vectors(const uint4* from, uint4* to, int vectors) {
+    constexpr int kWidth = kPieceVectors / 32;
+    uint4 v[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+        const int i = threadIdx.x % 32 + j * 32;
+        if (i < vectors) v[j] = __ldcg(&from[i]);
+    }
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+        const int i = threadIdx.x % 32 + j * 32;
+        if (i < vectors) to[i] = v[j];
+    }
+}
+
+__device__ void stage_cast(const Params& p, uint32_t sequence, int64_t token, int piece) {
+    const int64_t hidden = p.peers.hidden, first = int64_t{piece} * kCastElements;
+    const int64_t count = min(hidden - first, int64_t{kCastElements});
+    const std::byte* from = p.x + (token * hidden + first) * element_size(p.from);
+    std::byte* to = area_rows(p.peers, p.peers.rank, sequence) + token * hidden + first;
+    float* scales = area_scales(p.peers, p.peers.rank, sequence) + (token * hidden + first) / 128;
+    switch (p.from) {
+        case DType::kFloat32: return cast_row<float>(from, to, scales, count, p.power_of_two);
+        case DType::kBFloat16: return cast_row<__nv_bfloat16>(from, to, scales, count, p.power_of_two);
+        default: return cast_row<__half>(from, to, scales, count, p.power_of_two);
+    }
+}
+
+__device__ void stage_copy(const Params& p, uint32_t sequence, int64_t token, int piece) {
+    const int vectors = static_cast<int>(p.row_bytes / 16) - piece * kPieceVectors;
+    const int64_t at = token * p.row_bytes + int64_t{piece} * kPieceVectors * 16;
+    copy_vectors(reinterpret_cast<const uint4*>(p.x + at),
+                 reinterpret_cast<uint4*>(area_rows(p.peers, p.peers.rank, sequence) + at), vectors);
+    if (piece > 0 || p.x_scales == nullptr) return;
+    const int64_t num_scales = p.peers.hidden / 128;
+    float* scales = area_scales(p.peers, p.peers.rank, sequence) + token * num_scales;
+    for (int64_t i = threadIdx.x % 32; i < num_scales; i += 32) scales[i] = p.x_scales[token * num_scales + i];
+}
+
+__device__ int num_pieces(const Params& p, bool cast) {
+    const int64_t size = cast ? p.peers.hidden : p.row_bytes / 16, piece = cast ? kCastElements : kPieceVectors;
+    return static_cast<int>((size + piece - 1) / piece);
+}
+
+// Rows that are read from the area: other ranks' and, where it is asked for, this rank's.
+__device__ void stage_rows(const Params& p, uint32_t sequence) {
+    const int pieces = num_pieces(p, p.cast), items = p.step.num_tokens * pieces, lane = threadIdx.x % 32;
+    for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < items; item += gridDim.x * kLowLatencyWarps) {
+        const int token = item / pieces;
+        bool needed = false;
+        if (lane < p.step.num_topk) {
+            const int64_t route = int64_t{token} * p.step.num_topk + lane;
+            const int64_t expert = p.wide_idx ? static_cast<const int64_t*>(p.topk_idx)[route]
+                                              : static_cast<const int32_t*>(p.topk_idx)[route];
+            needed = expert >= 0 && (p.stage_own || expert / p.peers.num_local_experts != p.peers.rank);
+        }
+        if (__any_sync(kAllLanes, needed) == 0) continue;
+        p.cast ? stage_cast(p, sequence, token, item % pieces) : stage_copy(p, sequence, token, item % pieces);
+    }
+}
+
+// Shared memory of a receiving block.
+struct Places {
+    int* starts;   // [N + 1] first token of each source, in the row of all that came
+    int* arrived;  // [L, N] routes by expert and source
+    int* next;     // [L] routes to each expert that came before the one in turn
+    int* offsets;  // [L + 1] first row of each expert's group
+    int* slots;    // [chunk of tokens, K]
+    __device__ Places(int* shared, const LowLatencyPeers& peers) {
+        starts = shared;
+        arrived = starts + peers.num_ranks + 1;
+        next = arrived + peers.num_experts;
+        offsets = next + peers.num_local_experts;
+        slots = offsets + peers.num_local_experts + 1;
+    }
+};
+
+int places_ints(const LowLatencyPeers& peers, int num_topk) {
+    const int chunk = std::max(kChunkRoutes, num_topk);
+    return peers.num_ranks + 1 + peers.num_experts + 2 * peers.num_local_experts + 1 + chunk;
+}
+
+// The routes that each block places: a range of all tokens that came.
+struct TokenRange {
+    int first, last;
+    __device__ explicit TokenRange(int total) {
+        const int each = (total + gridDim.x - 1) / gridDim.x;
+        first = min(total, static_cast<int>(blockIdx.x) * each);
+        last = min(total, first + each);
+    }
+};
+
+// Routes of one source that this thread looks at first: loaded before it is known how many there are.
+constexpr int kEarly = 4;
+
+struct EarlyRoutes {
+    int experts[kEarly];
+};
+
+__device__ const int32_t* mail_experts(const LowLatencyPeers& peers, int source, uint32_t sequence) {
+    return reinterpret_cast<const int32_t*>(mailbox(peers, peers.rank, source, sequence) + peers.layout.topk_idx_at);
+}
+
+__device__ void load_early(const Params& p, uint32_t sequence, int source, EarlyRoutes& early) {
+    const int32_t* experts = mail_experts(p.peers, source, sequence);
+    const int room = static_cast<int>(p.peers.max_tokens) * p.step.num_topk;
+#pragma unroll
+    for (int j = 0; j < kEarly; ++j) {
+        const int i = threadIdx.x + j * kLowLatencyThreads;
+        early.experts[j] = i < room ? __ldcg(&experts[i]) : -1;
+    }
+}
+
+// First token of each source among all that came.
+__device__ void find_starts(const Params& p, uint32_t sequence, uint64_t absent, const Places& places) {
+    const LowLatencyPeers& peers = p.peers;
+    for (int source = threadIdx.x; source < peers.num_ranks; source += blockDim.x) {
+        const bool here = (absent & bit_of(source)) == 0;
+        places.starts[source] = here ? mail_header(peers, source, sequence)->num_tokens : 0;
+    }
+    for (int i = threadIdx.x; i < peers.num_experts; i += blockDim.x) places.arrived[i] = 0;
+    for (int i = threadIdx.x; i < peers.num_local_experts; i += blockDim.x) places.next[i] = 0;
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        int total = 0;
+        for (int source = 0; source < peers.num_ranks; ++source) {
+            const int count = places.starts[source];
+            places.starts[source] = total;
+            total += count;
+        }
+        places.starts[peers.num_ranks] = total;
+    }
+    __syncthreads();
+}
+
+// Counts all routes to this rank's experts, and those that came before this block's range; `early` is of source 0.
+__device__ void count_routes(const Params& p, uint32_t sequence, const Places& places, const TokenRange& range,
+                             EarlyRoutes early) {
+    const LowLatencyPeers& peers = p.peers;
+    const int num_local = peers.num_local_experts, first_expert = peers.rank * num_local, num_topk = p.step.num_topk;
+    for (int source = 0; source < peers.num_ranks; ++source) {
+        const int start = places.starts[source], routes = (places.starts[source + 1] - start) * num_topk;
+        const int before = (range.first - start) * num_topk;  // routes of this source before this block's range
+        const auto count = [&](int i, int expert) {
+            const int local = expert - first_expert;
+            if (i >= routes || local < 0 || local >= num_local) return;
+            atomicAdd(&places.arrived[local * peers.num_ranks + source], 1);
+            if (i < before) atomicAdd(&places.next[local], 1);
+        };
+        EarlyRoutes next;
+        if (source + 1 < peers.num_ranks) load_early(p, sequence, source + 1, next);
+#pragma unroll
+        for (int j = 0; j < kEarly; ++j) count(threadIdx.x + j * kLowLatencyThreads, early.experts[j]);
+        const int32_t* experts = mail_experts(peers, source, sequence);
+        for (int i = threadIdx.x + kEarly * kLowLatencyThreads; i < routes; i += blockDim.x) {
+            count(i, __ldcg(&experts[i]));
+        }
+        early = next;
+    }
+    __syncthreads();
+}
+
+__device__ int routes_to(const LowLatencyPeers& peers, const Places& places, int local) {
+    int count = 0;
+    for (int source = 0; source < peers.num_ranks; ++source) count += places.arrived[local * peers.num_ranks + source];
+    return count;
+}
+
+// One warp.
+__device__ void find_offsets(const Params& p, const Places& places) {
+    const LowLatencyPeers& peers = p.peers;
+    const int lane = threadIdx.x % 32, alignment = static_cast<int>(p.alignment);
+    const int block = static_cast<int>(p.peers.max_tokens) * peers.num_ranks;
+    int base = 0;
+    for (int first = 0; first < peers.num_local_experts; first += 32) {
+        const int local = first + lane;
+        int size = 0;
+        if (local < peers.num_local_experts) {
+            size = alignment == 0 ? block : (routes_to(peers, places, local) + alignment - 1) / alignment * alignment;
+        }
+        int sum = size;
+#pragma unroll
+        for (int step = 1; step < 32; step *= 2) {
+            const int from = __shfl_up_sync(kAllLanes, sum, step);
+            if (lane >= step) sum += from;
+        }
+        if (local < peers.num_local_experts) places.offsets[local] = base + sum - size;
+        base += __shfl_sync(kAllLanes, sum, 31);
+    }
+    if (lane == 0) places.offsets[peers.num_local_experts] = base;
+}
+
+// By one block: what the result says beside the rows.
+__device__ void write_counts(const Params& p, const Places& places) {
+    const LowLatencyPeers& peers = p.peers;
+    const int num_local = peers.num_local_experts, room = static_cast<int>(p.num_rows);
+    for (int local = threadIdx.x; local <= num_local; local += blockDim.x) {
+        const int offset = min(places.offsets[local], room);
+        p.expert_offsets[local] = offset;
+        if (local == num_local) {
+            *p.needed = places.offsets[num_local];
+            continue;
+        }
+        const int block = p.alignment == 0 ? static_cast<int>(peers.max_tokens) * peers.num_ranks : room - offset;
+        int count = 0;
+        for (int source = 0; source < peers.num_ranks; ++source) {
+            const int begin = min(count, block), at = local * peers.num_ranks + source;
+            count += places.arrived[at];
+            p.range_begin[at] = begin;
+            p.range_count[at] = min(count, block) - begin;
+        }
+        p.counts[local] = min(count, block);
+        p.num_tokens_per_expert[local] += count;
+    }
+}
+
+__device__ int source_of(const LowLatencyPeers& peers, const Places& places, int token) {
+    int source = 0;
+    while (token >= places.starts[source + 1]) ++source;
+    return source;
+}
+
+// One warp: rows of the output for the routes of tokens [first, last), in order, into places.slots and the plan.
+__device__ void place_routes(const Params& p, uint32_t sequence, const Places& places, int first, int last) {
+    const LowLatencyPeers& peers = p.peers;
+    const int num_topk = p.step.num_topk, num_local = peers.num_local_experts, lane = threadIdx.x % 32;
+    const int routes = (last - first) * num_topk;
+    for (int begin = 0; begin < routes; begin += 32) {
+        const int i = begin + lane;
+        int local = -1;
+        int64_t at = 0;
+        float weight = 0.0f;
+        if (i < routes) {
+            const int token = first + i / num_topk, source = source_of(peers, places, token);
+            const int route = (token - places.starts[source]) * num_topk + i % num_topk;
+            const std::byte* mail = mailbox(peers, peers.rank, source, sequence);
+            local = __ldcg(reinterpret_cast<const int32_t*>(mail + peers.layout.topk_idx_at) + route) -
+                    peers.rank * num_local;
+            weight = __ldcg(reinterpret_cast<const float*>(mail + peers.layout.topk_weights_at) + route);
+            at = source * peers.max_tokens * num_topk + route;
+        }
+        const bool mine = local >= 0 && local < num_local;
+        const int position = take_ticket(places.next, local, mine);
+        int slot = -1;
+        if (mine) {
+            slot = places.offsets[local] + position;
+            if (slot >= p.num_rows) slot = -2;
+        }
+        if (i >= routes) continue;
+        places.slots[i] = slot;
+        p.plan.slot[at] = slot;
+        p.plan.weight[at] = weight;
+    }
+}
+
+// One warp: a piece of one token's row, read once, to all its places here.
+__device__ void pull_piece(const Params& p, uint32_t sequence, int source, int token, int piece, const int* slots) {
+    constexpr int kWidth = kPieceVectors / 32;
+    const int lane = threadIdx.x % 32;
+    const int slot = lane < p.step.num_topk ? slots[lane] : -1;
+    unsigned wanted = __ballot_sync(kAllLanes, slot >= 0);
+    if (wanted == 0) return;
+    const bool in_place = source == p.peers.rank && !p.stage_own;
+    const std::byte* rows = in_place ? p.x : area_rows(p.peers, source, sequence);
+    const int vectors = static_cast<int>(p.row_bytes / 16) - piece * kPieceVectors;
+    const int64_t offset = int64_t{piece} * kPieceVectors * 16;
+    const auto* from = reinterpret_cast<const uint4*>(rows + token * p.row_bytes + offset);
+    const int num_scales = p.out_scales != nullptr && piece == 0 ? static_cast<int>(p.peers.hidden / 128) : 0;
+    const float* scales = num_scales == 0 ? nullptr : (in_place ? p.x_scales : area_scales(p.peers, source, sequence));
+    uint4 v[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+        if (lane + j * 32 < vectors) v[j] = __ldcg(&from[lane + j * 32]);
+    }
+    const float scale = lane < num_scales ? __ldcg(&scales[int64_t{token} * num_scales + lane]) : 0.0f;
+    for (; wanted != 0; wanted &= wanted - 1) {
+        const int64_t to = __shfl_sync(kAllLanes, slot, __ffs(wanted) - 1);
+        auto* row = reinterpret_cast<uint4*>(p.out + to * p.row_bytes + offset);
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+            if (lane + j * 32 < vectors) row[lane + j * 32] = v[j];
+        }
+        float* out_scales = p.out_scales + to * num_scales;
+        if (lane < num_scales) out_scales[lane] = scale;
+        for (int i = lane + 32; i < num_scales; i += 32) {
+            out_scales[i] = __ldcg(&scales[int64_t{token} * num_scales + i]);
+        }
+    }
+}
+
+__device__ void pull_range(const Params& p, uint32_t sequence, const Places& places, const TokenRange& range) {
+    const int pieces = num_pieces(p, false), chunk = max(1, kChunkRoutes / p.step.num_topk);
+    for (int first = range.first; first < range.last; first += chunk) {
+        const int last = min(first + chunk, range.last);
+        __syncthreads();
+        if (threadIdx.x < 32) place_routes(p, sequence, places, first, last);
+        __syncthreads();
+        const int items = (last - first) * pieces;
+        for (int item = threadIdx.x / 32; item < items; item += kLowLatencyWarps) {
+            const int i = item / pieces, source = source_of(p.peers, places, first + i);
+            const int token = first + i - places.starts[source];
+            pull_piece(p, sequence, source, token, item % pieces, places.slots + i * p.step.num_topk);
+        }
+    }
+}
+
+// Zeros behind each aligned group.
+__device__ void clear_padding(const Params& p, const Places& places) {
+    for (int local = blockIdx.x; p.alignment > 1 && local < p.peers.num_local_experts; local += gridDim.x) {
+        const int64_t begin = min(int64_t{places.offsets[local] + routes_to(p.peers, places, local)}, p.num_rows);
+        const int64_t end = min(int64_t{places.offsets[local + 1]}, p.num_rows);
+        auto* rows = reinterpret_cast<uint4*>(p.out + begin * p.row_bytes);
+        for (int64_t i = threadIdx.x; i < (end - begin) * p.row_bytes / 16; i += blockDim.x) {
+            rows[i] = make_uint4(0, 0, 0, 0);
+        }
+        const int64_t num_scales = p.out_scales == nullptr ? 0 : p.peers.hidden / 128;
+        for (int64_t i = threadIdx.x; i < (end - begin) * num_scales; i += blockDim.x) {
+            p.out_scales[begin * num_scales + i] = 0.0f;
+        }
+    }
+}
+
+// What combine needs of this rank's own routing.
+__device__ void keep_plan(const Params& p, uint32_t sequence, uint64_t absent, const Places& places) {
+    const LowLatencyPeers& peers = p.peers;
+    const std::byte* mail = mailbox(peers, peers.rank, peers.rank, sequence);
+    const int routes = p.step.num_tokens * p.step.num_topk;
+    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < routes; i += gridDim.x * blockDim.x) {
+        p.plan.send_expert[i] = __ldcg(reinterpret_cast<const int32_t*>(mail + peers.layout.topk_idx_at) + i);
+        p.plan.send_weight[i] = __ldcg(reinterpret_cast<const float*>(mail + peers.layout.topk_weights_at) + i);
+    }
+    const int room = static_cast<int>(peers.max_tokens) * p.step.num_topk;
+    for (int rank = blockIdx.x; rank < peers.num_ranks; rank += gridDim.x) {
+        const int came = (places.starts[rank + 1] - places.starts[rank]) * p.step.num_topk;
+        for (int i = came + threadIdx.x; i < room; i += blockDim.x) p.plan.slot[rank * room + i] = -1;
+    }
+    if (blockIdx.x != 0 || threadIdx.x != 0) return;
+    p.plan.sequence[0] = sequence;
+    p.plan.sequence[1] = static_cast<uint32_t>(absent);
+    p.plan.sequence[2] = static_cast<uint32_t>(absent >> 32);
+}
+
+__device__ void receive(const Params& p, const LowLatencyStart& start, int* shared) {
+    const uint32_t sequence = start.sequence;
+    const Arrivals arrivals = await_arrivals(p.peers, p.step, start, full_signature(p.step, 0));
+    if (arrivals.ok) {
+        EarlyRoutes early;
+        load_early(p, sequence, 0, early);
+        const Places places(shared, p.peers);
+        find_starts(p, sequence, arrivals.absent, places);
+        const TokenRange range(places.starts[p.peers.num_ranks]);
+        count_routes(p, sequence, places, range, early);
+        if (threadIdx.x < 32) find_offsets(p, places);
+        __syncthreads();
+        pull_range(p, sequence, places, range);
+        const bool chosen = blockIdx.x == gridDim.x - 1;
+        if (chosen) write_counts(p, places);
+        write_absent(p.peers, p.step, arrivals.absent, chosen);
+        keep_plan(p, sequence, arrivals.absent, places);
+        clear_padding(p, places);
+    }
+    finish_receive(p.peers, p.step, sequence, arrivals);
+}
+
+__global__ void __launch_bounds__(kLowLatencyThreads) low_latency_dispatch_kernel(const __grid_constant__ Params p) {
+    extern __shared__ int shared[];
+    const LowLatencyStart start = start_low_latency(p.peers, p.step);
+    if (p.step.sends) {
+        if (!start.failed) {
+            push_routing(p, start);
+            stage_rows(p, start.sequence);
+        }
+        finish_send(p.peers, start);
+    }
+    if (p.step.receives) receive(p, start, shared);
+}
+
+}  // namespace
+
+void launch_low_latency_dispatch(const LowLatencyDispatchParams& params, cudaStream_t stream) {
+    const size_t bytes = params.step.receives ? places_ints(params.peers, params.step.num_topk) * sizeof(int) : 0;
+    low_latency_dispatch_kernel<<<params.step.num_sms, kLowLatencyThreads, bytes, stream>>>(params);
+    check_launch("low_latency_dispatch_kernel");
+}
+
+}  // namespace ray_deepep
