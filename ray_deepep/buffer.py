@@ -21,7 +21,7 @@ from .handle import CombineResult, DispatchHandle, DispatchResult, Layout
 from .heap_tensors import HeapTensorCalls
 from .low_latency_buffer import LowLatencyCalls
 from .telemetry import CommRecorder, CommStats
-from .transport import BufferGeometry, CombineRequest, DispatchOutput, DispatchRequest
+from .transport import BufferGeometry, CombineRequest, DispatchOutput, DispatchRequest, make_handle
 from .work import Work
 
 
@@ -329,21 +329,11 @@ class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
     def _dispatch_result(self, request: DispatchRequest, output: DispatchOutput) -> DispatchResult:
         handle = request.handle
         if handle is None:
-            handle = DispatchHandle(
-                layout=request.layout,
-                num_tokens=request.x.shape[0],
-                num_topk=request.topk_idx.shape[1],
+            handle = make_handle(
+                request,
+                output,
                 num_ranks=self.comm.num_ranks,
                 num_local_experts=self.num_local_experts,
-                num_recv_tokens=output.num_recv_tokens,
-                num_rows=output.x.shape[0],
-                num_recv_tokens_per_expert=output.num_recv_tokens_per_expert,
-                expert_offsets=output.expert_offsets,
-                max_recv_tokens=request.max_recv_tokens,
-                topk_weights=request.topk_weights,
-                recv_topk_weights=output.topk_weights,
-                counts=output.counts,
-                plan=output.plan,
                 check_faults=self._transport.check,
                 owner=self._identity,
             )

@@ -6,17 +6,21 @@ It picks a transport that serves all ranks, and says which and why. Making one i
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import logging
 import os
+import secrets
 import socket
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 import torch.distributed as dist
 
 from . import cuda, nvshmem, rendezvous, shm
 from .config import CommConfig
+from .domains import Domains
 from .errors import (
     BootstrapError,
     ClosedError,
@@ -24,9 +28,11 @@ from .errors import (
     FaultRecord,
     InvalidArgumentError,
     InvalidTypeError,
-    TransportUnavailableError,
     describe_shared_gpus,
 )
+from .fault_board import FaultBoard
+from .hop import HopTransport
+from .hop_group import hop_process_group
 from .low_latency_cuda import CudaLowLatency
 from .low_latency_reference import ReferenceLowLatency
 from .low_latency_shm import ShmLowLatency
@@ -34,6 +40,7 @@ from .low_latency_transport import LowLatencyTransport
 from .progress import Progress
 from .reference import ReferenceTransport
 from .transport import BufferGeometry, Transport
+from .transport_choice import choose_domain_size, choose_transport
 
 if TYPE_CHECKING:
     from .buffer import Buffer
@@ -66,6 +73,8 @@ class RankInfo:
     """Why the CUDA core cannot be used; empty if it can."""
     gpu: str = ""
     """UUID of its GPU; empty if the CUDA core cannot be used."""
+    has_gpu: bool = False
+    """Whether torch sees a GPU, with or without a CUDA core."""
 
 
 class Communicator:
@@ -94,10 +103,19 @@ class Communicator:
         self._buffers: list[Buffer] = []
         self._domain: shm.ShmDomain | None = None
         self._nvshmem: nvshmem.NvshmemRuntime | None = None
+        self._hop_group: dist.ProcessGroupGloo | None = None
+        self.fault_board: FaultBoard | None = None
         self.peers = self._meet(exchange)
-        self.transport, self.transport_reason = choose_transport(self.config.transport, self.peers)
+        wanted = self.config.transport
+        domain_size = choose_domain_size(self.config.domain_size, wanted, self.peers)
+        self.transport, self.transport_reason = choose_transport(wanted, self.peers, domain_size)
+        self.domains = Domains(
+            rank=rank, num_ranks=num_ranks, domain_size=num_ranks if self.transport == "reference" else domain_size
+        )
         if self.transport in ("shm", "cuda"):
-            self._domain = shm.ShmDomain(exchange, peers=self.peers, rank=rank, config=self.config)
+            self._domain = self._connect_domain(exchange)
+        if self.domains.num_nodes > 1:
+            self._connect_nodes(exchange)
         if self.transport == "cuda" and self.config.heap_provider == "nvshmem":
             self._nvshmem = self._bring_up_nvshmem(exchange)
         log = logger.info if rank == 0 else logger.debug
@@ -172,13 +190,26 @@ class Communicator:
         if self._fault is not None:
             raise CommFaultError(self._fault)
 
-    def mark_fault(self, record: FaultRecord) -> None:
-        """Record that an operation failed; every later call raises ``CommFaultError`` with the first record."""
+    def mark_fault(self, record: FaultRecord) -> FaultRecord:
+        """Record that an operation failed; every later call raises ``CommFaultError`` with the first record.
+
+        Returns:
+            That record. With several nodes it blames whom the first rank that failed, on any node, found to blame.
+        """
         if self._fault is None:
-            self._fault = record
-            logger.error("%s", record)
+            self._fault = record if self.fault_board is None else self.fault_board.settle(record)
+            logger.error("%s", self._fault)
             if self._nvshmem is not None:
                 self._nvshmem.abandon(str(record))
+            if self.fault_board is not None:
+                # The fault may be in another node, of which ranks that wait for this one know nothing yet.
+                self._domain.close()
+        return self._fault
+
+    def peer_is_gone(self, rank: int) -> bool:
+        """Whether the process of a rank is known to have ended or left. Any thread."""
+        domain = self.domains.domain_ranks
+        return self._domain is not None and rank in domain and self._domain.core_domain.peer_is_gone(rank - domain[0])
 
     def make_transport(self, geometry: BufferGeometry) -> Transport:
         """A transport for one buffer; collective.
@@ -193,7 +224,7 @@ class Communicator:
         """The low-latency calls of one buffer; collective. Raises as ``make_transport``."""
         if self.transport == "cuda":
             return self._allocate(lambda: CudaLowLatency(self._domain, geometry, **self._cuda_options()))
-        if self.transport == "shm":
+        if self.transport == "shm" and self.domains.num_nodes == 1:
             return self._allocate(lambda: ShmLowLatency(self._domain, geometry, on_fault=self.mark_fault))
         return ReferenceLowLatency(self, geometry)
 
@@ -226,6 +257,7 @@ class Communicator:
             self._closed = True
             if self._domain is not None:
                 self._domain.close()
+            self._hop_group = None
 
     def finalize_nvshmem(self) -> str:
         """End NVSHMEM in this process, so that it can serve another group of ranks later; collective.
@@ -260,9 +292,31 @@ class Communicator:
     def _make_transport(self, geometry: BufferGeometry) -> Transport:
         if self.transport == "cuda":
             return cuda.CudaTransport(self._domain, geometry, **self._cuda_options())
+        if self.domains.num_nodes > 1:
+            make_domain = functools.partial(shm.ShmTransport, self._domain)
+            return HopTransport(self, geometry, group=self._hop_group, make_domain=make_domain)
         if self.transport == "shm":
             return shm.ShmTransport(self._domain, geometry, on_fault=self.mark_fault)
         return ReferenceTransport(self, geometry)
+
+    def _connect_domain(self, exchange: Exchange) -> shm.ShmDomain:
+        ranks = self.domains.domain_ranks
+        mine = slice(ranks.start, ranks.stop)
+        return shm.ShmDomain(
+            lambda phase, payload: exchange(phase, payload)[mine],
+            peers=self.peers[mine],
+            rank=self.domains.local_rank,
+            config=self.config,
+        )
+
+    def _connect_nodes(self, exchange: Exchange) -> None:
+        try:
+            token = exchange("connect_nodes", secrets.token_hex(8).encode())[0].decode()
+            self.fault_board = FaultBoard(token, self.rank, self.peers)
+            self._hop_group = hop_process_group(token, self.domains, self.config.bootstrap_deadline_s)
+        except BaseException:
+            self._domain.close()
+            raise
 
     def _cuda_options(self) -> dict[str, Any]:
         if self.config.heap_provider == "nvshmem" and self._nvshmem is None:
@@ -301,6 +355,7 @@ class Communicator:
             core_problem=problem,
             cuda_problem=no_cuda,
             gpu="" if no_cuda else cuda.gpu_uuid(),
+            has_gpu=torch.cuda.is_available(),
             config=dataclasses.asdict(self.config),
             has_group=self.group is not None,
         )
@@ -363,42 +418,3 @@ def warn_of_shared_gpus(peers: Sequence[RankInfo]) -> None:
     if shared:
         words = describe_shared_gpus(shared)
         logger.warning("%s on %s; they take turns, or run together under MPS", words, peers[0].host)
-
-
-def choose_transport(wanted: str, peers: tuple[RankInfo, ...]) -> tuple[str, str]:
-    """Transport for these ranks and the reason, in words. A pure function of what all ranks know, so all agree.
-
-    Raises:
-        TransportUnavailableError: the wanted transport cannot serve them.
-    """
-    without_core = [p for p in peers if not p.core]
-    versions = sorted({p.core for p in peers})
-    machines = {p.machine for p in peers}
-    if without_core:
-        problem = f"rank {without_core[0].rank} cannot load the compiled core ({without_core[0].core_problem})"
-    elif len(versions) > 1:
-        problem = f"ranks run different versions of the compiled core ({', '.join(versions)})"
-    elif len(machines) > 1:
-        hosts = sorted({p.host for p in peers})
-        problem = f"ranks cannot share memory (hosts {', '.join(hosts)})"
-    else:
-        problem = ""
-    without_cuda = [p for p in peers if p.cuda_problem]
-    no_cuda = problem or (f"rank {without_cuda[0].rank}: {without_cuda[0].cuda_problem}" if without_cuda else "")
-    has_group = all(p.has_group for p in peers)
-    if wanted in ("cuda", "nvshmem") and no_cuda:
-        raise TransportUnavailableError(f"transport {wanted}: {no_cuda}")
-    if wanted == "nvshmem":
-        return "cuda", "asked for, on NVSHMEM's symmetric heap"
-    if wanted == "cuda" or (wanted == "auto" and not no_cuda):
-        return "cuda", "asked for" if wanted == "cuda" else f"all {len(peers)} ranks have GPUs of {peers[0].host}"
-    if wanted == "reference" or (wanted == "auto" and problem and has_group):
-        if not has_group:
-            raise TransportUnavailableError("transport reference needs a torch process group on every rank")
-        return "reference", "asked for" if wanted == "reference" else f"{problem}; torch.distributed serves any hosts"
-    if problem:
-        fallback = (
-            "transport reference would serve them" if has_group else "there is no torch process group to fall back on"
-        )
-        raise TransportUnavailableError(f"transport {wanted}: {problem}; {fallback}")
-    return "shm", "asked for" if wanted == "shm" else f"all {len(peers)} ranks share the memory of {peers[0].host}"

@@ -88,8 +88,8 @@ class CommConfig:
     transport: str = dataclasses.field(default_factory=env.transport)
     """``cuda``: the CUDA core (GPUs of one NVLink domain); ``nvshmem``: the same on NVSHMEM's symmetric heap (sets
     ``heap_provider``; the communicator's transport is then ``cuda``); ``shm``: the CPU core over shared memory (one
-    host); ``reference``: torch.distributed (any hosts); ``auto``: cuda, shm or reference, the first that serves all
-    ranks."""
+    host, or several with equally many ranks, see ``domain_size``); ``reference``: torch.distributed (any hosts);
+    ``auto``: cuda, shm or reference, the first that serves all ranks."""
     deadline_s: float = dataclasses.field(default_factory=env.deadline_s)
     """Seconds that one wait inside an operation may last."""
     bootstrap_deadline_s: float = dataclasses.field(default_factory=env.bootstrap_deadline_s)
@@ -98,6 +98,10 @@ class CommConfig:
     """Copy threads of this rank; 0: cores of the host divided by the ranks on it."""
     num_sms: int = dataclasses.field(default_factory=env.num_sms)
     """Multiprocessors that row-moving kernels of transport ``cuda`` may use."""
+    domain_size: int = dataclasses.field(default_factory=env.domain_size)
+    """Ranks of a node: consecutive ones that read each other's memory. Fewer than all ranks: rows go once per (token,
+    node) between nodes, over torch.distributed, and by transport ``shm`` inside them. 0: all ranks, or those of each
+    host where they are on several CPU hosts, equally many on each. Transport ``reference`` makes no use of it."""
     heap_provider: str = dataclasses.field(default_factory=env.heap_provider)
     """How GPU memory is shared: ``vmm`` (file descriptors), ``ipc`` (CUDA IPC), ``nvshmem`` (NVSHMEM's symmetric heap),
     or ``auto`` (vmm where supported, else ipc)."""
@@ -135,3 +139,4 @@ class CommConfig:
                 raise InvalidArgumentError(name, value, f"must be at most {largest:g}")
         check_int("num_sms", self.num_sms, least=1)
         check_int("num_threads", self.num_threads, least=0)
+        check_int("domain_size", self.domain_size, least=0)

@@ -19,18 +19,25 @@ if TYPE_CHECKING:
 
 
 class PublicErrors:
-    """Turns the core's exceptions inside a ``with`` block into ray_deepep's; ``on_fault`` gets the record of a fault
-    first. One object serves any number of blocks, also at the same time."""
+    """Turns the core's exceptions inside a ``with`` block into ray_deepep's. One object serves any number of blocks,
+    also at the same time. The core counts the ranks of its domain; errors name them as the communicator does.
 
-    def __init__(self, domain: ShmDomain, on_fault: Callable[[FaultRecord], None]) -> None:
+    ``on_fault`` gets the record of a fault first, and returns the one to raise.
+    """
+
+    def __init__(self, domain: ShmDomain, on_fault: Callable[[FaultRecord], FaultRecord]) -> None:
         self._core, self._peers, self._on_fault = domain.core, domain.peers, on_fault
 
     def record(self, fields: Mapping[str, Any] | None) -> FaultRecord | None:
         """A core's record with the peer's process and GPU."""
         if fields is None:
             return None
-        peer = self._peers[fields["peer"]]
-        return FaultRecord(**fields, peer_host=peer.host, peer_pid=peer.pid, peer_gpu=peer.gpu)
+        peer, rank = self._peers[fields["peer"]], self._name(fields["rank"])
+        found = {**fields, "rank": rank, "peer": peer.rank}
+        return FaultRecord(**found, peer_host=peer.host, peer_pid=peer.pid, peer_gpu=peer.gpu)
+
+    def _name(self, rank: int) -> int:
+        return self._peers[rank].rank
 
     def __enter__(self) -> None:
         return None
@@ -40,14 +47,15 @@ class PublicErrors:
             return
         core = self._core
         if isinstance(error, core.CoreFault):
-            record = self.record(error.args[0])
-            self._on_fault(record)
-            raise CommFaultError(record) from None
+            raise CommFaultError(self._on_fault(self.record(error.args[0]))) from None
         if isinstance(error, core.CoreMasked):
-            raise RankMaskedError(*error.args) from None
+            operation, by = error.args
+            raise RankMaskedError(operation, [self._name(rank) for rank in by]) from None
         if isinstance(error, core.CoreMismatch):
-            raise MismatchError(*error.args) from None
+            operation, peer, *what, first = error.args
+            raise MismatchError(operation, self._name(peer), *what, self._name(first)) from None
         if isinstance(error, core.CoreBootstrapError):
-            raise BootstrapError(*error.args) from None
+            phase, missing, *more = error.args
+            raise BootstrapError(phase, [self._name(rank) for rank in missing], *more) from None
         if isinstance(error, core.CoreArgumentError):
             raise InvalidArgumentError(*error.args) from None

@@ -63,6 +63,7 @@ class CudaTransport:
 
     casts_rows = True
     takes_expert_rows = False
+    takes_parts = False
 
     def __init__(
         self,
@@ -72,7 +73,7 @@ class CudaTransport:
         num_sms: int,
         heap_provider: str,
         nvshmem: NvshmemRuntime | None,
-        on_fault: Callable[[FaultRecord], None],
+        on_fault: Callable[[FaultRecord], FaultRecord],
     ) -> None:
         self._heap = CudaHeap(domain, heap_provider=heap_provider, nvshmem=nvshmem, on_fault=on_fault)
         self._geometry, self._num_sms = geometry, num_sms

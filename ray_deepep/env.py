@@ -6,6 +6,7 @@
 | ``RAY_DEEPEP_TRANSPORT`` | ``auto`` | ``auto``, ``cuda``, ``nvshmem``, ``shm`` or ``reference`` |
 | ``RAY_DEEPEP_HEAP_PROVIDER`` | ``auto`` | how GPU memory is shared: ``auto``, ``vmm``, ``ipc`` or ``nvshmem`` |
 | ``RAY_DEEPEP_NUM_SMS`` | ``24`` | multiprocessors that row-moving kernels may use |
+| ``RAY_DEEPEP_DOMAIN_SIZE`` | ``0`` | ranks of a node that read each other's memory; 0: found by their machines |
 | ``RAY_DEEPEP_BULK_COPY`` | ``1`` | ``0``: plain vector copies also on GPUs that have bulk copies (sm_90 up) |
 | ``RAY_DEEPEP_DEADLINE_S`` | ``120`` | seconds that a collective waits for a peer before it reports a fault |
 | ``RAY_DEEPEP_BOOTSTRAP_DEADLINE_S`` | ``60`` | seconds that bootstrap waits for all ranks |
@@ -138,6 +139,11 @@ def num_threads() -> int:
 def num_sms() -> int:
     """``RAY_DEEPEP_NUM_SMS``."""
     return _read("RAY_DEEPEP_NUM_SMS", 24, _at_least(1), "must be an integer >= 1")
+
+
+def domain_size() -> int:
+    """``RAY_DEEPEP_DOMAIN_SIZE``."""
+    return _read("RAY_DEEPEP_DOMAIN_SIZE", 0, _at_least(0), "must be an integer >= 0")
 
 
 def bulk_copy() -> bool:

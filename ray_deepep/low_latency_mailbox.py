@@ -275,8 +275,7 @@ class Mailbox:
             peer_host=info.host if info else "",
             peer_pid=info.pid if info else 0,
         )
-        self._comm.mark_fault(record)
-        raise CommFaultError(record)
+        raise CommFaultError(self._comm.mark_fault(record))
 
 
 def _pack(message: Message) -> bytes:

@@ -30,7 +30,9 @@ class ShmLowLatency(HostLowLatency):
 
     device = torch.device("cpu")
 
-    def __init__(self, domain: ShmDomain, geometry: BufferGeometry, *, on_fault: Callable[[FaultRecord], None]) -> None:
+    def __init__(
+        self, domain: ShmDomain, geometry: BufferGeometry, *, on_fault: Callable[[FaultRecord], FaultRecord]
+    ) -> None:
         self._core = domain.core
         # Blocks per expert are large and mostly empty: in the domain's pool they would leave no room for others, and
         # fresh ones at every call would cost a page fault for every row.

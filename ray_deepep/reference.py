@@ -43,7 +43,7 @@ class ReferenceTransport(BlockingTransport):
         """Rows to the ranks of their experts; see :class:`DispatchRequest`."""
         handle = request.handle
         if handle is None:
-            request = _spelled_out(request)
+            request = spelled_out(request)
             check_locations(request.topk_idx, request.locations)
         num_tokens = self._begin(
             "dispatch",
@@ -114,7 +114,7 @@ class ReferenceTransport(BlockingTransport):
             total = self._sum_over_ranks(_reduce_at_experts(rows, plan, weighted=request.weighted), plan)
         else:
             routes = self._routes_home(rows[plan.slots.route_slot], plan)
-            reduce = _reduce_exact if request.reduce == "exact" else _reduce_expert_order
+            reduce = reduce_exact if request.reduce == "exact" else reduce_expert_order
             total = reduce(routes, plan.topk_idx, plan.topk_weights if request.weighted else None)
         if request.bias is not None:
             total = total.float() + request.bias.float()
@@ -224,7 +224,7 @@ def _scatter(values: torch.Tensor, plan: ReferencePlan) -> torch.Tensor:
     return from_bytes(slots, values.dtype)
 
 
-def _spelled_out(request: DispatchRequest) -> DispatchRequest:
+def spelled_out(request: DispatchRequest) -> DispatchRequest:
     """With int64 ids and with weights."""
     topk_idx, topk_weights = request.topk_idx.to(torch.int64), request.topk_weights
     if topk_weights is None:
@@ -244,7 +244,7 @@ def _reduce_at_experts(rows: torch.Tensor, plan: ReferencePlan, *, weighted: boo
     return total.to(rows.dtype)
 
 
-def _reduce_exact(routes: torch.Tensor, topk_idx: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+def reduce_exact(routes: torch.Tensor, topk_idx: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """Sum ``[T, K, H]`` over K in float32, k order: ``[T, H]`` float32."""
     total = torch.zeros(routes.shape[0], routes.shape[2], device=routes.device)
     for k in range(routes.shape[1]):
@@ -256,9 +256,9 @@ def _reduce_exact(routes: torch.Tensor, topk_idx: torch.Tensor, weights: torch.T
     return total
 
 
-def _reduce_expert_order(routes: torch.Tensor, topk_idx: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
+def reduce_expert_order(routes: torch.Tensor, topk_idx: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """Sum ``[T, K, H]`` over K in float32, by ascending (expert, k): ``[T, H]`` float32."""
     order = torch.argsort(topk_idx, dim=1, stable=True)
     token = torch.arange(len(routes), device=routes.device).unsqueeze(1)
     weights = None if weights is None else weights[token, order]
-    return _reduce_exact(routes[token, order], topk_idx[token, order], weights)
+    return reduce_exact(routes[token, order], topk_idx[token, order], weights)

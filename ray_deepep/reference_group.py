@@ -1,74 +1,37 @@
 """Exchanges of the reference transport, each with a deadline and a name for whom it waited.
 
-Signatures go through the key-value store behind torch.distributed, because a store can say *who* has not come; rows go
-through collectives of the process group (gloo or NCCL), which cannot.
+Ranks meet through a store, which can say *who* has not come (``store_meeting.py``); rows go through collectives of the
+process group (gloo or NCCL), which cannot.
 """
 
 from __future__ import annotations
 
-import contextlib
 import datetime
-import json
-import secrets
 import time
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NoReturn, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import torch.distributed as dist
 
-from . import rendezvous
-from .bounded_store import BoundedStore, StoreLostError, hosts_default_store
-from .errors import CommFaultError, FaultRecord, MismatchError
+from .bounded_store import StoreLostError
+from .store_meeting import Signature, StoreMeeting, check_signatures
 
 if TYPE_CHECKING:
     from .communicator import Communicator
 
 R = TypeVar("R")
 
-# Only then it is worth asking who is missing and whether they have closed.
-_LATE_S = 0.2
-# For the store to answer after the deadline, and for a rank that leaves to say so.
-_GRACE_S = 0.3
 # A failed collective says nothing about the culprit, so survivors sign a list and look who is not on it.
 _ROLL_CALL_S = 0.5
 
-Signature = dict[str, object]
-"""What a rank asks for: JSON values by field name; all fields must agree between ranks."""
 
-
-def check_signatures(operation: str, signatures: Sequence[Signature], ranks: Sequence[int] | None = None) -> None:
-    """Raise ``MismatchError`` for the first field of the first rank that differs from the first one's.
-
-    ``ranks`` are those that the signatures are of; all if None.
-    """
-    ranks = range(len(signatures)) if ranks is None else ranks
-    for peer, signature in zip(ranks, signatures):
-        for field, expected in signatures[0].items():
-            if signature.get(field) != expected:
-                raise MismatchError(operation, peer, field, str(expected), str(signature.get(field)), ranks[0])
-
-
-class ReferenceGroup:
-    """The ranks of one buffer. Making one is collective.
-
-    Raises:
-        BootstrapError: naming the ranks that did not come within ``comm.config.bootstrap_deadline_s``.
-        MismatchError: ranks passed different ``settings``.
-    """
+class ReferenceGroup(StoreMeeting):
+    """The ranks of one buffer. Making one is collective; raises as its base."""
 
     def __init__(self, comm: Communicator, settings: Signature) -> None:
-        self._comm, self._group = comm, comm.group
-        self._deadline_s = comm.config.deadline_s
-        self.sequence = 0
-        self._operation, self._start = "allocate", time.monotonic()
-        exchange = rendezvous.store_exchange(comm.group, comm.rank, comm.num_ranks, comm.config.bootstrap_deadline_s)
-        payload = {"settings": settings, "token": secrets.token_hex(8), "hosts_store": hosts_default_store()}
-        replies = [json.loads(reply) for reply in exchange("allocate", json.dumps(payload).encode())]
-        check_signatures("allocate", [reply["settings"] for reply in replies])
-        self._store = BoundedStore(f"ray_deepep/reference/{replies[0]['token']}")
-        # -1: a process outside the group, such as a launcher.
-        self._store_host = next((rank for rank, reply in enumerate(replies) if reply["hosts_store"]), -1)
+        super().__init__(comm, settings)
+        self._group, self._ranks = comm.group, range(comm.num_ranks)
 
     def begin(self, operation: str, signature: Signature, num_tokens: int) -> list[int]:
         """Start an operation: all ranks show what they ask for.
@@ -80,16 +43,8 @@ class ReferenceGroup:
             MismatchError: on every rank, if signatures differ.
             CommFaultError: a rank did not come within the deadline, or closed.
         """
-        self._comm.check_usable(operation)
-        self.sequence += 1
-        self._operation, self._start = operation, time.monotonic()
-        mine = json.dumps({"signature": {"operation": operation, **signature}, "num_tokens": num_tokens})
-        self._store_call("publish", lambda store: store.set(self._key("ask", self._comm.rank), mine))
-        self._wait_all_published()
-        keys = [self._key("ask", peer) for peer in range(self._comm.num_ranks)]
-        asked = [json.loads(value) for value in self._store_call("publish", lambda store: store.multi_get(keys))]
-        # All ranks came here, so all have read the operation before this one.
-        self._store_call("publish", lambda store: store.delete_key(self._key("ask", self._comm.rank, -1)))
+        mine = self._open(operation, signature)
+        asked = self._meet("ask", self._ranks, {"signature": mine, "num_tokens": num_tokens})
         check_signatures(asked[0]["signature"]["operation"], [a["signature"] for a in asked])
         return [a["num_tokens"] for a in asked]
 
@@ -118,44 +73,6 @@ class ReferenceGroup:
             )
         return from_bytes(recv, value.dtype)
 
-    def close(self) -> None:
-        """Tell peers that still wait; does not wait for them."""
-        # If the store's host is gone already, nobody is left to be told.
-        with contextlib.suppress(StoreLostError):
-            self._store.ask(_GRACE_S, lambda store: store.set(f"closed/{self._comm.rank}", b"1"))
-
-    def _key(self, kind: str, peer: int, step: int = 0) -> str:
-        return f"{kind}/{self.sequence + step}/{peer}"
-
-    def _wait_all_published(self) -> None:
-        keys = [self._key("ask", peer) for peer in range(self._comm.num_ranks)]
-        # Polls instead of Store.wait, which holds the client's lock while it blocks and logs every expiry.
-        while not self._present(keys):
-            elapsed_s = time.monotonic() - self._start
-            if elapsed_s > _LATE_S:
-                self._judge_late(elapsed_s)
-            time.sleep(min(0.0001 + elapsed_s / 20, 0.02))
-
-    def _judge_late(self, elapsed_s: float) -> None:
-        missing = [p for p in range(self._comm.num_ranks) if not self._present([self._key("ask", p)])]
-        for peer in missing:
-            # Asked again after: a peer may finish this very operation and close between the two questions.
-            if self._present([f"closed/{peer}"]) and not self._present([self._key("ask", peer)]):
-                self._fail("wait_published", "peer_closed", peer, elapsed_s)
-        if missing and elapsed_s >= self._deadline_s:
-            self._fail("wait_published", "timeout", missing[0], elapsed_s)
-
-    def _present(self, keys: list[str]) -> bool:
-        return self._store_call("wait_published", lambda store: store.check(keys))
-
-    def _store_call(self, phase: str, question: Callable[[dist.Store], R]) -> R:
-        left_s = self._start + self._deadline_s - time.monotonic()
-        try:
-            return self._store.ask(max(left_s, _GRACE_S), question)
-        except StoreLostError as error:
-            cause = "timeout" if error.silent else "peer_died"
-            self._fail(phase, cause, self._store_host, time.monotonic() - self._start)
-
     def _collective(self, phase: str, start_collective: Callable[[], dist.Work]) -> None:
         start = time.monotonic()
         try:
@@ -171,7 +88,7 @@ class ReferenceGroup:
         Ranks may notice at different times (at once where the connection broke, else at their deadline), so wait for
         all but one.
         """
-        others = [p for p in range(self._comm.num_ranks) if p != self._comm.rank]
+        others = [p for p in self._ranks if p != self._comm.rank]
 
         def ask(question: Callable[[dist.Store], R]) -> R:
             return self._store.ask(max(end - time.monotonic(), 0.1), question)
@@ -185,25 +102,6 @@ class ReferenceGroup:
                 time.sleep(0.02)
         except StoreLostError:
             return self._store_host
-
-    def _fail(self, phase: str, cause: str, peer: int, elapsed_s: float) -> NoReturn:
-        info = self._comm.peers[peer] if peer >= 0 else None
-        record = FaultRecord(
-            operation=self._operation,
-            sequence=self.sequence,
-            phase=phase,
-            cause=cause,
-            rank=self._comm.rank,
-            peer=peer,
-            expected=self.sequence,
-            seen=self.sequence - (phase == "wait_published"),
-            elapsed_s=elapsed_s,
-            deadline_s=self._deadline_s,
-            peer_host=info.host if info else "",
-            peer_pid=info.pid if info else 0,
-        )
-        self._comm.mark_fault(record)
-        raise CommFaultError(record)
 
 
 def as_bytes(value: torch.Tensor) -> torch.Tensor:

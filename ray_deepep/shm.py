@@ -72,6 +72,12 @@ MAX_IDLE_BYTES = 1 << 30
 class ShmDomain:
     """The ranks of one host, connected: what buffers of transport ``shm`` are made from.
 
+    Args:
+        exchange: among these ranks.
+        peers: what they told; their ``rank`` is that in the communicator, which may have more ranks than the domain.
+        rank: of this process in the domain.
+        config: of the communicator.
+
     Raises:
         BootstrapError: naming the ranks that did not connect within ``config.bootstrap_deadline_s``.
     """
@@ -91,7 +97,7 @@ class ShmDomain:
         self._domain = self.core.Domain(rank, len(peers))
         payload = json.dumps([self._domain.address, self._domain.secret]).encode()
         offers = [json.loads(offer) for offer in exchange("connect", payload)]
-        with PublicErrors(self, lambda record: None):
+        with PublicErrors(self, lambda record: record):
             addresses, secrets = zip(*offers)
             self._domain.connect(list(addresses), list(secrets), config.bootstrap_deadline_s)
 
@@ -109,7 +115,7 @@ class ShmDomain:
         sizes = self.core.BufferSizes()
         sizes.num_experts, sizes.hidden, sizes.num_topk = geometry.num_experts, geometry.hidden, geometry.num_topk
         sizes.max_tokens, sizes.max_capacity = geometry.max_tokens, geometry.max_capacity
-        sizes.symm_bytes = geometry.symm_bytes
+        sizes.symm_bytes, sizes.num_parts = geometry.symm_bytes, geometry.num_parts
         sizes.low_latency_max_tokens = geometry.low_latency_max_tokens
         sizes.max_segment_bytes = int(self.config.heap_gib * 2**30)
         return self.core.HostBuffer(
@@ -130,10 +136,13 @@ class ShmTransport(BlockingTransport):
 
     device = torch.device("cpu")
     takes_expert_rows = True
+    takes_parts = True
 
-    def __init__(self, domain: ShmDomain, geometry: BufferGeometry, *, on_fault: Callable[[FaultRecord], None]) -> None:
+    def __init__(
+        self, domain: ShmDomain, geometry: BufferGeometry, *, on_fault: Callable[[FaultRecord], FaultRecord]
+    ) -> None:
         self._geometry, self._core, self._empty = geometry, domain.core, domain.empty
-        self._rank = domain.rank
+        self._rank = domain.peers[domain.rank].rank
         self._errors = PublicErrors(domain, on_fault)
         # The autograd engine calls backward from threads of its own.
         self._lock = threading.Lock()
@@ -160,7 +169,7 @@ class ShmTransport(BlockingTransport):
                     topk_weights = torch.ones(topk_idx.shape)
                 args.topk_idx, args.topk_weights = address(topk_idx), address(topk_weights)
                 args.locations = address(request.locations)
-                args.num_topk = topk_idx.shape[1]
+                args.num_topk, args.part_tokens = topk_idx.shape[1], list(request.part_tokens)
                 plan = self._buffer.begin_dispatch(args)
             output = self._allocate(request, plan)
             out = self._core.DispatchOutputs()
@@ -183,11 +192,13 @@ class ShmTransport(BlockingTransport):
         args.dtype, args.bias = self._dtypes[rows.dtype], address(request.bias)
         args.weighted, args.reduce = request.weighted, getattr(self._core.Reduce, request.reduce)
         args.row_weights, args.has_row_weights = address(weights), weights is not None
+        args.routes_only = request.num_routes is not None
         num_tokens, num_topk, hidden = handle.num_tokens, handle.num_topk, rows.shape[1]
+        shape = (request.num_routes,) if args.routes_only else (num_topk, num_tokens)
         output = CombineOutput(
-            x=self._empty(num_tokens, hidden, dtype=rows.dtype),
+            x=None if args.routes_only else self._empty(num_tokens, hidden, dtype=rows.dtype),
             topk_weights=self._empty(num_tokens, num_topk) if args.has_row_weights else None,
-            routes=self._empty(num_topk, num_tokens, hidden, dtype=rows.dtype) if request.keep_routes else None,
+            routes=self._empty(*shape, hidden, dtype=rows.dtype) if args.routes_only or request.keep_routes else None,
         )
         out = self._core.CombineOutputs()
         out.x, out.topk_weights, out.routes = map(address, (output.x, output.topk_weights, output.routes))

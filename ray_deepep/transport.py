@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, ClassVar, Protocol, TypeVar
 
 import torch
 
@@ -47,6 +47,7 @@ class BufferGeometry:
     """Most rows that a dispatch may bring to a rank; None: the worst case. GPU transports only."""
     max_element_size: int = 4
     """Bytes of the largest element that rows may have."""
+    num_parts: ClassVar[int] = 1
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -59,6 +60,14 @@ class BufferGeometry:
             bits = 63 if name == "symm_bytes" else 31
             if value >= 2**bits:
                 raise InvalidArgumentError(name, value, f"must be < 2**{bits}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DomainGeometry(BufferGeometry):
+    """Sizes of the buffer inside one domain of several; no user's buffer has them."""
+
+    num_parts: int = 1
+    """Parts in which a rank's tokens come; see ``DispatchRequest.part_tokens``."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -85,6 +94,9 @@ class DispatchRequest:
     """Rows leave as float8; only transports with ``casts_rows`` see it."""
     num_sms: int | None
     """Multiprocessors of this call; None: those of the configuration."""
+    part_tokens: tuple[int, ...] = ()
+    """Tokens of each part, if the geometry has several: rows then come in order of part, rank, token, and padded
+    blocks in order of part, rank. Not with ``handle``. For transports with ``takes_parts``."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -121,19 +133,24 @@ class CombineRequest:
     """``exact``: routes summed at the source in float32, k order. ``fast``: summed over local experts first (float32,
     rounded once to the rows' dtype), then over ranks in rank order. ``expert_order``: as ``exact``, but by
     ascending expert (bit-equal to ``torch.index_add`` over expert-major rows, which adds in float32 and rounds once).
-    Token-major rows are always summed over ranks in rank order, in float32."""
+    Token-major rows are always summed over ranks in rank order, in float32. With several nodes, sums over ranks are
+    sums over those of a node, rounded to the rows' dtype, and then over nodes in node order."""
     keep_routes: bool
     """Also return each route's row as it came, ``[K, T, H]``; not for token-major rows nor ``fast``."""
     bias: torch.Tensor | None
     """``[T, H]``, added in float32 before the result is rounded."""
     num_sms: int | None
+    num_routes: int | None = None
+    """If given, no sum is wanted, only the routes' rows, so many: ``[num_routes, H]`` by (token, k), without those that
+    are -1. Not for token-major rows nor ``fast``. For transports with ``takes_parts``."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
 class CombineOutput:
     """What a transport returns from a combine."""
 
-    x: torch.Tensor
+    x: torch.Tensor | None
+    """None if no sum was wanted."""
     topk_weights: torch.Tensor | None
     routes: torch.Tensor | None
 
@@ -153,6 +170,8 @@ class Transport(Protocol):
     """Whether ``DispatchRequest.cast`` may be given."""
     takes_expert_rows: bool
     """Whether ``CombineRequest.expert_rows`` may be given."""
+    takes_parts: bool
+    """Whether it can serve one domain of several: ``DispatchRequest.part_tokens``, ``CombineRequest.num_routes``."""
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput: ...
 
@@ -189,11 +208,42 @@ class Transport(Protocol):
     def close(self) -> None: ...
 
 
+def make_handle(
+    request: DispatchRequest,
+    output: DispatchOutput,
+    *,
+    num_ranks: int,
+    num_local_experts: int,
+    check_faults: Callable[[], None],
+    owner: int,
+) -> DispatchHandle:
+    """The handle of a new dispatch."""
+    return DispatchHandle(
+        layout=request.layout,
+        num_tokens=request.x.shape[0],
+        num_topk=request.topk_idx.shape[1],
+        num_ranks=num_ranks,
+        num_local_experts=num_local_experts,
+        num_recv_tokens=output.num_recv_tokens,
+        num_rows=output.x.shape[0],
+        num_recv_tokens_per_expert=output.num_recv_tokens_per_expert,
+        expert_offsets=output.expert_offsets,
+        max_recv_tokens=request.max_recv_tokens,
+        topk_weights=request.topk_weights,
+        recv_topk_weights=output.topk_weights,
+        counts=output.counts,
+        plan=output.plan,
+        check_faults=check_faults,
+        owner=owner,
+    )
+
+
 class BlockingTransport:
     """What transports share whose operations have ended when their calls return."""
 
     casts_rows = False
     takes_expert_rows = False
+    takes_parts = False
     _geometry: BufferGeometry
 
     def start(

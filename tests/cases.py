@@ -10,10 +10,19 @@ import itertools
 
 import oracle
 import torch
-from harness import RankContext
+from harness import RankContext, domain_size
 from on_device import OnDevice
 
-from ray_deepep import Buffer, DispatchHandle, DispatchResult, ExpertMajor, Float8Cast, Padded, TokenMajor
+from ray_deepep import (
+    Buffer,
+    Communicator,
+    DispatchHandle,
+    DispatchResult,
+    ExpertMajor,
+    Float8Cast,
+    Padded,
+    TokenMajor,
+)
 from ray_deepep.handle import Layout
 
 FLOAT8 = torch.float8_e4m3fn
@@ -91,8 +100,8 @@ def some_modes(token_major: bool) -> list[CombineMode]:
     ]
 
 
-def make_world(case: Case) -> oracle.World:
-    """Inputs of all ranks."""
+def make_world(case: Case, transport: str = "") -> oracle.World:
+    """Inputs of all ranks; a transport of several nodes rounds once for each."""
     generator = torch.Generator().manual_seed(case.seed)
     topk_idx = [_topk_idx(case, num_tokens, generator) for num_tokens in case.num_tokens]
     locations, layout = None, case.layout
@@ -113,6 +122,7 @@ def make_world(case: Case) -> oracle.World:
         x_scales=scales,
         locations=locations,
         cast=case.cast,
+        domain_size=domain_size(transport) % len(case.num_tokens),
     )
     if case.spare_rows is not None:
         room = max(1, max(here.num_rows for here in world.arrivals) + case.spare_rows)
@@ -294,7 +304,7 @@ def check_combine(
 
 def check_case(context: RankContext, transport: str, case: Case, modes: list[CombineMode] | None = None) -> None:
     """Dispatch, cached dispatch and combines of a case on this rank; run it on every rank."""
-    world, rank = make_world(case), context.rank
+    world, rank = make_world(case, transport), context.rank
     token_major = isinstance(world.layout, TokenMajor)
     try:
         with make_buffer(context, transport, case, world) as buffer:
@@ -318,6 +328,11 @@ def check_cached_dispatch(buffer: Buffer, handle: DispatchHandle, world: oracle.
     assert_dispatched(buffer.dispatch(handle=handle, **rows_to_send(others, rank)), others, rank, cached=True)
 
 
+def transport_of(comm: Communicator) -> str:
+    """Name of its transport, and of the size of its domains if it has several."""
+    return f"{comm.transport}/{comm.domains.domain_size}" if comm.domains.num_nodes > 1 else comm.transport
+
+
 def check_still_works(buffer: Buffer, rank: int) -> None:
     """Dispatch and combine of all ranks on a buffer that saw errors."""
     geometry = buffer.geometry
@@ -329,7 +344,7 @@ def check_still_works(buffer: Buffer, rank: int) -> None:
         num_topk=2,
         layout=ExpertMajor(4),
     )
-    world = make_world(case)
+    world = make_world(case, transport_of(buffer.comm))
     result = dispatch(buffer, world, rank)
     assert_dispatched(result, world, rank)
     for mode in some_modes(token_major=False):

@@ -32,6 +32,11 @@ PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "ray_deepep", "deeps
 """Imported once, for all ranks of all cases; what is not installed is left out."""
 
 
+def domain_size(transport: str) -> int:
+    """Ranks of a domain: 2 of ``shm/2``; 0, all ranks, where the name has no number."""
+    return int(transport.partition("/")[2] or 0)
+
+
 def shm_problem() -> str:
     """Why transport ``shm`` cannot be tested here; empty if it can."""
     version, problem = shm.core_version()
@@ -48,8 +53,8 @@ class RankContext:
     """By transport; kept between cases."""
 
     def new_communicator(self, transport: str, **config: Any) -> Communicator:
-        """A communicator of this case alone; collective."""
-        return Communicator.from_process_group(config=CommConfig(**{"transport": transport, **CASE_CONFIG, **config}))
+        """A communicator of this case alone; collective. ``transport`` may name the size of its domains."""
+        return Communicator.from_process_group(config=case_config(transport, **config))
 
     def communicator(self, transport: str) -> Communicator:
         """The communicator that cases share; collective when first used."""
@@ -70,6 +75,12 @@ CASE_CONFIG: Mapping[str, Any] = {
     "heap_gib": 1.0,
     "num_sms": 8,
 }
+
+
+def case_config(transport: str, **config: Any) -> CommConfig:
+    """Settings of a case; ``transport`` may name the size of its domains."""
+    name, size = transport.partition("/")[0], domain_size(transport)
+    return CommConfig(**{"transport": name, "domain_size": size, **CASE_CONFIG, **config})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -30,6 +30,8 @@ class World:
     locations: list[torch.Tensor] | None
     max_recv_tokens: int | None = None
     cast: Float8Cast | None = None
+    domain_size: int = 0
+    """Ranks of a node, if sums are rounded once per node before they go home; 0: there is one node."""
     x_given: list[torch.Tensor] | None = None
     """With ``cast``: the rows before they are cast; ``x`` and ``x_scales`` are those that leave."""
 
@@ -167,17 +169,20 @@ def combine(
             return value * world.topk_weights[rank][token, k] if weighted else value
 
         owners = sorted({world.rank_of(expert) for _, expert in routes})
+        sums = {}
         if isinstance(world.layout, TokenMajor):
             for owner in owners:
                 k, expert = next(route for route in routes if world.rank_of(route[1]) == owner)
-                total = total + row(k, expert)
+                sums[owner] = row(k, expert)
+            total = _sum_of_ranks(world, sums, dtype)
         elif reduce == "fast":
             for owner in owners:
                 partial = torch.zeros(world.hidden)
                 for k, expert in routes:
                     if world.rank_of(expert) == owner:
                         partial = partial + row(k, expert)
-                total = total + partial.to(dtype).float()
+                sums[owner] = partial.to(dtype).float()
+            total = _sum_of_ranks(world, sums, dtype)
         elif reduce == "exact":
             for k, expert in routes:
                 total = total + row(k, expert)
@@ -186,6 +191,19 @@ def combine(
                 total = total + row(k, expert)
         out[token] = (total if bias is None else total + bias[token].float()).to(dtype)
     return out
+
+
+def _sum_of_ranks(world: World, sums: dict[int, torch.Tensor], dtype: torch.dtype) -> torch.Tensor:
+    """By ascending rank; with several nodes rounded for each of them, then by ascending node."""
+    total, nodes = torch.zeros(world.hidden), {}
+    for rank in sorted(sums):
+        node = rank // world.domain_size if world.domain_size else 0
+        nodes[node] = nodes.get(node, torch.zeros(world.hidden)) + sums[rank]
+    if not world.domain_size:
+        return nodes.get(0, total)
+    for node in sorted(nodes):
+        total = total + nodes[node].to(dtype).float()
+    return total
 
 
 def routes_home(world: World, rank: int, rows: list[torch.Tensor]) -> torch.Tensor:

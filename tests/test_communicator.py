@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from cases import Case, assert_dispatched, check_combine, make_world, some_modes
+from cases import Case, assert_dispatched, check_combine, make_world, some_modes, transport_of
 from cases import dispatch as dispatch_world
-from harness import CASE_CONFIG, RankContext, RankPool, Ranks, error_of, shm_problem
+from harness import CASE_CONFIG, RankContext, RankPool, Ranks, case_config, error_of, shm_problem
 from torch.distributed import distributed_c10d
 
 from ray_deepep import (
@@ -26,8 +26,9 @@ from ray_deepep import (
     InvalidTypeError,
     TransportUnavailableError,
 )
-from ray_deepep.communicator import RankInfo, choose_transport
+from ray_deepep.communicator import RankInfo
 from ray_deepep.rendezvous import store_exchange
+from ray_deepep.transport_choice import choose_domain_size, choose_transport
 
 GEOMETRY = {"num_experts": 4, "hidden": 24, "num_topk": 3, "max_tokens": 9}
 BOOTSTRAP_DEADLINE_S = 2.0
@@ -99,6 +100,76 @@ def test_choose_transport(name: str) -> None:
     assert reason in why
 
 
+def on_hosts(*hosts: str, **fields: object) -> list[RankInfo]:
+    return [peer(rank, host=host, machine=host, **fields) for rank, host in enumerate(hosts)]
+
+
+DOMAIN_SIZES = {
+    "one host": (0, "auto", on_hosts("a", "a"), 2),
+    "two hosts": (0, "auto", on_hosts("a", "a", "b", "b"), 2),
+    "two hosts, shm asked for": (0, "shm", on_hosts("a", "a", "a", "b", "b", "b"), 3),
+    "two hosts, reference asked for": (0, "reference", on_hosts("a", "a", "b", "b"), 4),
+    "one rank on each host": (0, "auto", on_hosts("a", "b"), 2),
+    "different counts": (0, "auto", on_hosts("a", "a", "b"), 3),
+    "different counts that divide": (0, "auto", on_hosts("a", "a", "b", "c"), 4),
+    "ranks not by host": (0, "auto", on_hosts("a", "b", "a", "b"), 4),
+    "a host that comes again": (0, "auto", on_hosts("a", "a", "b", "b", "a", "a"), 6),
+    "GPUs": (0, "auto", on_hosts("a", "a", "b", "b", has_gpu=True), 4),
+    "logical nodes": (2, "auto", on_hosts("a", "a", "a", "a"), 2),
+    "logical nodes of one": (1, "shm", on_hosts("a", "a", "a"), 1),
+}
+
+
+@pytest.mark.parametrize("name", DOMAIN_SIZES)
+def test_choose_domain_size(name: str) -> None:
+    wanted, transport, peers, size = DOMAIN_SIZES[name]
+    assert choose_domain_size(wanted, transport, peers) == size
+
+
+def test_domain_size_that_does_not_divide() -> None:
+    error = error_of(InvalidArgumentError, lambda: choose_domain_size(3, "shm", on_hosts("a", "a", "a", "a")))
+    assert str(error) == "domain_size: must divide the 4 ranks; got 3"
+
+
+NODES = {
+    "two hosts": (
+        "auto",
+        on_hosts("a", "a", "b", "b"),
+        "shm",
+        "the 2 ranks of each of 2 nodes share memory; torch.distributed between nodes",
+    ),
+    "shm asked for": ("shm", on_hosts("a", "a", "b", "b"), "shm", "asked for; the 2 ranks of each of 2 nodes"),
+    "a domain over two hosts": (
+        "auto",
+        on_hosts("a", "a", "b", "c"),
+        "reference",
+        "ranks 2 to 3 cannot share memory (hosts b, c); torch.distributed serves any hosts",
+    ),
+    "GPUs": ("auto", on_hosts("a", "a", "a", "a", cuda_problem="", gpu="u"), "shm", "each of 2 nodes"),
+}
+
+
+@pytest.mark.parametrize("name", NODES)
+def test_choose_transport_of_nodes(name: str) -> None:
+    wanted, peers, transport, reason = NODES[name]
+    found, why = choose_transport(wanted, peers, 2)
+    assert found == transport
+    assert reason in why
+
+
+REFUSED_NODES = {
+    "no group": ("shm", on_hosts("a", "a", "b", "b", has_group=False), "2 nodes need a torch process group"),
+    "cuda": ("cuda", on_hosts("a", "a", "b", "b", cuda_problem=""), "it serves one domain, and there are 2"),
+    "a domain over two hosts": ("shm", on_hosts("a", "b", "b", "b"), "ranks 0 to 1 cannot share memory (hosts a, b)"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED_NODES)
+def test_refused_transport_of_nodes(name: str) -> None:
+    wanted, peers, message = REFUSED_NODES[name]
+    assert message in str(error_of(TransportUnavailableError, lambda: choose_transport(wanted, peers, 2)))
+
+
 REFUSALS = {
     "cuda without GPU": (
         "cuda",
@@ -144,7 +215,7 @@ def test_refused_transport(name: str) -> None:
 def check_exchange_rows(comm: Communicator, rank: int, num_ranks: int) -> None:
     """Dispatch and combine over a communicator, compared with the oracle."""
     case = Case(seed=num_ranks, num_tokens=(5, 3, 4, 9)[:num_ranks], num_experts=4 * num_ranks, layout=ExpertMajor(4))
-    world = make_world(case)
+    world = make_world(case, transport_of(comm))
     with Buffer(comm, **{**GEOMETRY, "num_experts": case.num_experts}) as buffer:
         result = dispatch_world(buffer, world, rank)
         assert_dispatched(result, world, rank)
@@ -205,7 +276,7 @@ def check_subgroups(context: RankContext, transport: str) -> None:
     mine, other = groups[context.rank % 2], groups[1 - context.rank % 2]
     error = error_of(InvalidArgumentError, lambda: Communicator.from_process_group(other))
     assert str(error) == "group: must contain this rank; got 'a group without this rank'"
-    config = CommConfig(transport=transport, **CASE_CONFIG)
+    config = case_config(transport)
     with Communicator.from_process_group(mine, config=config) as comm:
         assert (comm.rank, comm.num_ranks) == (context.rank // 2, 2)
         check_exchange_rows(comm, comm.rank, comm.num_ranks)

@@ -7,7 +7,7 @@ import dataclasses
 import pytest
 import torch
 from deepspeed_cases import LayerCase, differences, make_layer, start_deepspeed, step, stock_and_swapped, swap_config
-from harness import RankContext, Ranks
+from harness import RankContext, RankPool, Ranks, shm_problem
 
 from ray_deepep.deepspeed import enable
 
@@ -62,6 +62,14 @@ def test_bit_equal_variants(ranks: Ranks, transport: str, name: str) -> None:
 def test_bit_equal_four_ranks(ranks: Ranks, transport: str, k: int, ep_size: int) -> None:
     """Also with expert-data parallelism: two EP groups of two ranks."""
     ranks.run(4, check_bit_equal, transport, LayerCase(k=k, ep_size=ep_size, dtype=BF16 if k == 4 else FP32))
+
+
+@pytest.mark.skipif(bool(shm_problem()), reason=shm_problem())
+@pytest.mark.parametrize("ep_size", (2, 4))
+def test_bit_equal_over_nodes(ep_size: int) -> None:
+    """Two logical nodes of each EP group; rows hop between them."""
+    with RankPool(4, env={"RAY_DEEPEP_DOMAIN_SIZE": str(ep_size // 2)}) as pool:
+        pool.run(check_bit_equal, "shm", LayerCase(k=2, ep_size=ep_size, dtype=BF16))
 
 
 @pytest.mark.parametrize("ep_size", (1, 2), ids=lambda n: f"ep{n}")

@@ -56,6 +56,7 @@ void register_arguments(py::module_& module) {
         .def_readwrite("num_topk", &BufferSizes::num_topk)
         .def_readwrite("max_tokens", &BufferSizes::max_tokens)
         .def_readwrite("max_capacity", &BufferSizes::max_capacity)
+        .def_readwrite("num_parts", &BufferSizes::num_parts)
         .def_readwrite("low_latency_max_tokens", &BufferSizes::low_latency_max_tokens)
         .def_readwrite("max_segment_bytes", &BufferSizes::max_segment_bytes)
         .def_readwrite("symm_bytes", &BufferSizes::symm_bytes);
@@ -70,6 +71,7 @@ void register_arguments(py::module_& module) {
         .def_readwrite("topk_weights", &DispatchArgs::topk_weights)
         .def_readwrite("locations", &DispatchArgs::locations)
         .def_readwrite("num_tokens", &DispatchArgs::num_tokens)
+        .def_readwrite("part_tokens", &DispatchArgs::part_tokens)
         .def_readwrite("num_topk", &DispatchArgs::num_topk)
         .def_readwrite("dtype", &DispatchArgs::dtype)
         .def_readwrite("layout", &DispatchArgs::layout)
@@ -91,6 +93,7 @@ void register_arguments(py::module_& module) {
         .def_readwrite("has_rows", &CombineArgs::has_rows)
         .def_readwrite("has_row_weights", &CombineArgs::has_row_weights)
         .def_readwrite("weighted", &CombineArgs::weighted)
+        .def_readwrite("routes_only", &CombineArgs::routes_only)
         .def_readwrite("reduce", &CombineArgs::reduce);
     py::class_<CombineOutputs>(module, "CombineOutputs")
         .def(py::init())

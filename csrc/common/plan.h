@@ -22,11 +22,18 @@ struct Layout {
     int64_t capacity = 0;   // padded: slots per (source rank, local expert)
 };
 
+// A rank's tokens may come in several *parts*, the same number on all ranks: those that landed from each node. Rows are
+// ordered by part, then rank, then token, so they come as if every (part, rank) were a source rank of its own.
 struct Geometry {
     int rank = 0;
     int num_ranks = 1;
     int num_experts = 1;
+    int num_parts = 1;
     int num_local_experts() const { return num_experts / num_ranks; }
+    int num_sources() const { return num_parts * num_ranks; }
+    int source(int part, int of_rank) const { return part * num_ranks + of_rank; }
+    int rank_of(int source) const { return source % num_ranks; }
+    int part_of(int source) const { return source / num_ranks; }
 };
 
 // Routing that one rank published. Arrays are [num_tokens, num_topk], -1 = no expert.
@@ -34,8 +41,9 @@ struct Routing {
     int64_t num_tokens = 0;
     const int32_t* topk_idx = nullptr;
     const int32_t* locations = nullptr;       // padded layout only
-    const int64_t* num_per_rank = nullptr;    // [num_ranks] token rows this rank sends to each
-    const int64_t* num_per_expert = nullptr;  // [num_experts] routes this rank sends to each
+    const int64_t* part_begin = nullptr;      // [num_parts + 1] first token of each part
+    const int64_t* num_per_rank = nullptr;    // [num_parts, num_ranks] token rows this rank sends to each
+    const int64_t* num_per_expert = nullptr;  // [num_parts, num_experts] routes this rank sends to each
 };
 
 // Everything a rank needs to pull its rows, and to pull expert outputs back.
@@ -43,10 +51,11 @@ struct Plan {
     Geometry geometry;
     Layout layout;
     int num_topk = 0;
-    int64_t num_tokens = 0;  // own tokens
+    int64_t num_tokens = 0;           // own tokens
+    std::vector<int64_t> part_begin;  // [num_parts + 1], of own tokens
 
-    // Receive side. Row i of the token-major order came from token recv_token[i] of the rank whose range
-    // [recv_base[s], recv_base[s + 1]) holds i; its routes are route_*[route_begin[i] .. route_begin[i + 1]).
+    // Receive side. Row i of the token-major order came from token recv_token[i] of the source, see Geometry, whose
+    // range [recv_base[s], recv_base[s + 1]) holds i; its routes are route_*[route_begin[i] .. route_begin[i + 1]).
     std::vector<int64_t> recv_base;
     std::vector<int32_t> recv_token;
     std::vector<int64_t> route_begin;
@@ -64,10 +73,17 @@ struct Plan {
 
     int64_t num_recv_tokens() const { return static_cast<int64_t>(recv_token.size()); }
     int destination(int64_t route) const { return send_expert[route] / geometry.num_local_experts(); }
+    // The source that an own token stands for.
+    int source_of(int64_t token) const {
+        int part = 0;
+        while (token >= part_begin[part + 1]) ++part;
+        return geometry.source(part, geometry.rank);
+    }
 };
 
-// Count the rows and routes that a rank sends; what it publishes beside its routing.
-void count_routing(const Geometry& geometry, const int32_t* topk_idx, int64_t num_tokens, int num_topk,
+// Count the rows and routes that a rank sends in tokens [begin, end), those of one part: what it publishes beside its
+// routing.
+void count_routing(const Geometry& geometry, const int32_t* topk_idx, int64_t begin, int64_t end, int num_topk,
                    int64_t* num_per_rank, int64_t* num_per_expert);
 
 Plan make_plan(const Geometry& geometry, const Layout& layout, int num_topk, const std::vector<Routing>& routing);

@@ -65,7 +65,7 @@ void HostBuffer::combine(const CombineArgs& args, const HostPlan& plan, const Co
         throw;
     }
     publish(own);
-    if (args.has_rows) pull_outputs(args, plan, out);
+    if (args.has_rows) args.routes_only ? pull_routes(args, plan, out) : pull_outputs(args, plan, out);
     if (args.has_row_weights) pull_row_weights(plan.plan, out);
     finish();
 }
@@ -97,11 +97,15 @@ void HostBuffer::stage_outputs(const CombineArgs& args, const HostPlan& host_pla
     auto* staged = at<std::byte>(geometry_.rank, own.rows_at);
     if (reduced) return reduce_local(args, host_plan, staged);
     // Rows of this rank's own tokens stay where they are; only what others will read is staged.
-    const int64_t own_count = plan.recv_base[geometry_.rank + 1] - plan.recv_base[geometry_.rank];
+    int64_t own_count = 0;
+    for (int part = 0; part < geometry_.num_parts; ++part) {
+        const int source = geometry_.source(part, geometry_.rank);
+        own_count += plan.recv_base[source + 1] - plan.recv_base[source];
+    }
     const OutputRows outputs = output_rows(args, plan);
     const bool streamed = (plan.num_recv_tokens() - own_count) * bytes >= kStreamedBytes;
-    for (int source = 0; source < geometry_.num_ranks; ++source) {
-        if (source == geometry_.rank) continue;
+    for (int source = 0; source < geometry_.num_sources(); ++source) {
+        if (geometry_.rank_of(source) == geometry_.rank) continue;
         const int64_t first = plan.recv_base[source];
         threads_.parallel_for(plan.recv_base[source + 1] - first, kRowGrain, [&](int64_t begin, int64_t end) {
             // Token-major rows stand for all local routes of a token.
@@ -122,7 +126,7 @@ void HostBuffer::reduce_local(const CombineArgs& args, const HostPlan& host_plan
     const int64_t hidden = sizes_.hidden, bytes = hidden * element_size(args.dtype);
     const OutputRows outputs = output_rows(args, plan);
     const bool streamed = plan.num_recv_tokens() * bytes >= kStreamedBytes;
-    for (int source = 0; source < geometry_.num_ranks; ++source) {
+    for (int source = 0; source < geometry_.num_sources(); ++source) {
         const int64_t first = plan.recv_base[source];
         threads_.parallel_for(plan.recv_base[source + 1] - first, kRowGrain, [&](int64_t begin, int64_t end) {
             RowSum sum(hidden, args.dtype, streamed);
@@ -159,13 +163,14 @@ void HostBuffer::pull_outputs(const CombineArgs& args, const HostPlan& host_plan
         std::array<int, kMaxTopk> order;
         for (int64_t t = begin; t < end; ++t) {
             const int64_t first = t * num_topk;
+            const int own_source = plan.source_of(t);
             const int count = order_routes(&plan.send_expert[first], num_topk, num_local, by_rank, by_expert, order);
             for (int i = 0; i < count; ++i) {
                 const int64_t route = first + order[i];
                 const int64_t row = by_rank ? plan.send_row[route] : plan.send_slot[route];
                 const int dest = plan.destination(route);
                 const std::byte* src = dest == geometry_.rank
-                                           ? own_rows.row(dest, plan.send_expert[route] - first_expert, row)
+                                           ? own_rows.row(own_source, plan.send_expert[route] - first_expert, row)
                                            : sources[dest] + row * bytes;
                 scaled ? sum.add_scaled(src, host_plan.send_weight[route]) : sum.add(src);
                 if (routes != nullptr)
@@ -175,6 +180,38 @@ void HostBuffer::pull_outputs(const CombineArgs& args, const HostPlan& host_plan
             sum.take(pointer<std::byte>(out.x) + t * bytes);
             for (int k = 0; routes != nullptr && k < num_topk; ++k) {
                 if (plan.send_expert[first + k] < 0) std::memset(routes + (k * plan.num_tokens + t) * bytes, 0, bytes);
+            }
+        }
+        finish_streaming();
+    });
+}
+
+// The routes' rows as they are, without gaps, for a caller that adds them up elsewhere.
+void HostBuffer::pull_routes(const CombineArgs& args, const HostPlan& host_plan, const CombineOutputs& out) {
+    const Plan& plan = host_plan.plan;
+    const int64_t num_topk = plan.num_topk, bytes = sizes_.hidden * element_size(args.dtype);
+    std::vector<int64_t> first(plan.num_tokens + 1, 0);
+    for (int64_t t = 0; t < plan.num_tokens; ++t) {
+        first[t + 1] = first[t];
+        for (int64_t k = 0; k < num_topk; ++k) first[t + 1] += plan.send_expert[t * num_topk + k] >= 0;
+    }
+    const OutputRows own_rows = output_rows(args, plan);
+    const int first_expert = geometry_.rank * geometry_.num_local_experts();
+    auto* routes = pointer<std::byte>(out.routes);
+    const bool streamed = first.back() * bytes >= kStreamedBytes;
+    threads_.parallel_for(plan.num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
+        for (int64_t t = begin; t < end; ++t) {
+            std::byte* next = routes + first[t] * bytes;
+            for (int64_t route = t * num_topk; route < (t + 1) * num_topk; ++route) {
+                if (plan.send_expert[route] < 0) continue;
+                const int dest = plan.destination(route);
+                const int64_t slot = plan.send_slot[route];
+                const std::byte* row =
+                    dest == geometry_.rank
+                        ? own_rows.row(plan.source_of(t), plan.send_expert[route] - first_expert, slot)
+                        : at<const std::byte>(dest, header(dest).rows_at) + slot * bytes;
+                copy_row(next, row, bytes, streamed);
+                next += bytes;
             }
         }
         finish_streaming();

@@ -49,7 +49,7 @@ struct OpHeader {
     uint32_t sequence;
     int64_t num_tokens;
     // Byte offsets from the segment's start.
-    int64_t num_per_rank_at, num_per_expert_at, topk_idx_at, topk_weights_at, locations_at;
+    int64_t part_begin_at, num_per_rank_at, num_per_expert_at, topk_idx_at, topk_weights_at, locations_at;
     int64_t rows_at, scales_at, row_weights_at;
     int32_t in_place;  // rows_at is the caller's own tensor, which may change when the call returns
 };

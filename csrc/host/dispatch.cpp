@@ -24,6 +24,7 @@ T* pointer(uintptr_t address) {
 }  // namespace
 
 std::shared_ptr<HostPlan> HostBuffer::begin_dispatch(const DispatchArgs& args) {
+    check_parts(args);
     check_locations(args);
     OpHeader& own = open_operation(Operation::kDispatch);
     try {
@@ -38,9 +39,12 @@ std::shared_ptr<HostPlan> HostBuffer::begin_dispatch(const DispatchArgs& args) {
     std::vector<Routing> routing(geometry_.num_ranks);
     for (int rank = 0; rank < geometry_.num_ranks; ++rank) {
         const OpHeader& from = header(rank);
-        routing[rank] = Routing{from.num_tokens, at<int32_t>(rank, from.topk_idx_at),
+        routing[rank] = Routing{from.num_tokens,
+                                at<int32_t>(rank, from.topk_idx_at),
                                 from.locations_at != 0 ? at<int32_t>(rank, from.locations_at) : nullptr,
-                                at<int64_t>(rank, from.num_per_rank_at), at<int64_t>(rank, from.num_per_expert_at)};
+                                at<int64_t>(rank, from.part_begin_at),
+                                at<int64_t>(rank, from.num_per_rank_at),
+                                at<int64_t>(rank, from.num_per_expert_at)};
     }
     auto result = std::make_shared<HostPlan>();
     result->sequence = sequence_;
@@ -49,8 +53,9 @@ std::shared_ptr<HostPlan> HostBuffer::begin_dispatch(const DispatchArgs& args) {
     const auto* own_weights = pointer<const float>(args.topk_weights);
     result->send_weight.assign(own_weights, own_weights + args.num_tokens * args.num_topk);
     result->route_weight.resize(plan.route_slot.size());
-    for (int source = 0; source < geometry_.num_ranks; ++source) {
-        const auto* weights = at<const float>(source, header(source).topk_weights_at);
+    for (int source = 0; source < geometry_.num_sources(); ++source) {
+        const int rank = geometry_.rank_of(source);
+        const auto* weights = at<const float>(rank, header(rank).topk_weights_at);
         for (int64_t i = plan.recv_base[source]; i < plan.recv_base[source + 1]; ++i) {
             for (int64_t r = plan.route_begin[i]; r < plan.route_begin[i + 1]; ++r) {
                 result->route_weight[r] = weights[int64_t{plan.recv_token[i]} * args.num_topk + plan.route_k[r]];
@@ -75,14 +80,15 @@ void HostBuffer::begin_cached_dispatch(const DispatchArgs& args, const HostPlan&
 }
 
 void HostBuffer::publish_routing(const DispatchArgs& args, OpHeader& own) {
-    const int rank = geometry_.rank;
+    const int rank = geometry_.rank, num_parts = geometry_.num_parts;
     const int64_t num_routes = args.num_tokens * args.num_topk;
     own.num_topk = args.num_topk;
     own.layout_kind = args.layout.kind;
     own.alignment = args.layout.alignment;
     own.capacity = args.layout.capacity;
-    own.num_per_rank_at = reserve(geometry_.num_ranks * 8);
-    own.num_per_expert_at = reserve(geometry_.num_experts * 8);
+    own.part_begin_at = reserve((num_parts + 1) * 8);
+    own.num_per_rank_at = reserve(int64_t{num_parts} * geometry_.num_ranks * 8);
+    own.num_per_expert_at = reserve(int64_t{num_parts} * geometry_.num_experts * 8);
     own.topk_idx_at = reserve(num_routes * 4);
     own.topk_weights_at = reserve(num_routes * 4);
     auto* topk_idx = at<int32_t>(rank, own.topk_idx_at);
@@ -93,19 +99,38 @@ void HostBuffer::publish_routing(const DispatchArgs& args, OpHeader& own) {
         own.locations_at = reserve(num_routes * 4);
         std::memcpy(at<int32_t>(rank, own.locations_at), pointer<const int32_t>(args.locations), num_routes * 4);
     }
-    count_routing(geometry_, topk_idx, args.num_tokens, args.num_topk, at<int64_t>(rank, own.num_per_rank_at),
-                  at<int64_t>(rank, own.num_per_expert_at));
+    auto* part_begin = at<int64_t>(rank, own.part_begin_at);
+    part_begin[0] = 0;
+    for (int part = 0; part < num_parts; ++part) {
+        part_begin[part + 1] = part_begin[part] + (args.part_tokens.empty() ? args.num_tokens : args.part_tokens[part]);
+        count_routing(geometry_, topk_idx, part_begin[part], part_begin[part + 1], args.num_topk,
+                      at<int64_t>(rank, own.num_per_rank_at) + int64_t{part} * geometry_.num_ranks,
+                      at<int64_t>(rank, own.num_per_expert_at) + int64_t{part} * geometry_.num_experts);
+    }
 }
 
-// Two routes in one slot would race; found before anything is published.
+void HostBuffer::check_parts(const DispatchArgs& args) const {
+    int64_t sum = 0;
+    for (const int64_t tokens : args.part_tokens) sum += tokens;
+    const bool one = args.part_tokens.empty() && geometry_.num_parts == 1;
+    if (one || (static_cast<int>(args.part_tokens.size()) == geometry_.num_parts && sum == args.num_tokens)) return;
+    throw ArgumentError("part_tokens", std::to_string(args.part_tokens.size()) + " parts of " + std::to_string(sum),
+                        "must be " + std::to_string(geometry_.num_parts) + " parts of the " +
+                            std::to_string(args.num_tokens) + " tokens");
+}
+
+// Two routes in one slot would race; found before anything is published. Each part has slots of its own.
 void HostBuffer::check_locations(const DispatchArgs& args) const {
     if (args.layout.kind != LayoutKind::kPadded) return;
-    std::vector<bool> taken(static_cast<size_t>(geometry_.num_experts) * args.layout.capacity, false);
+    const int64_t slots = geometry_.num_experts * args.layout.capacity;
+    std::vector<bool> taken(static_cast<size_t>(geometry_.num_parts) * slots, false);
     const auto* topk_idx = pointer<const int64_t>(args.topk_idx);
     const auto* locations = pointer<const int32_t>(args.locations);
+    int64_t part = 0, part_end = args.part_tokens.empty() ? args.num_tokens : args.part_tokens[0];
     for (int64_t i = 0; i < args.num_tokens * args.num_topk; ++i) {
+        while (i / args.num_topk >= part_end) part_end += args.part_tokens[++part];
         if (topk_idx[i] < 0) continue;
-        const int64_t slot = topk_idx[i] * args.layout.capacity + locations[i];
+        const int64_t slot = part * slots + topk_idx[i] * args.layout.capacity + locations[i];
         if (taken[slot]) {
             throw ArgumentError("locations",
                                 std::to_string(locations[i]) + " twice for expert " + std::to_string(topk_idx[i]),
@@ -163,12 +188,13 @@ void HostBuffer::pull_rows(const DispatchArgs& args, const HostPlan& host_plan, 
     auto* out_scales = pointer<std::byte>(out.x_scales);
     const bool token_major = plan.layout.kind == LayoutKind::kTokenMajor;
     const bool streamed = plan.num_rows * bytes >= kStreamedBytes;
-    for (int source = 0; source < geometry_.num_ranks; ++source) {
-        const bool own = source == geometry_.rank;
-        const OpHeader& from = header(source);
-        const auto* x = own ? pointer<const std::byte>(args.x) : at<const std::byte>(source, from.rows_at);
+    for (int source = 0; source < geometry_.num_sources(); ++source) {
+        const int rank = geometry_.rank_of(source);
+        const bool own = rank == geometry_.rank;
+        const OpHeader& from = header(rank);
+        const auto* x = own ? pointer<const std::byte>(args.x) : at<const std::byte>(rank, from.rows_at);
         const auto* x_scales =
-            own ? pointer<const std::byte>(args.x_scales) : at<const std::byte>(source, from.scales_at);
+            own ? pointer<const std::byte>(args.x_scales) : at<const std::byte>(rank, from.scales_at);
         const auto copy = [&](int64_t slot, int64_t token) {
             copy_row(out_x + slot * bytes, x + token * bytes, bytes, streamed);
             if (out_scales != nullptr) std::memcpy(out_scales + slot * scales, x_scales + token * scales, scales);
@@ -232,8 +258,9 @@ void HostBuffer::pull_routing(const HostPlan& host_plan, const DispatchOutputs& 
     const bool token_major = plan.layout.kind == LayoutKind::kTokenMajor;
     if (weights != nullptr) std::fill_n(weights, token_major ? plan.num_rows * num_topk : plan.num_rows, 0.0f);
     if (topk_idx != nullptr) std::fill_n(topk_idx, plan.num_rows * num_topk, int64_t{-1});
-    for (int source = 0; source < geometry_.num_ranks; ++source) {
-        const auto* experts = topk_idx != nullptr ? at<const int32_t>(source, header(source).topk_idx_at) : nullptr;
+    for (int source = 0; source < geometry_.num_sources(); ++source) {
+        const int rank = geometry_.rank_of(source);
+        const auto* experts = topk_idx != nullptr ? at<const int32_t>(rank, header(rank).topk_idx_at) : nullptr;
         for (int64_t i = plan.recv_base[source]; i < plan.recv_base[source + 1]; ++i) {
             for (int64_t r = plan.route_begin[i]; r < plan.route_begin[i + 1]; ++r) {
                 const int k = plan.route_k[r];

@@ -17,8 +17,9 @@ int64_t BufferSizes::area_bytes(int num_ranks) const {
     // In doubles first: generous limits times each other may pass 2^63.
     const double tokens = static_cast<double>(max_tokens), routes = tokens * num_topk;
     const double row = static_cast<double>(hidden) * 4;
-    const double slots = std::max(routes, static_cast<double>(max_capacity) * num_experts);
-    const double dispatch = tokens * (row + hidden / 32.0 + 64) + routes * 12 + (num_ranks + num_experts) * 8.0;
+    const double slots = std::max(routes, static_cast<double>(max_capacity) * num_experts * num_parts);
+    const double dispatch =
+        tokens * (row + hidden / 32.0 + 64) + routes * 12 + num_parts * (num_ranks + num_experts + 1) * 8.0;
     // Aligned groups: room for an alignment of up to 256 rows.
     const double aligned = 256.0 * num_experts / num_ranks;
     const double combine = (num_ranks * slots + aligned) * (row + 4.0 * num_topk);
@@ -28,7 +29,7 @@ int64_t BufferSizes::area_bytes(int num_ranks) const {
 HostBuffer::HostBuffer(std::shared_ptr<Domain> domain, const BufferSizes& sizes, double bootstrap_deadline_s,
                        double deadline_s, int num_threads, Interrupt interrupt)
     : domain_(std::move(domain)),
-      geometry_{domain_->rank(), domain_->num_ranks(), sizes.num_experts},
+      geometry_{domain_->rank(), domain_->num_ranks(), sizes.num_experts, sizes.num_parts},
       sizes_(sizes),
       deadline_s_(deadline_s),
       threads_(num_threads) {
@@ -37,13 +38,13 @@ HostBuffer::HostBuffer(std::shared_ptr<Domain> domain, const BufferSizes& sizes,
     if (largest < 64 * kPage) {
         throw ArgumentError("heap_gib", std::to_string(gib(sizes.max_segment_bytes)), "must be at least 0.001");
     }
-    const AgreedSizes agreed{
-        {"num_experts", "hidden", "num_topk", "max_tokens", "max_capacity", "low_latency_max_tokens", "heap_bytes",
-         "symm_bytes"},
-        {static_cast<uint64_t>(sizes.num_experts), static_cast<uint64_t>(sizes.hidden),
-         static_cast<uint64_t>(sizes.num_topk), static_cast<uint64_t>(sizes.max_tokens),
-         static_cast<uint64_t>(sizes.max_capacity), static_cast<uint64_t>(sizes.low_latency_max_tokens),
-         static_cast<uint64_t>(area_bytes_), static_cast<uint64_t>(sizes.symm_bytes)}};
+    const AgreedSizes agreed{{"num_experts", "hidden", "num_topk", "max_tokens", "max_capacity", "num_parts",
+                              "low_latency_max_tokens", "heap_bytes", "symm_bytes"},
+                             {static_cast<uint64_t>(sizes.num_experts), static_cast<uint64_t>(sizes.hidden),
+                              static_cast<uint64_t>(sizes.num_topk), static_cast<uint64_t>(sizes.max_tokens),
+                              static_cast<uint64_t>(sizes.max_capacity), static_cast<uint64_t>(sizes.num_parts),
+                              static_cast<uint64_t>(sizes.low_latency_max_tokens), static_cast<uint64_t>(area_bytes_),
+                              static_cast<uint64_t>(sizes.symm_bytes)}};
     const int64_t bytes = kPage + 2 * area_bytes_ + round_up(sizes.symm_bytes, kPage);
     heap_ = std::make_shared<SharedHeap>(allocate_shared_heap(*domain_, bytes, agreed, bootstrap_deadline_s));
     std::vector<ControlBlock*> blocks;

@@ -31,6 +31,7 @@ struct BufferSizes {
     int num_topk = 1;
     int64_t max_tokens = 0;
     int64_t max_capacity = 0;
+    int num_parts = 1;                   // see Geometry
     int64_t low_latency_max_tokens = 0;  // only to agree on: those calls have a heap of their own
     int64_t max_segment_bytes = 0;
     int64_t symm_bytes = 0;  // room for the caller's own tensors, behind the areas
@@ -50,6 +51,7 @@ struct HostPlan {
 struct DispatchArgs {
     uintptr_t x = 0, x_scales = 0, topk_idx = 0, topk_weights = 0, locations = 0;
     int64_t num_tokens = 0;
+    std::vector<int64_t> part_tokens;  // of each part; empty: one part. Not for a cached dispatch
     int num_topk = 0;
     DType dtype = DType::kFloat32;
     Layout layout;
@@ -69,9 +71,12 @@ struct CombineArgs {
     bool has_rows = true;
     bool has_row_weights = false;
     bool weighted = false;
+    // Only the rows of the routes are wanted, and no sum: one after the other by (token, k), without empty ones.
+    bool routes_only = false;
     Reduce reduce = Reduce::kExact;
 };
 
+// `routes`: [K, T, H], or [number of routes, H] with CombineArgs::routes_only.
 struct CombineOutputs {
     uintptr_t x = 0, topk_weights = 0, routes = 0;
 };
@@ -121,6 +126,7 @@ class HostBuffer {
 
     void stage_rows(const DispatchArgs& args, OpHeader& header, const int32_t* send_expert);
     void publish_routing(const DispatchArgs& args, OpHeader& header);
+    void check_parts(const DispatchArgs& args) const;
     void check_locations(const DispatchArgs& args) const;
     void pull_rows(const DispatchArgs& args, const HostPlan& plan, const DispatchOutputs& out);
     void fill_unused(const Plan& plan, const DispatchArgs& args, const DispatchOutputs& out);
@@ -130,6 +136,7 @@ class HostBuffer {
     void stage_outputs(const CombineArgs& args, const HostPlan& plan, OpHeader& header);
     void reduce_local(const CombineArgs& args, const HostPlan& plan, std::byte* staged);
     void pull_outputs(const CombineArgs& args, const HostPlan& plan, const CombineOutputs& out);
+    void pull_routes(const CombineArgs& args, const HostPlan& plan, const CombineOutputs& out);
     void pull_row_weights(const Plan& plan, const CombineOutputs& out);
 
     std::shared_ptr<Domain> domain_;
