@@ -53,6 +53,7 @@ PYTHON_LAYERS = [
     {"autograd"},
     {"__init__"},
     {"deepspeed", "doctor", "report"},
+    {"planning"},
     {"cluster"},
     {"cli"},
 ]
