@@ -120,7 +120,7 @@ def workload_of(case: OperationCase, num_ranks: int, transport: str, element_siz
         num_topk=case.num_topk,
         num_tokens=case.num_tokens,
         low_latency_tokens=case.num_tokens if case.low_latency else 0,
-        dtype=_DTYPES[element_size],
+        dtype="bfloat16" if case.low_latency else _DTYPES[element_size],
         layout=case.layout,
         reduce=case.reduce,
         transport=transport,
