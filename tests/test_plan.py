@@ -91,6 +91,25 @@ def test_constants_of_a_machine_that_obeys_the_model_predict_it(case: OperationC
     assert us[name.format("combine")] == pytest.approx(truth.combine_us, rel=0.01, abs=10.0)
 
 
+def test_constants_of_gpus_tell_the_link_from_copies() -> None:
+    """Times by the model: 20 us, 300 GB/s over the link, 1,000 GB/s of copies."""
+    cases = fitting_cases(transport="cuda", num_ranks=2, hidden=7168, num_tokens=4096)
+    times = []
+    for case in cases:
+        workload = workload_of(case, 2, "cuda", 2)
+        moved = {"dispatch": dispatch_bytes(workload), "combine": combine_bytes(workload)}
+        us = {f"{side}_us": 20.0 + max(m.link / 300e3, m.copied / 1000e3) for side, m in moved.items()}
+        times.append(dataclasses.asdict(OperationTime(case=case, **us)))
+    costs = fit_costs(report(transport="cuda", row_bytes=14336, operations=times), source="test")
+    assert costs.link_gb_per_s == pytest.approx(300, rel=0.01)
+    ((num_bytes, us),) = costs.operations["dispatch"].copy_us
+    assert us == pytest.approx(num_bytes / 1000e3, rel=0.01)
+    assert costs.num_cores is None and "low_latency_dispatch" not in costs.operations
+    workload = layer(num_nodes=1, gpus_per_node=2, hidden=4096, num_tokens=8192, rows_in_heap=True, cached_plan=True)
+    expected = 20 + dispatch_bytes(workload).link / 300e3
+    assert planned(workload, costs)["dispatch"] == pytest.approx(expected, rel=0.01)
+
+
 @needs_core
 def test_ranks_that_share_cores_are_slower() -> None:
     costs = fit_costs(report(), source="test")

@@ -18,6 +18,8 @@ pytest.importorskip("deepspeed", reason="trials train with DeepSpeed")
 import ray
 
 from train import sweep
+from train.ray_main import RayOptions
+from train.ray_sweep import max_at_once
 
 ROOT = Path(__file__).parents[1]
 DEADLINE_S = 240.0
@@ -69,6 +71,20 @@ def test_a_sweep_goes_on_after_its_driver_was_killed(
     assert all(float(row["val_loss"]) > 0 for row in (rows[0], rows[2]))
     assert rows[1]["error"] in printed
     assert (out / "sweep.png").is_file() and (out / "loss.png").is_file()
+
+
+@pytest.mark.parametrize(
+    ("cluster", "workers", "use_gpu", "at_once"),
+    (
+        ({"CPU": 8.0}, 2, False, 4),
+        ({"CPU": 7.9}, 2, False, 3),
+        ({"CPU": 1.0}, 2, False, 1),
+        ({"CPU": 64.0, "GPU": 8.0}, 4, True, 2),
+        ({"CPU": 6.0, "GPU": 8.0}, 2, True, 3),
+    ),
+)
+def test_as_many_trials_as_fit(cluster: dict[str, float], workers: int, use_gpu: bool, at_once: int) -> None:
+    assert max_at_once(cluster, RayOptions(num_workers=workers), use_gpu=use_gpu) == at_once
 
 
 def test_a_cluster_that_is_too_small(cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

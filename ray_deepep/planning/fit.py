@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import pathlib
 from collections.abc import Mapping
@@ -15,6 +16,7 @@ from .moved import Moved, combine_bytes, dispatch_bytes, low_latency_bytes
 from .workload import Workload
 
 _DTYPES = MappingProxyType({4: "float32", 2: "bfloat16"})
+_SHORTEST_US = 1e-3
 
 
 def read_costs(path: str | pathlib.Path, transport: str) -> Costs:
@@ -65,49 +67,57 @@ def fit_costs(report: Mapping[str, Any], *, source: str) -> Costs:
     return _fit(times, source=source, common=common, element_size=report["row_bytes"] // times[0].case.hidden)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sample:
+    """One measured case, and the bytes that it moved."""
+
+    time: OperationTime
+    moved: Mapping[str, Moved]
+    """By side, ``dispatch`` and ``combine``."""
+
+    def us(self, side: str) -> float:
+        return self.time.dispatch_us if side == "dispatch" else self.time.combine_us
+
+
 def _fit(times: list[OperationTime], *, source: str, common: dict[str, Any], element_size: int) -> Costs:
     """Token-major rows without staging and planning are the base; the others are compared with the largest of it."""
-    base = sorted(
-        (
-            t
-            for t in times
-            if not t.case.low_latency
-            and t.case.rows_in_heap
-            and not t.case.new_routing
-            and t.case.layout == "token_major"
-        ),
-        key=lambda t: t.case.num_tokens,
-    )
-    low = sorted((t for t in times if t.case.low_latency), key=lambda t: t.case.num_tokens)
-    workloads = {id(t): workload_of(t.case, common["num_ranks"], common["transport"], element_size) for t in times}
-
-    def points(chosen: list[OperationTime], side: str) -> list[tuple[Moved, float]]:
-        return [(_moved(t.case, workloads[id(t)], side), getattr(t, f"{side}_us")) for t in chosen]
-
-    largest = base[-1]
-    (staged,) = (t for t in times if not t.case.rows_in_heap)
-    (planned,) = (t for t in times if t.case.new_routing)
-    expert_major = [t for t in times if t.case.layout == "expert_major"]
-    operations = {}
+    samples = [_sample(entry, common["num_ranks"], common["transport"], element_size) for entry in times]
+    samples.sort(key=lambda sample: sample.time.case.num_tokens)
+    normal = [sample for sample in samples if not sample.time.case.low_latency]
+    low_latency = [sample for sample in samples if sample.time.case.low_latency]
+    expert_major = [sample for sample in normal if sample.time.case.layout == "expert_major"]
+    (staged,) = (sample for sample in normal if not sample.time.case.rows_in_heap)
+    (planned,) = (sample for sample in normal if sample.time.case.new_routing)
+    others = [staged, planned, *expert_major]
+    base = [sample for sample in normal if sample not in others]
+    largest, operations = base[-1], {}
     for side in ("dispatch", "combine"):
-        stage_bytes = _moved(staged.case, workloads[id(staged)], side).staged
-        stage_us = max(0.0, getattr(staged, f"{side}_us") - getattr(largest, f"{side}_us")) / stage_bytes
-        curve = points(base, side) if not expert_major else [points(base[:1], side)[0], *points(expert_major, side)]
-        operations[side] = _operation(curve, stage_us)
-        if low:
-            operations[f"low_latency_{side}"] = _operation(points(low, side), 0.0)
-    routes = common["num_ranks"] * planned.case.num_tokens * planned.case.num_topk
+        stage_us = max(0.0, staged.us(side) - largest.us(side)) / staged.moved[side].staged
+        # GPUs: token-major rows wait for the link, so that copies show in expert-major ones alone.
+        operations[side] = _operation([base[0], *expert_major] if expert_major else base, side, stage_us)
+        if low_latency:
+            operations[f"low_latency_{side}"] = _operation(low_latency, side, 0.0)
     link = None
     if expert_major:
-        ((moved, us),) = points([largest], "dispatch")
-        link = moved.link / max(us - operations["dispatch"].latency_us, 1e-3) * 1e-3
+        link_us = max(largest.us("dispatch") - operations["dispatch"].latency_us, _SHORTEST_US)
+        link = largest.moved["dispatch"].link / link_us * 1e-3
+    routes = common["num_ranks"] * planned.time.case.num_tokens * planned.time.case.num_topk
     return Costs(
         source=source,
         operations=MappingProxyType(operations),
         link_gb_per_s=link,
-        plan_ns_per_route=max(0.0, planned.dispatch_us - largest.dispatch_us) / routes * 1e3,
+        plan_ns_per_route=max(0.0, planned.us("dispatch") - largest.us("dispatch")) / routes * 1e3,
         **common,
     )
+
+
+def _sample(entry: OperationTime, num_ranks: int, transport: str, element_size: int) -> _Sample:
+    workload = workload_of(entry.case, num_ranks, transport, element_size)
+    if entry.case.low_latency:
+        moved = {side: low_latency_bytes(workload, side) for side in ("dispatch", "combine")}
+    else:
+        moved = {"dispatch": dispatch_bytes(workload), "combine": combine_bytes(workload)}
+    return _Sample(time=entry, moved=moved)
 
 
 def workload_of(case: OperationCase, num_ranks: int, transport: str, element_size: int) -> Workload:
@@ -129,16 +139,11 @@ def workload_of(case: OperationCase, num_ranks: int, transport: str, element_siz
     )
 
 
-def _moved(case: OperationCase, workload: Workload, side: str) -> Moved:
-    if case.low_latency:
-        return low_latency_bytes(workload, side)
-    return dispatch_bytes(workload) if side == "dispatch" else combine_bytes(workload)
-
-
-def _operation(curve: list[tuple[Moved, float]], stage_us_per_byte: float) -> OperationCosts:
-    """The first point moves one row: its time is the latency. Noise must not make more bytes cheaper than fewer."""
-    latency = curve[0][1]
+def _operation(samples: list[_Sample], side: str, stage_us_per_byte: float) -> OperationCosts:
+    """The first sample moves one row: its time is the latency. Noise must not make more bytes cheaper than fewer."""
+    latency = samples[0].us(side)
     copy: list[tuple[float, float]] = []
-    for moved, us in curve[1:]:
-        copy.append((moved.copied, max(us - latency, copy[-1][1] if copy else 0.0, 1e-3)))
+    for sample in samples[1:]:
+        at_least = copy[-1][1] if copy else _SHORTEST_US
+        copy.append((sample.moved[side].copied, max(sample.us(side) - latency, at_least)))
     return OperationCosts(latency_us=latency, copy_us=tuple(copy), stage_us_per_byte=stage_us_per_byte)
