@@ -81,25 +81,21 @@ def max_at_once(cluster: dict[str, float], largest: RayOptions, *, use_gpu: bool
 
 
 def _tune(job: SweepJob, trials: list[Trial], *, at_once: int) -> None:
-    bar = tqdm(total=len(trials), desc=f"sweep {job.name}", unit="trial", dynamic_ncols=True)
-    with bar:
-        tuner = tune.Tuner(
-            tune.with_resources(tune.with_parameters(_run_trial, job=job), {"memory": _TRIAL_BYTES}),
-            param_space={"trial": tune.grid_search([dataclasses.asdict(trial) for trial in trials])},
-            tune_config=tune.TuneConfig(
-                max_concurrent_trials=at_once,
-                trial_name_creator=_trial_name,
-                trial_dirname_creator=_trial_name,
-            ),
-            run_config=tune.RunConfig(
-                name=f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}",
-                storage_path=str(Path(job.out_dir) / "tune"),
-                failure_config=tune.FailureConfig(max_failures=_MAX_LOST),
-                callbacks=[_Bar(bar)],
-                verbose=0,
-            ),
-        )
-        tuner.fit()
+    tuner = tune.Tuner(
+        tune.with_resources(tune.with_parameters(_run_trial, job=job), {"memory": _TRIAL_BYTES}),
+        param_space={"trial": tune.grid_search([dataclasses.asdict(trial) for trial in trials])},
+        tune_config=tune.TuneConfig(
+            max_concurrent_trials=at_once, trial_name_creator=_trial_name, trial_dirname_creator=_trial_name
+        ),
+        run_config=tune.RunConfig(
+            name=f"{job.name}-{time.strftime('%Y%m%d-%H%M%S')}",
+            storage_path=str(Path(job.out_dir) / "tune"),
+            failure_config=tune.FailureConfig(max_failures=_MAX_LOST),
+            callbacks=[_Bar(total=len(trials), title=f"sweep {job.name}")],
+            verbose=0,
+        ),
+    )
+    tuner.fit()
 
 
 def _trial_name(trial: Any) -> str:
@@ -107,19 +103,31 @@ def _trial_name(trial: Any) -> str:
 
 
 class _Bar(tune.Callback):
-    """Moves the bar as trials end, and says how each did."""
+    """A bar that moves as trials end, and says how each did. Tune copies callbacks, so the bar is made late."""
 
-    def __init__(self, bar: tqdm) -> None:
-        self._bar = bar
+    def __init__(self, *, total: int, title: str) -> None:
+        self._total, self._title = total, title
+        self._bar: tqdm | None = None
+
+    def setup(self, **info: Any) -> None:
+        self._bar = tqdm(total=self._total, desc=self._title, unit="trial", dynamic_ncols=True)
 
     def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         result = trial.last_result or {}
-        self._bar.write(f"{trial}: {result.get('status', 'lost')} {result.get('error', '')}".rstrip())
-        self._bar.update()
+        self._say(f"{trial}: {result.get('status', 'lost')} {result.get('error', '')}".rstrip())
 
     def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        self._bar.write(f"{trial}: lost, its process or node is gone")
-        self._bar.update()
+        self._say(f"{trial}: lost, its process or node is gone")
+
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+    def _say(self, line: str) -> None:
+        if self._bar is not None:
+            self._bar.write(line)
+            self._bar.update()
 
 
 def _run_trial(space: dict[str, Any], job: SweepJob) -> None:
