@@ -3,6 +3,7 @@
 ray-deepep doctor [--bandwidth] [--json]     what this machine has, what is missing or sick, what to do about it
 ray-deepep doctor --cluster [ADDRESS]        the same on every node of a Ray cluster, and where nodes differ
 ray-deepep report RUN [RUN ...] [--out FILE] one HTML page about training runs, from their folders
+ray-deepep plan --nodes N --gpus-per-node G .. predict time, bytes and memory of a layer on a cluster
 ray-deepep run script.py [args ...]          run a DeepSpeed script with its MoE layers swapped, unedited
 """
 
@@ -12,7 +13,7 @@ import argparse
 import os
 import sys
 
-from . import doctor, env
+from . import doctor, env, planning
 from .errors import InvalidArgumentError
 from .version import __version__
 
@@ -24,12 +25,14 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     _add_doctor(commands)
     _add_report(commands)
+    planning.add_plan(commands)
     run = commands.add_parser("run", help="run a DeepSpeed script with its MoE layers swapped")
     run.add_argument("script")
     run.add_argument("args", nargs=argparse.REMAINDER)
     options = parser.parse_args(argv)
     handlers = {"doctor": _doctor, "report": _report, "run": _run}
-    return handlers[options.command](options)
+    # Those that live in a package of their own bring what is to be called with them.
+    return getattr(options, "handler", handlers.get(options.command))(options)
 
 
 def _add_doctor(commands: argparse._SubParsersAction) -> None:

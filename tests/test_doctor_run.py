@@ -59,6 +59,9 @@ def test_rows_go_between_all_pairs_of_three_ranks():
     assert [(pair.source, pair.target) for pair in outcome.pairs] == [(0, 1), (0, 2), (1, 0), (1, 2), (2, 0), (2, 1)]
     assert all(min(pair.dispatch_gb_per_s, pair.combine_gb_per_s) > 0 for pair in outcome.pairs)
     assert all(min(pair.dispatch_us, pair.combine_us) > 0 for pair in outcome.pairs)
+    # The constants of `ray-deepep plan` come with the pairs wherever the core is built.
+    assert bool(outcome.operations) == (outcome.transport == "shm")
+    assert all(min(entry.dispatch_us, entry.combine_us) > 0 for entry in outcome.operations)
 
 
 def test_the_deadline_ends_the_test_and_names_who_is_late():

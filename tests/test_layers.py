@@ -72,6 +72,7 @@ PYTHON_LAYERS = [
     {"autograd"},
     {"__init__"},
     {"deepspeed", "doctor", "report"},
+    {"planning"},
     {"cluster"},
     {"cli"},
 ]

@@ -34,7 +34,7 @@ from train.timeline import RecoveryTimes, StartTimes, process_started
 
 _KNOCK_S = 10.0
 # Ray's own defaults poll every 2 s, print every line twice and keep the run out of the dashboard.
-_TRAIN_SETTINGS: Mapping[str, str] = {
+TRAIN_SETTINGS: Mapping[str, str] = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
@@ -55,6 +55,8 @@ class RayOptions:
     """The cluster; empty: start a Ray here."""
     inject: tuple[Injection, ...] = ()
     """Faults on purpose, one for each attempt from the first on."""
+    num_sms: int | None = None
+    """Multiprocessors of communication kernels; None: the default."""
     submitted: float = 0.0
     """When the job was submitted, in seconds since the epoch; 0: when this process began."""
 
@@ -121,7 +123,7 @@ def run_on_ray(config: TrainConfig, *, num_workers: int | None = None, options: 
     options = options or RayOptions(num_workers=2 if num_workers is None else num_workers)
     config = with_absolute_paths(config)
     config.model.resolve_ep_size(options.num_workers)
-    for name, value in _TRAIN_SETTINGS.items():
+    for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray.train
 
@@ -137,7 +139,7 @@ def run_on_ray(config: TrainConfig, *, num_workers: int | None = None, options: 
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         use_gpu = check_resources(config, options, ray.cluster_resources())
-        trainer = _trainer(config, options, use_gpu=use_gpu)
+        trainer = make_trainer(config, options, use_gpu=use_gpu)
         outcome: ray_worker.WorkerOutcome = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         print(f"error: training failed: {error}", file=sys.stderr)
@@ -208,7 +210,8 @@ def check_resources(config: TrainConfig, options: RayOptions, cluster: Mapping[s
     return config.run.device != "cpu" and gpus >= options.num_workers
 
 
-def _trainer(config: TrainConfig, options: RayOptions, *, use_gpu: bool) -> Any:
+def make_trainer(config: TrainConfig, options: RayOptions, *, use_gpu: bool) -> Any:
+    """A Ray Train trainer whose `fit().return_value` is a `WorkerOutcome`. Ray must be connected."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
@@ -247,13 +250,14 @@ def _torch_config(config: TrainConfig, options: RayOptions) -> Any:
         from ray.train.torch import TorchConfig
 
         return TorchConfig(timeout_s=timeout_s)
-    from ray_deepep import run_files
+    from ray_deepep import CommConfig, run_files
     from ray_deepep.cluster import ExpertParallelConfig
 
     # Beyond the deadline of every collective nothing moves any more. A deadline of the user's own comes first.
     hang_deadline_s = ExpertParallelConfig().hang_deadline_s or timeout_s
     ep_size = config.model.resolve_ep_size(options.num_workers)
     return ExpertParallelConfig(
+        comm=CommConfig() if options.num_sms is None else CommConfig(num_sms=options.num_sms),
         timeout_s=timeout_s,
         ep_size=ep_size,
         hang_deadline_s=hang_deadline_s,

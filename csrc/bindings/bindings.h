@@ -13,5 +13,6 @@ void register_domain(pybind11::module_& module);
 void register_block_pool(pybind11::module_& module);
 void register_host_buffer(pybind11::module_& module);
 void register_low_latency(pybind11::module_& module);
+void register_plan(pybind11::module_& module);
 
 }  // namespace ray_deepep

@@ -8,4 +8,5 @@ PYBIND11_MODULE(_core, module) {
     ray_deepep::register_block_pool(module);
     ray_deepep::register_host_buffer(module);
     ray_deepep::register_low_latency(module);
+    ray_deepep::register_plan(module);
 }

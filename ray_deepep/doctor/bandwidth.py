@@ -2,7 +2,7 @@
 
 One process per GPU where there are two or more, else a few on CPUs. For each ordered pair, dispatch takes rows from
 ``source`` to ``target`` and combine takes them back, while the other ranks hold no token; first many rows, for GB/s,
-then one row, for the time of a whole operation.
+then one row, for the time of a whole operation. Then all ranks at once, for the constants of ``ray-deepep plan``.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from ..buffer import Buffer
 from ..communicator import Communicator
 from ..config import CommConfig
 from ..errors import InvalidArgumentError
+from .operations import OperationTime, fitting_cases, time_operations
 from .pairs import PairOutcome, PairSpeed
 
 _NUM_BATCHES, _CALLS_PER_BATCH = 3, 6
@@ -71,7 +72,7 @@ def measure_pairs(test: PairTest, *, num_gpus: int) -> PairOutcome:
         num_gpus: GPUs that the CUDA core can use; below two, the test runs on CPUs.
     """
     plan = _choose(test, num_gpus)
-    problem_, pairs = "", ()
+    problem_, pairs, operations = "", (), ()
     with tempfile.TemporaryDirectory(prefix="ray_deepep_doctor_") as folder:
         context = multiprocessing.get_context("spawn")
         processes = [
@@ -87,13 +88,17 @@ def measure_pairs(test: PairTest, *, num_gpus: int) -> PairOutcome:
                 process.kill()
                 process.join(1.0)
         if not problem_:
-            pairs = tuple(PairSpeed(**pair) for pair in json.loads((pathlib.Path(folder) / "answer.json").read_text()))
+            answer = json.loads((pathlib.Path(folder) / "answer.json").read_text())
+            pairs = tuple(PairSpeed(**pair) for pair in answer["pairs"])
+            operations = tuple(OperationTime.from_json(entry) for entry in answer["operations"])
     return PairOutcome(
         transport=plan.transport,
         num_ranks=plan.num_ranks,
         row_bytes=plan.hidden * plan.dtype.itemsize,
         num_rows=plan.num_rows,
+        num_cores=len(os.sched_getaffinity(0)),
         pairs=pairs,
+        operations=operations,
         problem=problem_,
     )
 
@@ -149,9 +154,9 @@ def _rank_main(rank: int, plan: _Plan, folder: str) -> None:
         if plan.transport == "cuda":
             torch.cuda.set_device(rank)
         dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=plan.num_ranks)
-        pairs = _measure(rank, plan)
+        answer = _measure(rank, plan)
         if rank == 0:
-            (pathlib.Path(folder) / "answer.json").write_text(json.dumps([dataclasses.asdict(pair) for pair in pairs]))
+            (pathlib.Path(folder) / "answer.json").write_text(json.dumps(answer))
         dist.barrier()
         dist.destroy_process_group()
     except BaseException as error:
@@ -159,7 +164,7 @@ def _rank_main(rank: int, plan: _Plan, folder: str) -> None:
         os._exit(1)
 
 
-def _measure(rank: int, plan: _Plan) -> list[PairSpeed]:
+def _measure(rank: int, plan: _Plan) -> dict[str, list[dict[str, object]]]:
     config = CommConfig(
         transport=plan.transport,
         deadline_s=plan.deadline_s / 2,
@@ -179,7 +184,18 @@ def _measure(rank: int, plan: _Plan) -> list[PairSpeed]:
         pairs = list(itertools.permutations(range(plan.num_ranks), 2))
         # In a terminal only (None): the report may go into a file.
         bar = tqdm(pairs, desc=f"pairs over {plan.transport}", leave=False, disable=True if rank else None)
-        return [_measure_pair(rank, plan, buffer, *pair) for pair in bar]
+        speeds = [_measure_pair(rank, plan, buffer, *pair) for pair in bar]
+        buffer.close()
+        cases = fitting_cases(
+            transport=plan.transport, num_ranks=plan.num_ranks, hidden=plan.hidden, num_tokens=plan.num_rows
+        )
+        # Without a core nothing is planned for: the reference is there to be read, and its times say nothing.
+        measured = plan.transport in ("cuda", "shm")
+        operations = time_operations(comm, cases, dtype=plan.dtype, progress=rank == 0) if measured else []
+        return {
+            "pairs": [dataclasses.asdict(pair) for pair in speeds],
+            "operations": [dataclasses.asdict(operation) for operation in operations],
+        }
 
 
 def _measure_pair(rank: int, plan: _Plan, buffer: Buffer, source: int, target: int) -> PairSpeed:

@@ -6,6 +6,7 @@ import dataclasses
 import statistics
 
 from .findings import Finding, not_applicable, ok, problem, warning
+from .operations import OperationTime
 
 SLOW_PAIR = 0.6
 """Of the median: a pair of GPUs below it is named."""
@@ -34,7 +35,11 @@ class PairOutcome:
     num_ranks: int
     row_bytes: int
     num_rows: int
+    num_cores: int = 1
+    """Of the machine, for the ranks together."""
     pairs: tuple[PairSpeed, ...] = ()
+    operations: tuple[OperationTime, ...] = ()
+    """Of all ranks at once; empty on transport reference."""
     problem: str = ""
     """Why there are no pairs."""
 

@@ -14,12 +14,14 @@ from typing import TextIO
 from .bandwidth import PairTest, measure_pairs
 from .diagnosis import diagnose, num_usable_gpus
 from .findings import Finding, Status, worst
+from .operations import OperationTime
 from .pairs import PairSpeed, judge_pairs, pair_lines
 from .probes import read_machine
 
 _COLOURS = {Status.OK: "32", Status.WARNING: "33", Status.PROBLEM: "31", Status.NOT_APPLICABLE: "2"}
 _WORDS = {Status.NOT_APPLICABLE: "-"}
 _MIN_COLUMNS = 80
+_MEASURED = ("pairs", "operations", "transport", "num_ranks", "num_cores", "row_bytes")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -29,6 +31,12 @@ class Report:
     host: str
     findings: tuple[Finding, ...]
     pairs: tuple[PairSpeed, ...] = ()
+    operations: tuple[OperationTime, ...] = ()
+    """Of all ranks at once: what ``ray-deepep plan --constants`` reads, with the four below."""
+    transport: str = ""
+    num_ranks: int = 0
+    num_cores: int = 0
+    row_bytes: int = 0
 
 
 def run(*, as_json: bool = False, bandwidth: PairTest | None = None) -> int:
@@ -38,11 +46,14 @@ def run(*, as_json: bool = False, bandwidth: PairTest | None = None) -> int:
         The exit code: 1 if there is a problem.
     """
     readings = read_machine()
-    findings, pairs = diagnose(readings), ()
+    report = Report(host=readings.host, findings=tuple(diagnose(readings)))
     if bandwidth is not None:
         outcome = measure_pairs(bandwidth, num_gpus=num_usable_gpus(readings))
-        findings, pairs = [*findings, judge_pairs(outcome)], outcome.pairs
-    report = Report(host=readings.host, findings=tuple(findings), pairs=pairs)
+        report = dataclasses.replace(
+            report,
+            findings=(*report.findings, judge_pairs(outcome)),
+            **{name: getattr(outcome, name) for name in _MEASURED},
+        )
     if as_json:
         print(json.dumps(dataclasses.asdict(report), indent=1))
     else:
