@@ -14,7 +14,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from train import checkpoint
-from train.api import CheckpointInfo, CommStats, Progress, TrainerCallback, TrainSummary
+from train.api import CheckpointInfo, CommStats, Progress, TrainerCallback, TrainSummary, never
 from train.clock import Clock
 from train.config import TrainConfig
 from train.data import BatchSampler, TokenStore, build_token_store
@@ -50,18 +50,20 @@ def run(
     swap: CommStats | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
+    stop: Callable[[], bool] = never,
 ) -> TrainSummary:
     """Train as `config` says and return the summary (the same on every rank). Collective over the job.
 
     swap: the all-to-all backend already in place, asked for its times; None: this function enables
-    `config.run.backend` itself. progress: told where the run is. A process group that exists already is used and left
+    `config.run.backend` itself. progress: told where the run is. stop: asked on every rank in every step; once any rank
+    says True, all end after that step, with a checkpoint. A process group that exists already is used and left
     alive.
     Raises ConfigError, DataError, CheckpointError, TrainingDivergedError, and what the backend raises.
     """
     quiet_deepspeed()
     with cpu_threads(config.run.num_threads), join_world(config.run) as world, _comm(config, swap) as comm:
         progress = Progress() if progress is None else progress
-        trainer = Trainer(config, world=world, comm=comm, callbacks=callbacks, progress=progress)
+        trainer = Trainer(config, world=world, comm=comm, callbacks=callbacks, progress=progress, stop=stop)
         try:
             return trainer.run()
         finally:
@@ -95,12 +97,15 @@ class Trainer:
         comm: CommStats,
         callbacks: Sequence[TrainerCallback],
         progress: Progress,
+        stop: Callable[[], bool] = never,
     ):
         self.config = config
         self.world = world
         self._comm = comm
         self._callbacks = callbacks
         self._progress = progress
+        self._stop_asked = stop
+        self._stopping = False  # the same on all ranks
         progress.phase = "setup"
         self._engine = None
         self._writer: MetricsWriter | None = None
@@ -165,8 +170,10 @@ class Trainer:
                 if self._due(step, config.run.eval_every):
                     metrics = replace(metrics, val_loss=self._validate())
                 self._record(metrics, bar)
-                if self._due(step, config.run.checkpoint_every):
+                if self._stopping or self._due(step, config.run.checkpoint_every):
                     self._save(step)
+                if self._stopping:
+                    break
         return self._finish()
 
     def _due(self, step: int, every: int) -> bool:
@@ -195,9 +202,12 @@ class Trainer:
         step_ms = clock.total_ms
         self._progress.phase = "metrics"
         stats = self._comm.comm_stats(reset=True)
-        loss, aux_loss, dispatch_ms, combine_ms, comm_calls = mean_over_ranks(
-            [*local_losses, stats["dispatch_ms"], stats["combine_ms"], stats["num_calls"]], self.world
+        # One reduction for all; a wish to stop travels along, so that every rank hears of it in the same step.
+        loss, aux_loss, dispatch_ms, combine_ms, comm_calls, stop = mean_over_ranks(
+            [*local_losses, stats["dispatch_ms"], stats["combine_ms"], stats["num_calls"], float(self._stop_asked())],
+            self.world,
         )
+        self._stopping = stop > 0
         if not math.isfinite(loss):
             raise TrainingDivergedError(step, loss)
         num_tokens = self.world.world_size * optim.micro_batch * optim.grad_accum * self.config.data.seq_len
@@ -291,7 +301,8 @@ class Trainer:
     def _finish(self) -> TrainSummary:
         config = self.config
         self._progress.phase = "summary"
-        sample = self._sample() if config.run.sample_tokens else ""
+        stopped = self._stopping and self._steps[-1].step < config.run.steps
+        sample = self._sample() if config.run.sample_tokens and not stopped else ""
         title = f"{config.name} on {self.world.world_size} ranks"
         on_main(self.world, lambda: _plot({config.run.backend: self._steps}, self._folder.plot, title=title))
         summary = TrainSummary(
@@ -307,6 +318,7 @@ class Trainer:
             metrics_path=self._folder.metrics,
             plot_path=self._folder.plot,
             checkpoint_path=self._last_checkpoint,
+            stopped=stopped,
             sample=sample,
         )
         # Times are each rank's own; rank 0's are the ones in the metrics file.
