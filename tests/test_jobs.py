@@ -50,7 +50,17 @@ def test_state_of_a_job_in_full():
     text = str(state)
     for part in ("step             7 of 200", "restarts         1", "rank 1 (pid 7 on node-a) died", "preset"):
         assert part in text
-    assert table([state]).splitlines()[1].split() == "x training 7/200 3.1000 999 1 rank 1 died".split()
+    assert table([state]).splitlines()[1].split() == [
+        "x",
+        "training",
+        "7/200",
+        "3.1000",
+        "999",
+        "1",
+        "rank",
+        "1",
+        "died",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -90,7 +100,9 @@ def test_state_of_a_folder(tmp_path):
     (run / "config.json").write_text('{"name": "tiny", "run": {"steps": 9, "backend": "stock"}}')
     steps = [{"step": n, "loss": 3.0 - n, "tokens_per_s": 10.0 * n, "time_s": 100.0 + n} for n in (1, 2)]
     (run / "metrics.jsonl").write_text("".join(json.dumps(step) + "\n" for step in steps))
-    starts = [{"time_s": t, "step": 0, "environment": {"EP size": 2, "ranks": 4, "commit": "abc"}} for t in (99.0, 99.5)]
+    starts = [
+        {"time_s": t, "step": 0, "environment": {"EP size": 2, "ranks": 4, "commit": "abc"}} for t in (99.0, 99.5)
+    ]
     (run / "starts.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
     (run / "faults.jsonl").write_text(json.dumps(FAULT | {"time_s": 99.2}) + "\n")
     (found,) = find_runs([run])
@@ -172,9 +184,9 @@ def test_a_cluster_that_takes_connections_and_never_answers(monkeypatch):
     from ray_deepep.cluster import jobs
 
     monkeypatch.setattr(jobs, "_CONNECT_S", 0.5)
-    with socket.create_server(("127.0.0.1", 0)) as mute:
-        with pytest.raises(ClusterUnreachableError, match="no answer within 0.5 s"):
-            jobs.JobClient(f"http://127.0.0.1:{mute.getsockname()[1]}")
+    mute = socket.create_server(("127.0.0.1", 0))
+    with mute, pytest.raises(ClusterUnreachableError, match=r"no answer within 0\.5 s"):
+        jobs.JobClient(f"http://127.0.0.1:{mute.getsockname()[1]}")
 
 
 def test_resources_that_no_node_has():
@@ -183,7 +195,9 @@ def test_resources_that_no_node_has():
 
     nodes = [{"CPU": 4.0}, {"CPU": 2.0, "GPU": 8.0}]
     check_resources({"CPU": 2.0, "GPU": 8.0}, nodes)
-    with pytest.raises(InvalidArgumentError, match="the 2 nodes of the cluster have at most 4 CPU, 8 GPU; got '4 CPU, 8"):
+    with pytest.raises(
+        InvalidArgumentError, match="the 2 nodes of the cluster have at most 4 CPU, 8 GPU; got '4 CPU, 8"
+    ):
         check_resources({"CPU": 4.0, "GPU": 8.0}, nodes)
     with pytest.raises(InvalidArgumentError, match="have at most 0 TPU"):
         check_resources({"TPU": 1.0}, nodes)

@@ -167,9 +167,14 @@ class JobClient:
         return [self._state(job) for job in sorted(jobs, key=lambda job: job.start_time or 0)]
 
     def nodes(self) -> list[dict[str, float]]:
-        """Resources of every node that is alive."""
-        found = self._bounded(lambda: list_nodes(address=self.url, limit=10_000, timeout=int(_ANSWER_S)))
-        return [dict(node.resources_total or {}) for node in found if node.state == "ALIVE"]
+        """Resources of every node that is alive. A head that has just started knows of none for some seconds."""
+        deadline = time.monotonic() + _SETTLE_S
+        while True:
+            found = self._bounded(lambda: list_nodes(address=self.url, limit=10_000, timeout=int(_ANSWER_S)))
+            alive = [dict(node.resources_total or {}) for node in found if node.state == "ALIVE"]
+            if alive or time.monotonic() > deadline:
+                return alive
+            time.sleep(_LOOK_EVERY_S)
 
     def _state(self, job: JobDetails) -> RunState:
         log = ""
@@ -216,6 +221,8 @@ class JobClient:
 
 def check_resources(wanted: Mapping[str, float], nodes: list[dict[str, float]]) -> None:
     """Raise InvalidArgumentError if no node has all of ``wanted``: such a job would wait for ever, and say nothing."""
+    if not nodes:  # none has come up yet: nothing can be said about them
+        return
     if any(all(node.get(name, 0.0) >= amount for name, amount in wanted.items()) for node in nodes):
         return
     most = {name: max((node.get(name, 0.0) for node in nodes), default=0.0) for name in wanted}
