@@ -142,6 +142,20 @@ class UnknownJobError(RayDeepEPError, LookupError):
         return type(self), (self.job_id, self.url, self.known)
 
 
+class MissingPackageError(RayDeepEPError, ImportError):
+    """Something was asked for that needs a package which cannot be imported.
+
+    Attributes: ``package``, ``purpose``, ``reason`` (Python's own words).
+    """
+
+    def __init__(self, package: str, purpose: str, reason: str) -> None:
+        self.package, self.purpose, self.reason = package, purpose, reason
+        super().__init__(f"{purpose} need the package {package}: pip install {package} ({reason})")
+
+    def __reduce__(self):
+        return type(self), (self.package, self.purpose, self.reason)
+
+
 class SharedGpuError(RayDeepEPError, RuntimeError):
     """Several ranks were given the same GPU, most often because their processes see each other's GPUs.
 

@@ -52,7 +52,7 @@ PYTHON_LAYERS = [
     {"buffer", "low_latency_buffer", "low_latency_flight", "health"},
     {"autograd"},
     {"__init__"},
-    {"deepspeed", "doctor", "report", "run_state"},
+    {"deepspeed", "doctor", "report", "run_state", "step_telemetry"},
     {"cluster"},
     {"cli", "cli_jobs"},
 ]

@@ -18,13 +18,16 @@ import ray.train
 import torch.distributed as dist
 
 from ray_deepep import job_log
+from ray_deepep.cluster.metrics import RayMetricsSink
 from ray_deepep.cluster.stop import StopWatch
+from ray_deepep.step_telemetry import Sink
 from train.api import CheckpointInfo, TrainSummary, never
 from train.config import TrainConfig
 from train.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError
 from train.files import write_text_atomic
 from train.inject import FaultInjector, Injection, injected_file
 from train.metrics import StepMetrics
+from train.telemetry import TelemetryOptions
 from train.timeline import process_started
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingDivergedError)
@@ -158,7 +161,8 @@ def train_worker(loop_config: dict[str, WorkerJob]) -> WorkerOutcome | None:
         callbacks.append(FaultInjector(job.inject[number[0] - 1], rank=rank, time_file=time_file))
     try:
         with StopWatch(job.token) if rank == 0 else nullcontext(never) as stop:
-            summary = _train(config_of_attempt(config, number[0]), callbacks, stop)
+            telemetry = TelemetryOptions(sinks=_sinks(config, rank), restarts=number[0] - 1)
+            summary = _train(config_of_attempt(config, number[0]), callbacks, stop, telemetry)
     except USER_ERRORS as error:
         _agree_or_raise(error, rank)
         return WorkerOutcome(summary=None, error=error, attempts=log.attempts) if log else None
@@ -175,15 +179,28 @@ def config_of_attempt(config: TrainConfig, number: int) -> TrainConfig:
     return config.replace(**values)
 
 
-def _train(config: TrainConfig, callbacks: list[Any], stop: Callable[[], bool]) -> TrainSummary:
+def _train(
+    config: TrainConfig, callbacks: list[Any], stop: Callable[[], bool], telemetry: TelemetryOptions
+) -> TrainSummary:
     # Imported here: the driver and Ray's controller load this module too, and need no DeepSpeed.
     from train.trainer import run
 
     if config.run.backend == "stock":
-        return run(config, callbacks=callbacks, stop=stop)
+        return run(config, callbacks=callbacks, stop=stop, telemetry=telemetry)
     from ray_deepep.cluster import current
 
-    return run(config, swap=current().swap, callbacks=callbacks, progress=current().progress, stop=stop)
+    worker = current()
+    return run(config, swap=worker.swap, callbacks=callbacks, progress=worker.progress, stop=stop, telemetry=telemetry)
+
+
+def _sinks(config: TrainConfig, rank: int) -> tuple[Sink, ...]:
+    """Ray's metrics, from where the dashboard has them."""
+    if not config.run.telemetry:
+        return ()
+    context = ray.train.get_context()
+    ep_size = config.model.resolve_ep_size(context.get_world_size())
+    first = rank - rank % ep_size
+    return (RayMetricsSink(run=context.get_experiment_name(), rank=rank, ranks=range(first, first + ep_size)),)
 
 
 def _agree_or_raise(error: Exception, rank: int) -> None:

@@ -37,6 +37,7 @@ from train.metrics import MetricsWriter, StepMetrics, run_stats
 from train.run_folder import RunFolder
 from train.sample import sample_tokens
 from train.stock_comm import StockCommTimer
+from train.telemetry import CommCounts, StepTelemetry, TelemetryOptions, open_telemetry, record_step, take_counts
 
 logger = logging.getLogger("train")
 
@@ -51,13 +52,14 @@ def run(
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
     stop: Callable[[], bool] = never,
+    telemetry: TelemetryOptions | None = None,
 ) -> TrainSummary:
     """Train as `config` says and return the summary (the same on every rank). Collective over the job.
 
     swap: the all-to-all backend already in place, asked for its times; None: this function enables
     `config.run.backend` itself. progress: told where the run is. stop: asked on every rank in every step; once any rank
-    says True, all end after that step, with a checkpoint. A process group that exists already is used and left
-    alive.
+    says True, all end after that step, with a checkpoint. telemetry: more places for the numbers of steps. A process
+    group that exists already is used and left alive.
     Raises ConfigError, DataError, CheckpointError, TrainingDivergedError, and what the backend raises.
     """
     quiet_deepspeed()
@@ -65,6 +67,7 @@ def run(
         progress = Progress() if progress is None else progress
         trainer = Trainer(config, world=world, comm=comm, callbacks=callbacks, progress=progress, stop=stop)
         try:
+            trainer.telemetry = open_telemetry(config.run, world.rank, telemetry or TelemetryOptions())
             return trainer.run()
         finally:
             trainer.close()
@@ -104,7 +107,9 @@ class Trainer:
         self._comm = comm
         self._callbacks = callbacks
         self._progress = progress
+        self.telemetry: StepTelemetry | None = None
         self._stop_asked = stop
+        self._comm_step = CommCounts()
         self._stopping = False  # the same on all ranks
         progress.phase = "setup"
         self._engine = None
@@ -136,6 +141,8 @@ class Trainer:
         """Close the metrics file and let DeepSpeed free what it holds. Not collective."""
         if self._writer is not None:
             self._writer.close()
+        if self.telemetry is not None:
+            self.telemetry.close()
         if self._engine is not None:
             self._engine.destroy()
 
@@ -195,17 +202,17 @@ class Trainer:
         optim = self.config.optim
         self._progress.step = step
         torch.manual_seed(seed_for(self.config.run.seed, "train", step, self.world.rank))
-        self._comm.comm_stats(reset=True)
+        take_counts(self._comm)
         lr = self._engine.get_lr()[0]
         clock = Clock()
         local_losses = self._forward_backward_update(step, clock)
         step_ms = clock.total_ms
         self._progress.phase = "metrics"
-        stats = self._comm.comm_stats(reset=True)
+        counts = self._comm_step = take_counts(self._comm)
+        num_calls = counts.num_dispatch + counts.num_combine
         # One reduction for all; a wish to stop travels along, so that every rank hears of it in the same step.
         loss, aux_loss, dispatch_ms, combine_ms, comm_calls, stop = mean_over_ranks(
-            [*local_losses, stats["dispatch_ms"], stats["combine_ms"], stats["num_calls"], float(self._stop_asked())],
-            self.world,
+            [*local_losses, counts.dispatch_ms, counts.combine_ms, num_calls, float(self._stop_asked())], self.world
         )
         self._stopping = stop > 0
         if not math.isfinite(loss):
@@ -267,6 +274,7 @@ class Trainer:
         self._steps.append(metrics)
         if self._writer is not None:
             self._writer.write(metrics)
+        record_step(self.telemetry, metrics, self._comm_step)
         shown = {"loss": f"{metrics.loss:.3f}", "tok/s": f"{metrics.tokens_per_s:,.0f}"}
         validated = [m.val_loss for m in self._steps if m.val_loss is not None]
         if validated:
