@@ -6,6 +6,7 @@ ray-deepep report RUN [RUN ...] [--out FILE] one HTML page about training runs, 
 ray-deepep submit MODULE [args ...]          run a module, or a command, as a job of a Ray cluster
 ray-deepep status [JOB | RUN] [--json]       how jobs and runs are doing: phase, step, loss, restarts, last fault
 ray-deepep stop JOB                          end a job, which writes a checkpoint first
+ray-deepep dashboard install|show            the Grafana board of training runs, for a running head node
 ray-deepep run script.py [args ...]          run a DeepSpeed script with its MoE layers swapped, unedited
 """
 

@@ -1,9 +1,10 @@
-"""``ray-deepep submit``, ``status`` and ``stop``: training runs as jobs of a Ray cluster."""
+"""``ray-deepep submit``, ``status``, ``stop`` and ``dashboard``: training runs as jobs of a Ray cluster."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import json
 import os
 import shlex
 import sys
@@ -13,7 +14,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import entrypoint, run_state
+from . import dashboard, entrypoint, run_state
 from .checkout import commit_of
 from .errors import ClusterUnreachableError, InvalidArgumentError, UnknownJobError
 from .report.reader import find_runs
@@ -37,7 +38,15 @@ def register(commands: argparse._SubParsersAction) -> dict[str, Callable[[argpar
     stop.add_argument("job", metavar="JOB")
     stop.add_argument("--address", metavar="URL", help=_ADDRESS_HELP)
     stop.add_argument("--wait", type=float, default=150.0, metavar="S", help="seconds to wait for its end (150)")
-    return {"submit": _reported(_submit), "status": _reported(_status), "stop": _reported(_stop)}
+    board = commands.add_parser("dashboard", help="the Grafana board")
+    board.add_argument("action", choices=("install", "show"), help="put it beside Ray's own, or print it")
+    board.add_argument("--session", default="", metavar="DIR", help="Ray's session folder (/tmp/ray/session_latest)")
+    return {
+        "dashboard": _reported(_dashboard),
+        "submit": _reported(_submit),
+        "status": _reported(_status),
+        "stop": _reported(_stop),
+    }
 
 
 def _add_submit(commands: argparse._SubParsersAction) -> None:
@@ -237,6 +246,14 @@ def _status(options: argparse.Namespace) -> int:
         print(states[0])
     else:
         print(run_state.table(states) if states else "no jobs")
+    return 0
+
+
+def _dashboard(options: argparse.Namespace) -> int:
+    if options.action == "show":
+        print(json.dumps(dashboard.board(), indent=1))
+    else:
+        print(dashboard.install(options.session))
     return 0
 
 

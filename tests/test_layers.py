@@ -23,7 +23,7 @@ CPP_MAY_INCLUDE = {
 
 # From the bottom: a module imports only from lower rows and from its own.
 PYTHON_LAYERS = [
-    {"version", "errors", "env", "config", "run_files", "job_log", "checkout", "entrypoint"},
+    {"version", "errors", "env", "config", "run_files", "job_log", "checkout", "entrypoint", "dashboard"},
     {
         "handle",
         "telemetry",

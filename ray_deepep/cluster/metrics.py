@@ -1,7 +1,7 @@
 """Records of training steps as Ray's metrics, which Prometheus reads from every node (``docs/metrics.md``).
 
 Each has the tags ``run`` and ``rank``; Ray adds the session, the node and the process. Ray puts ``ray_`` in front of
-names, and ``_total`` behind those of counters.
+names, and ``_total`` behind those of counters: ``ray_deepep_loss``, ``ray_deepep_wait_us_total``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 from ray.util.metrics import Counter, Gauge
 
+PREFIX = "deepep_"
 _TAGS = ("run", "rank")
 GAUGES: Mapping[str, str] = {
     "step": "Optimizer steps done",
@@ -22,7 +23,7 @@ GAUGES: Mapping[str, str] = {
     "heap_bytes": "Bytes of the rank's heap in use",
     "restarts": "Starts of the workers after the first",
 }
-"""By field of a record; the metric is ``ray_deepep_`` and the same name."""
+"""By field of a record; the metric has the same name behind the prefix."""
 PARTS = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms")
 OPERATIONS = ("dispatch", "combine")
 
@@ -86,7 +87,7 @@ class RayMetricsSink:
         return self._tags | tags
 
     def _gauge(self, name: str, description: str, *tags: str) -> Gauge:
-        return Gauge(f"ray_deepep_{name}", description, tag_keys=(*_TAGS, *tags))
+        return Gauge(f"{PREFIX}{name}", description, tag_keys=(*_TAGS, *tags))
 
     def _counter(self, name: str, description: str, *tags: str) -> Counter:
-        return Counter(f"ray_deepep_{name}", description, tag_keys=(*_TAGS, *tags))
+        return Counter(f"{PREFIX}{name}", description, tag_keys=(*_TAGS, *tags))
