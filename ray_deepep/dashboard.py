@@ -139,7 +139,11 @@ ANNOTATIONS = (
         expr=f"({_FAULTS} unless {_FAULTS} offset 30s) or (increase({_FAULTS}[30s]) > 0)",
         legend="fault: rank {{rank}} {{cause}}",
     ),
-    Query(expr=f"{_RESTARTS} > max by (run) ({_gauge('restarts')} offset 30s)", legend="restart of {{run}}"),
+    # Whatever was 30 s ago, nothing included: workers may be away for longer.
+    Query(
+        expr=f"({_RESTARTS} > 0) unless ({_RESTARTS} == max by (run) ({_gauge('restarts')} offset 30s))",
+        legend="restart of {{run}}",
+    ),
 )
 
 
