@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import functools
 import logging
 import queue
 import socket
@@ -28,6 +29,8 @@ _CONNECT_S = 10.0
 _ANSWER_S = 30.0
 _UPLOAD_S = 600.0
 _SETTLE_S = 30.0
+_AGENT_S = 60.0
+_NO_AGENT = "No available agent"
 _LOOK_EVERY_S = 0.2
 _MAX_SHOWN = 8
 _CHATTY = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
@@ -106,22 +109,26 @@ class JobClient:
         runtime_env = dict(spec.runtime_env)
         waits = {STOP_WAIT_VARIABLE: str(int(spec.stop_wait_s))}
         runtime_env["env_vars"] = waits | dict(runtime_env.get("env_vars", {}))
-        try:
-            return self._bounded(
-                lambda: self._client.submit_job(
-                    entrypoint=spec.command,
-                    runtime_env=runtime_env,
-                    metadata=dict(spec.metadata),
-                    submission_id=spec.job_id or None,
-                    entrypoint_num_cpus=spec.num_cpus or None,
-                    entrypoint_num_gpus=spec.num_gpus or None,
-                    entrypoint_memory=spec.memory or None,
-                    entrypoint_resources=dict(spec.resources) or None,
-                ),
-                _UPLOAD_S,
-            )
-        except (ValueError, RuntimeError) as error:
-            raise InvalidArgumentError("job", spec.job_id or spec.command, _last_line(error)) from error
+        submit = functools.partial(
+            self._client.submit_job,
+            entrypoint=spec.command,
+            runtime_env=runtime_env,
+            metadata=dict(spec.metadata),
+            submission_id=spec.job_id or None,
+            entrypoint_num_cpus=spec.num_cpus or None,
+            entrypoint_num_gpus=spec.num_gpus or None,
+            entrypoint_memory=spec.memory or None,
+            entrypoint_resources=dict(spec.resources) or None,
+        )
+        deadline = time.monotonic() + _AGENT_S
+        while True:
+            try:
+                return self._bounded(submit, _UPLOAD_S)
+            except (ValueError, RuntimeError) as error:
+                # A head that has just started takes requests before it can run jobs.
+                if _NO_AGENT not in str(error) or time.monotonic() > deadline:
+                    raise InvalidArgumentError("job", spec.job_id or spec.command, _last_line(error)) from error
+            time.sleep(_LOOK_EVERY_S)
 
     def follow(self, job_id: str, show: Callable[[str], None]) -> str:
         """Hand every line of a job's log to ``show``, without what Ray writes before it; returns the job's status.
