@@ -83,10 +83,10 @@ class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
         self.num_local_experts = num_experts // comm.num_ranks
         # Not id(self): handles outlive buffers, and a new buffer may take a freed one's place in memory.
         self._identity = secrets.randbits(63)
-        self._recorder = CommRecorder()
         self._progress = comm.progress
         with self._progress.during("allocate"):
             self._transport = comm.make_transport(self.geometry)
+        self._recorder = CommRecorder()
         self._low_latency = self._make_low_latency()
         self._closed = False
         comm.adopt(self)
@@ -249,12 +249,12 @@ class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
         start = time.perf_counter()
         with self._progress.during("combine"):
             home = self._transport.combine_weights(topk_weights, handle, num_sms)
-        self._recorder.add("combine", time.perf_counter() - start, 0)
+        self._recorder.add("combine", time.perf_counter() - start, 0, timed=not home.is_cuda)
         return home
 
     def stats(self, *, reset: bool = False) -> CommStats:
-        """Calls, ms and bytes of this buffer since the last reset; low-latency calls are not in it."""
-        return self._recorder.stats(reset=reset)
+        """What this buffer has counted since the last reset; low-latency calls are not in it. Waits for nobody."""
+        return self._recorder.stats(self._transport.counters(), reset=reset)
 
     def check(self) -> None:
         """Raise if an operation that was still running when its call returned has failed since (GPU transports).
@@ -314,7 +314,11 @@ class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
                 rows = quantize(request.x, request.cast)
                 request = dataclasses.replace(request, x=rows.data, x_scales=rows.scales, cast=None)
             output = self._transport.dispatch(request)
-        self._recorder.add("dispatch", time.perf_counter() - start, output.x.numel() * output.x.element_size())
+        seconds, num_bytes = time.perf_counter() - start, output.x.numel() * output.x.element_size()
+        self._recorder.add("dispatch", seconds, num_bytes, timed=not output.x.is_cuda)
+        if request.handle is None and output.num_recv_tokens_per_expert is not None and not request.x.is_cuda:
+            num_dropped = int((request.topk_idx < 0).sum())
+            self._recorder.add_routes(output.num_recv_tokens_per_expert, num_dropped)
         return self._dispatch_result(request, output)
 
     def _combine(self, request: CombineRequest) -> CombineResult:
@@ -323,7 +327,7 @@ class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
             output = self._transport.combine(request)
         given = request.expert_rows or (request.rows,)
         num_bytes = sum(rows.numel() for rows in given) * given[0].element_size()
-        self._recorder.add("combine", time.perf_counter() - start, num_bytes)
+        self._recorder.add("combine", time.perf_counter() - start, num_bytes, timed=not output.x.is_cuda)
         return CombineResult(x=output.x, topk_weights=output.topk_weights, routes=output.routes)
 
     def _dispatch_result(self, request: DispatchRequest, output: DispatchOutput) -> DispatchResult:

@@ -4,6 +4,10 @@ ray-deepep doctor [--bandwidth] [--json]     what this machine has, what is miss
 ray-deepep doctor --cluster [ADDRESS]        the same on every node of a Ray cluster, and where nodes differ
 ray-deepep report RUN [RUN ...] [--out FILE] one HTML page about training runs, from their folders
 ray-deepep plan --nodes N --gpus-per-node G .. predict time, bytes and memory of a layer on a cluster
+ray-deepep submit MODULE [args ...]          run a module, or a command, as a job of a Ray cluster
+ray-deepep status [JOB | RUN] [--json]       how jobs and runs are doing: phase, step, loss, restarts, last fault
+ray-deepep stop JOB                          end a job, which writes a checkpoint first
+ray-deepep dashboard install|show            the Grafana board of training runs, for a running head node
 ray-deepep run script.py [args ...]          run a DeepSpeed script with its MoE layers swapped, unedited
 """
 
@@ -13,7 +17,7 @@ import argparse
 import os
 import sys
 
-from . import doctor, env, planning
+from . import cli_jobs, doctor, env, planning
 from .errors import InvalidArgumentError
 from .version import __version__
 
@@ -29,8 +33,9 @@ def main(argv: list[str] | None = None) -> int:
     run = commands.add_parser("run", help="run a DeepSpeed script with its MoE layers swapped")
     run.add_argument("script")
     run.add_argument("args", nargs=argparse.REMAINDER)
+    job_handlers = cli_jobs.register(commands)
     options = parser.parse_args(argv)
-    handlers = {"doctor": _doctor, "report": _report, "run": _run}
+    handlers = {"doctor": _doctor, "report": _report, "run": _run} | job_handlers
     # Those that live in a package of their own bring what is to be called with them.
     return getattr(options, "handler", handlers.get(options.command))(options)
 

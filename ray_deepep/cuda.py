@@ -234,6 +234,9 @@ class CudaTransport:
         """See :meth:`Transport.give_up_on_gone_peers`."""
         self._buffer.give_up_on_gone_peers()
 
+    def counters(self) -> None:
+        """See :meth:`Transport.counters`. Kernels count nothing."""
+
     def close(self) -> None:
         """Free this rank's memory; waits for its kernels, which stop waiting for peers."""
         with self._lock:

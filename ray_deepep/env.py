@@ -16,6 +16,7 @@
 | ``RAY_DEEPEP_NUM_THREADS`` | ``0`` | copy threads of a rank's CPU core; 0: cores of the host / ranks on it |
 | ``RAY_DEEPEP_LAYOUT`` | ``padded`` | rows that DeepSpeed's experts see: ``padded`` (as stock) or ``compact`` |
 | ``RAY_DEEPEP_COMBINE`` | ``exact`` | ``exact`` (bit-equal to stock) or ``fast`` (expert side first) |
+| ``RAY_ADDRESS`` | empty | Ray's own: the cluster that jobs go to, if none is named |
 | ``RAY_TRAIN_CALLBACKS`` | empty | Ray's own: callbacks of Train runs; ours are added to it |
 | ``RAY_DEEPEP_DEVICE_HEAP_GIB`` | ``4`` | GPU memory of one of DeepSpeed's buffers |
 | ``CUDA_MPS_PIPE_DIRECTORY`` | ``/tmp/nvidia-mps`` | CUDA's own: where the MPS daemon is found |
@@ -187,6 +188,11 @@ def set_missing(values: Mapping[str, str]) -> dict[str, str]:
         if present != value:
             kept[name] = present
     return kept
+
+
+def ray_address() -> str:
+    """``RAY_ADDRESS``."""
+    return os.environ.get("RAY_ADDRESS", "")
 
 
 def ray_train_callbacks() -> list[str]:

@@ -123,6 +123,43 @@ class BootstrapError(RayDeepEPError, RuntimeError):
         return type(self), (self.phase, self.missing, self.deadline_s, self.detail)
 
 
+class ClusterUnreachableError(RayDeepEPError, ConnectionError):
+    """No Ray cluster answers at an address. Attributes: ``address``, ``reason``."""
+
+    def __init__(self, address: str, reason: str) -> None:
+        self.address, self.reason = address, reason
+        super().__init__(f"no Ray cluster answers at {address!r}: {reason}")
+
+    def __reduce__(self):
+        return type(self), (self.address, self.reason)
+
+
+class UnknownJobError(RayDeepEPError, LookupError):
+    """A cluster has no job of that name. Attributes: ``job_id``, ``url`` (of the cluster), ``known`` (jobs it has)."""
+
+    def __init__(self, job_id: str, url: str, known: list[str]) -> None:
+        self.job_id, self.url, self.known = job_id, url, list(known)
+        has = f"its jobs: {', '.join(self.known)}" if self.known else "it has none"
+        super().__init__(f"{url} has no job {job_id!r}; {has}")
+
+    def __reduce__(self):
+        return type(self), (self.job_id, self.url, self.known)
+
+
+class MissingPackageError(RayDeepEPError, ImportError):
+    """Something was asked for that needs a package which cannot be imported.
+
+    Attributes: ``package``, ``purpose``, ``reason`` (Python's own words).
+    """
+
+    def __init__(self, package: str, purpose: str, reason: str) -> None:
+        self.package, self.purpose, self.reason = package, purpose, reason
+        super().__init__(f"{purpose} need the package {package}: pip install {package} ({reason})")
+
+    def __reduce__(self):
+        return type(self), (self.package, self.purpose, self.reason)
+
+
 class SharedGpuError(RayDeepEPError, RuntimeError):
     """Several ranks were given the same GPU, most often because their processes see each other's GPUs.
 

@@ -7,6 +7,7 @@
 | ``starts.jsonl`` | a line for each start or resume: ``time_s``, ``step`` (done before it), ``environment`` |
 | ``faults.jsonl`` | a line per fault that was found, as in the job log (``Culprit.to_json``) |
 | ``checkpoints/step_N/trainer_state.json`` | the seal of a complete checkpoint, with ``step`` and ``files`` |
+| ``telemetry/rank_N.jsonl`` | a line per step and rank; fields as in ``step_telemetry`` |
 | ``sample.txt`` | text by the model |
 """
 
@@ -18,4 +19,5 @@ STARTS = "starts.jsonl"
 FAULTS = "faults.jsonl"
 CHECKPOINTS = "checkpoints"
 CHECKPOINT_SEAL = "trainer_state.json"
+TELEMETRY = "telemetry"
 SAMPLE = "sample.txt"

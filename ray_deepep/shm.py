@@ -23,6 +23,7 @@ from .fixed_shapes import fit_output, fit_rows, host_counts
 from .float8 import SCALE_BLOCK
 from .handle import DispatchHandle, ExpertMajor, Layout, Padded, TokenMajor
 from .symm_pool import SymmPool
+from .telemetry import TransportCounters
 from .transport import (
     BlockingTransport,
     BufferGeometry,
@@ -230,6 +231,12 @@ class ShmTransport(BlockingTransport):
     def fault_record(self) -> FaultRecord | None:
         """See :meth:`Transport.fault_record`."""
         return self._errors.record(self._buffer.fault_record())
+
+    def counters(self) -> TransportCounters | None:
+        """See :meth:`Transport.counters`. Operations use two areas by turns."""
+        wait_ns, recv_bytes, used_bytes = self._buffer.traffic()
+        heap_bytes = 2 * used_bytes + self._pool.num_bytes - self._pool.free_bytes()
+        return TransportCounters(wait_ns=tuple(wait_ns), recv_bytes=tuple(recv_bytes), heap_bytes=heap_bytes)
 
     def close(self) -> None:
         """Free this rank's mappings; that of the heap stays while tensors of ``symm_empty`` live."""

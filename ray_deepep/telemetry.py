@@ -1,8 +1,26 @@
-"""Counters of communication: calls, seconds and bytes per operation, summed on the rank that measured them."""
+"""Counters of communication: calls, seconds and bytes per operation, summed on the rank that measured them.
+
+What a transport cannot measure is None, never 0. Ranks N and local experts L count within the EP group.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Sequence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransportCounters:
+    """What a transport has counted since it was made; it may be asked from any thread, at any time."""
+
+    wait_ns: tuple[int, ...]
+    """``[N]``, ns: how long after this rank had published its part of an operation each other rank published its own;
+    nothing for those that were there already. As in ``LowLatencyStats``."""
+    recv_bytes: tuple[int, ...]
+    """``[N]``: bytes of rows read from each rank, this one included, a row that serves several local experts once."""
+    heap_bytes: int
+    """Of this rank's heap: what the largest operations took so far, and what tensors of ``symm_empty`` take now."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,31 +36,68 @@ class CommStats:
     """Bytes of rows received by dispatches."""
     combine_bytes: int = 0
     """Bytes of rows given to combines."""
+    wait_ns: tuple[int, ...] | None = None
+    """As in :class:`TransportCounters`, since the last reset."""
+    recv_bytes: tuple[int, ...] | None = None
+    """As in :class:`TransportCounters`, since the last reset."""
+    num_tokens_per_expert: tuple[int, ...] | None = None
+    """``[L]``: routes that dispatches with a new plan brought to each local expert. None if a count stayed on a GPU."""
+    num_dropped: int | None = None
+    """Routes that were marked -1 in such dispatches of this rank. None on GPUs, where asking would be a wait."""
+    heap_bytes: int | None = None
+    """As in :class:`TransportCounters`; not reset."""
+    timed: bool = True
+    """Whether ms are those of the operations: False where calls return before the rows are there (GPUs)."""
 
     def __add__(self, other: CommStats) -> CommStats:
-        names = [field.name for field in dataclasses.fields(self)]
-        return CommStats(**{name: getattr(self, name) + getattr(other, name) for name in names})
+        names = ("num_dispatch", "num_combine", "dispatch_ms", "combine_ms", "dispatch_bytes", "combine_bytes")
+        sums = {name: getattr(self, name) + getattr(other, name) for name in names}
+        for name in ("wait_ns", "recv_bytes", "num_tokens_per_expert"):
+            sums[name] = add_counts(getattr(self, name), getattr(other, name))
+        for name in ("num_dropped", "heap_bytes"):
+            known = [n for n in (getattr(self, name), getattr(other, name)) if n is not None]
+            sums[name] = sum(known) if known else None
+        return CommStats(**sums, timed=self.timed and other.timed)
+
+
+def add_counts(ours: Sequence[int] | None, others: Sequence[int] | None) -> tuple[int, ...] | None:
+    """Index by index; the longer one says how many there are. None counts for nothing."""
+    if ours is None or others is None:
+        known = others if ours is None else ours
+        return None if known is None else tuple(known)
+    return tuple(a + b for a, b in itertools.zip_longest(ours, others, fillvalue=0))
 
 
 class CommRecorder:
     """Counts for one buffer. Plain numbers: it runs twice per operation."""
 
     def __init__(self) -> None:
+        self._timed = True
+        self._seen: TransportCounters | None = None
         self._clear()
 
     def _clear(self) -> None:
         self._calls = {"dispatch": 0, "combine": 0}
         self._seconds = {"dispatch": 0.0, "combine": 0.0}
         self._bytes = {"dispatch": 0, "combine": 0}
+        self._tokens: tuple[int, ...] | None = None
+        self._dropped: int | None = None
 
-    def add(self, operation: str, seconds: float, num_bytes: int) -> None:
-        """Count one completed ``dispatch`` or ``combine``."""
+    def add(self, operation: str, seconds: float, num_bytes: int, *, timed: bool = True) -> None:
+        """Count one ``dispatch`` or ``combine``. timed: whether it had ended when it returned."""
+        self._timed = self._timed and timed
         self._calls[operation] += 1
         self._seconds[operation] += seconds
         self._bytes[operation] += num_bytes
 
-    def stats(self, *, reset: bool = False) -> CommStats:
-        """Totals since the last reset."""
+    def add_routes(self, num_tokens_per_expert: Sequence[int], num_dropped: int) -> None:
+        """Count what the plan of one dispatch says, where the host knows it."""
+        self._tokens = add_counts(self._tokens, num_tokens_per_expert)
+        self._dropped = (self._dropped or 0) + num_dropped
+
+    def stats(self, counters: TransportCounters | None = None, *, reset: bool = False) -> CommStats:
+        """Totals since the last reset. counters: the transport's, as they are now."""
+        since = _difference(counters, self._seen)
         stats = CommStats(
             num_dispatch=self._calls["dispatch"],
             num_combine=self._calls["combine"],
@@ -50,7 +105,24 @@ class CommRecorder:
             combine_ms=self._seconds["combine"] * 1e3,
             dispatch_bytes=self._bytes["dispatch"],
             combine_bytes=self._bytes["combine"],
+            wait_ns=None if since is None else since.wait_ns,
+            recv_bytes=None if since is None else since.recv_bytes,
+            num_tokens_per_expert=self._tokens,
+            num_dropped=self._dropped,
+            heap_bytes=None if since is None else since.heap_bytes,
+            timed=self._timed,
         )
         if reset:
             self._clear()
+            self._seen = counters
         return stats
+
+
+def _difference(now: TransportCounters | None, before: TransportCounters | None) -> TransportCounters | None:
+    if now is None or before is None:
+        return now
+    return TransportCounters(
+        wait_ns=tuple(a - b for a, b in zip(now.wait_ns, before.wait_ns)),
+        recv_bytes=tuple(a - b for a, b in zip(now.recv_bytes, before.recv_bytes)),
+        heap_bytes=now.heap_bytes,
+    )

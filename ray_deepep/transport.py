@@ -18,6 +18,7 @@ import torch
 from .errors import FaultRecord, InvalidArgumentError, InvalidTypeError
 from .float8 import Float8Cast
 from .handle import DispatchHandle, Layout
+from .telemetry import TransportCounters
 from .work import Work
 
 R = TypeVar("R")
@@ -202,6 +203,9 @@ class Transport(Protocol):
         For another thread, while this one waits: never raises, waits for nobody and makes no CUDA call.
         """
 
+    def counters(self) -> TransportCounters | None:
+        """What it has counted since it was made; None where it counts nothing. From any thread; waits for nobody."""
+
     def give_up_on_gone_peers(self) -> None:
         """End waits for ranks whose process is gone, where the waiting thread cannot see to that itself. Local."""
 
@@ -267,6 +271,10 @@ class BlockingTransport:
 
     def fault_record(self) -> FaultRecord | None:
         """Nothing beside what operations raise, and the communicator then holds."""
+        return None
+
+    def counters(self) -> TransportCounters | None:
+        """Nothing is counted."""
         return None
 
     def give_up_on_gone_peers(self) -> None:

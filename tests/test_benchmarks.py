@@ -11,7 +11,7 @@ import time
 import pytest
 from harness import shm_problem
 
-from benchmarks import deepspeed_layer, dispatch_combine, machine, records, run, table, timing
+from benchmarks import deepspeed_layer, dispatch_combine, machine, records, run, table, telemetry, timing
 
 RUN_FIELDS = {
     "benchmark",
@@ -189,3 +189,14 @@ def test_recovery_says_what_it_leaves_out() -> None:
     recovery = pytest.importorskip("benchmarks.recovery", reason="needs the packages of train")
     left_out = {t: [kind for kind in recovery.KINDS if recovery.why_not(kind, t)] for t in ("shm", "cuda")}
     assert left_out == {"shm": ["assert"], "cuda": ["node"]}
+
+
+@needs_core
+def test_telemetry_lines(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "results.jsonl"
+    telemetry.main(["--preset", "tiny", "--steps", "7", "--rounds", "1", "--out", str(path)])
+    without, with_it = [json.loads(line) for line in path.read_text().splitlines()]
+    assert (without["variant"], with_it["variant"]) == ("without", "with")
+    assert {"config", "step_ms", "step_us", "thread_us", "share"} | RUN_FIELDS <= set(with_it)
+    assert without["step_us"] == without["thread_us"] == 0 < min(with_it["step_us"], with_it["thread_us"])
+    assert "| share of a step |" in capsys.readouterr().out

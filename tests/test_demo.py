@@ -16,7 +16,7 @@ import pytest
 pytest.importorskip("ray", reason="the demo needs Ray")
 
 from train import local_ray
-from train.demo import DemoOptions, main, options_from_args, progress
+from train.demo import DemoOptions, main, options_from_args
 from train.errors import ConfigError, DataError
 from train.inject import Injection
 from train.local_ray import LocalRay, LocalRayError
@@ -30,21 +30,6 @@ ROOT = Path(__file__).parents[1]
 
 
 # Parts, without Ray
-
-
-@pytest.mark.parametrize(
-    ("line", "number", "text"),
-    [
-        ("step 4/200 loss 3.2100 tokens/s 12345", 4, "loss 3.2100 tokens/s 12345"),
-        ("step 4/200 loss 3.21 tokens/s 1 validation 3.1", 4, "loss 3.21 tokens/s 1 validation 3.1"),
-        ("a step 4/200 loss 3.2", None, ""),
-        ("step up", None, ""),
-        ("step x/y loss 3", None, ""),
-    ],
-)
-def test_progress_lines(line, number, text):
-    found = progress(line)
-    assert (found.number, found.text) == (number, text) if number else found is None
 
 
 def test_command_of_a_job_quotes_what_the_user_gave(tmp_path):

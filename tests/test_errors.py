@@ -12,6 +12,7 @@ from ray_deepep import errors
 from ray_deepep.errors import (
     BootstrapError,
     ClosedError,
+    ClusterUnreachableError,
     CommFaultError,
     CudaError,
     FaultRecord,
@@ -20,12 +21,14 @@ from ray_deepep.errors import (
     InvalidArgumentError,
     InvalidTypeError,
     MismatchError,
+    MissingPackageError,
     NvshmemError,
     RankMaskedError,
     RayDeepEPError,
     ReceiveOverflowError,
     SharedGpuError,
     TransportUnavailableError,
+    UnknownJobError,
 )
 
 RECORD = FaultRecord(
@@ -79,6 +82,21 @@ EXAMPLES = (
         "symm_empty: asked for 1024 bytes; 1536 of symm_bytes=4096 are free, the largest piece has 512",
     ),
     (CudaError("cudaMalloc: cudaErrorMemoryAllocation"), RuntimeError, "cudaMalloc: cudaErrorMemoryAllocation"),
+    (
+        ClusterUnreachableError("http://head:8265", "no answer within 10 s"),
+        ConnectionError,
+        "no Ray cluster answers at 'http://head:8265': no answer within 10 s",
+    ),
+    (
+        UnknownJobError("b", "http://head:8265", ["a"]),
+        LookupError,
+        "http://head:8265 has no job 'b'; its jobs: a",
+    ),
+    (
+        MissingPackageError("tensorboard", "TensorBoard files", "No module named 'tensorboard'"),
+        ImportError,
+        "TensorBoard files need the package tensorboard: pip install tensorboard (No module named 'tensorboard')",
+    ),
     (ClosedError("dispatch: the buffer is closed"), RuntimeError, "dispatch: the buffer is closed"),
     (TransportUnavailableError("transport shm: two hosts"), RuntimeError, "transport shm: two hosts"),
     (

@@ -23,7 +23,18 @@ CPP_MAY_INCLUDE = {
 
 # From the bottom: a module imports only from lower rows and from its own.
 PYTHON_LAYERS = [
-    {"version", "errors", "env", "fields", "config", "run_files"},
+    {
+        "version",
+        "errors",
+        "env",
+        "fields",
+        "config",
+        "run_files",
+        "job_log",
+        "checkout",
+        "entrypoint",
+        "dashboard",
+    },
     {
         "handle",
         "domains",
@@ -71,10 +82,10 @@ PYTHON_LAYERS = [
     {"buffer", "expert_rows", "heap_tensors", "low_latency_buffer", "low_latency_flight", "health"},
     {"autograd"},
     {"__init__"},
-    {"deepspeed", "doctor", "report"},
+    {"deepspeed", "doctor", "report", "run_state", "step_telemetry"},
     {"planning"},
     {"cluster"},
-    {"cli"},
+    {"cli", "cli_jobs"},
 ]
 LAYER = {name: level for level, names in enumerate(PYTHON_LAYERS) for name in names}
 # Who may import a heavy package at all.

@@ -21,6 +21,8 @@ from train import sweep
 from train.ray_main import RayOptions
 from train.ray_sweep import max_at_once
 
+pytestmark = pytest.mark.xdist_group("ray")
+
 ROOT = Path(__file__).parents[1]
 DEADLINE_S = 240.0
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from harness import RankPool, shm_problem
-from train_cases import HALF, SilentComm, losses, tiny, train, train_error
+from train_cases import HALF, SilentComm, losses, tiny, train, train_error, train_until
 
 from train.metrics import read_metrics
 
@@ -52,6 +52,20 @@ def weights(out: Path) -> dict[str, list]:
         found |= {f"{path.name}/{k}": v.tolist() for k, v in tensors.items() if torch.is_tensor(v)}
     assert any("expert_3" in name for name in found)
     return found
+
+
+def test_a_stop_that_one_rank_hears_of_ends_all_after_the_same_step(ranks, tmp_path):
+    """With a checkpoint, from which the run goes on as if nothing had been."""
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    ranks.run(2, train, tiny(whole, **{"run.steps": 4}).to_json(), deadline_s=120)
+    fields = {"run.steps": 4, "run.checkpoint_every": 0}
+    results = ranks.run(2, train_until, tiny(stopped, **fields).to_json(), 1, 2, deadline_s=120)
+    assert results == [(2, True, "", [("checkpoint", 2, "step_000002"), ("end", 2)])] * 2
+    assert [row[0] for row in losses(stopped)] == [1, 2]
+    fields["run.on_existing"] = "resume"
+    [(summary, _), _] = ranks.run(2, train, tiny(stopped, **fields).to_json(), deadline_s=120)
+    assert (summary["resumed_from_step"], summary["stopped"]) == (2, False)
+    assert losses(stopped) == losses(whole)
 
 
 @pytest.mark.slow

@@ -107,3 +107,15 @@ def initial_weights(_, ep_size: int, ep_rank: int):
         _EXPERT_NAME.sub(lambda m: str(ep_rank * local + int(m.group())), name): (float(p.sum()), float(p.view(-1)[0]))
         for name, p in model.named_parameters()
     }
+
+
+def train_until(context, config_json: str, rank: int, step: int):
+    """Train until `rank`, after its step `step`, is asked to stop; returns (last step, stopped, sample)."""
+    from train.trainer import run
+
+    recorder = Recorder()
+    asked = context.rank == rank
+    config = TrainConfig.from_json(config_json)
+    # Asked in the middle of a step, so after `step` records the next one is the last.
+    summary = run(config, callbacks=[recorder], stop=lambda: asked and len(recorder.heard) >= step - 1)
+    return summary.stats.num_steps, summary.stopped, summary.sample, recorder.heard[-2:]

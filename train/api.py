@@ -49,6 +49,8 @@ class TrainSummary:
     """Training and validation loss, PNG."""
     checkpoint_path: Path | None
     """The newest checkpoint."""
+    stopped: bool
+    """Whether it ended before its last step, because it was asked to."""
     sample: str
     """Prompt, an arrow, and the model's continuation; empty if none was asked for."""
 
@@ -74,6 +76,11 @@ class TrainerCallback(Protocol):
 
     def on_end(self, summary: TrainSummary) -> None:
         """The run is over and every file is written."""
+
+
+def never() -> bool:
+    """Nobody asks the run to stop."""
+    return False
 
 
 class CommStats(Protocol):

@@ -30,6 +30,7 @@ def add_config_arguments(parser: argparse.ArgumentParser) -> None:
         help="continue from the newest good checkpoint of --out, or from this one",
     )
     parser.add_argument("--overwrite", action="store_true", help="delete the checkpoints that --out already holds")
+    parser.add_argument("--tensorboard", action="store_true", help="write the numbers of steps for TensorBoard too")
     parser.add_argument("--no-progress", action="store_true", help="no progress bars")
     parser.add_argument(
         "--set",
@@ -70,6 +71,8 @@ def _overrides(args: argparse.Namespace) -> dict[str, Any]:
         values["run.resume_from"] = "" if args.resume == "auto" else args.resume
     if args.overwrite:
         values["run.on_existing"] = "overwrite"
+    if args.tensorboard:
+        values["run.tensorboard"] = True
     if args.no_progress:
         values["run.progress"] = False
     return values

@@ -209,6 +209,10 @@ class RunConfig:
     """Deadline of a torch.distributed operation, in seconds."""
     deepspeed_config: str = ""
     """A DeepSpeed JSON file; its keys replace the generated ones."""
+    telemetry: bool = True
+    """Write the numbers of every step and rank to `telemetry/`, and to Ray's metrics where the run is on Ray."""
+    tensorboard: bool = False
+    """Write them for TensorBoard too (`telemetry/tensorboard/`); needs the package `tensorboard`."""
     progress: bool = True
     """Show progress bars (rank 0)."""
 

@@ -181,6 +181,8 @@ def _ray(options: DemoOptions) -> Iterator[tuple[JobRunner, str]]:
 
 def run_backend(options: DemoOptions, backend: str, runner: JobRunner) -> dict:
     """Submit one backend's job, show its progress, return its result."""
+    from ray_deepep import job_log  # with torch, which takes seconds: not before arguments are checked
+
     command = options.entrypoint(backend, here=runner.head_is_here)
     log_path = options.out / f"job-{backend}.log"
     print(f"\n{backend}: submitted as a Ray job; its log: {log_path}")
@@ -188,31 +190,14 @@ def run_backend(options: DemoOptions, backend: str, runner: JobRunner) -> dict:
         bar.set_postfix_str("starting workers")
 
         def show(line: str) -> None:
-            if step := progress(line):
-                bar.set_postfix_str(step.text, refresh=False)
-                bar.update(step.number - bar.n)
+            if step := job_log.parse_step(line):
+                bar.set_postfix_str(str(step).split(" ", 2)[2], refresh=False)
+                bar.update(step.step - bar.n)
                 bar.refresh()
             elif line.startswith(("RAY_DEEPEP_FAULT", "error:")):
                 bar.write(line)
 
         return runner.run(command, log_path, show)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Progress:
-    """What a progress line says."""
-
-    number: int
-    text: str
-
-
-def progress(line: str) -> Progress | None:
-    """Parse a line of `train.ray_worker.progress_line`; None if it is another."""
-    head, _, text = line.partition(" loss ")
-    word, _, count = head.partition(" ")
-    if word != "step" or not text or not count.partition("/")[0].isdigit():
-        return None
-    return Progress(number=int(count.partition("/")[0]), text=f"loss {text}")
 
 
 def print_summary(options: DemoOptions, results: dict[str, dict], url: str) -> None:

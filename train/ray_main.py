@@ -3,9 +3,11 @@
     python -m train.ray_main --preset demo --workers 2 --backend ray_deepep
     RAY_ADDRESS=HOST:6379 python -m train.ray_main --preset small --workers 8
     ray job submit -- python -m train.ray_main --preset demo --out /shared/runs/demo
+    ray-deepep submit train.ray_main --preset demo --out /shared/runs/demo
 
 A worker that dies, hangs or raises is named in the log, and training continues from the last checkpoint, with the same
-losses as an undisturbed run. `--inject kill:rank=1,step=7` shows it.
+losses as an undisturbed run. `--inject kill:rank=1,step=7` shows it. SIGTERM, which is how Ray stops a job, ends the
+run after the step that is being done, with a checkpoint.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import json
 import logging
 import math
 import os
+import signal
 import socket
 import sys
 import time
@@ -73,19 +76,41 @@ class RayOptions:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Returns the exit status: 0, 1 when training failed, 2 after an error the user can do something about."""
-    parser = argparse.ArgumentParser(
-        prog="train.ray_main", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_config_arguments(parser)
-    add_ray_arguments(parser)
-    args = parser.parse_args(argv)
+    """Returns the exit status: 0, 1 when training failed, 2 after an error the user can do something about, 143 when
+    it was stopped by SIGTERM."""
+    args = _parser().parse_args(argv)
     logging.basicConfig(format="%(message)s")
     try:
         return run_on_ray(config_from_args(args), options=options_from_args(args))
     except (ConfigError, DataError, CheckpointError, TrainingDivergedError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+
+
+def describe_job(argv: list[str]) -> dict[str, str]:
+    """What a job with these arguments is, for `ray-deepep submit`. Raises ConfigError (a ValueError) as `main` does."""
+    args = _parser().parse_args(argv)
+    return metadata_of(config_from_args(args), options_from_args(args))
+
+
+def metadata_of(config: TrainConfig, options: RayOptions) -> dict[str, str]:
+    """What is kept with the job of a run."""
+    return {
+        "preset": config.name,
+        "backend": config.run.backend,
+        "num_workers": str(options.num_workers),
+        "ep_size": str(config.model.resolve_ep_size(options.num_workers)),
+        "out_dir": config.run.out_dir,
+    }
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="train.ray_main", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_config_arguments(parser)
+    add_ray_arguments(parser)
+    return parser
 
 
 def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
@@ -105,7 +130,7 @@ def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
 def options_from_args(args: argparse.Namespace) -> RayOptions:
     """The options that parsed arguments ask for. Raises ConfigError naming the first wrong one."""
     return RayOptions(
-        num_workers=args.workers,
+        num_workers=RayOptions.num_workers if args.workers is None else args.workers,
         cpus_per_worker=args.cpus_per_worker,
         max_failures=args.max_failures,
         address=args.address,
@@ -114,19 +139,20 @@ def options_from_args(args: argparse.Namespace) -> RayOptions:
     )
 
 
-def run_on_ray(config: TrainConfig, *, num_workers: int | None = None, options: RayOptions | None = None) -> int:
+def run_on_ray(config: TrainConfig, *, options: RayOptions | None = None) -> int:
     """Train as `config` says on Ray, print the summary, return the exit status.
 
     A Ray that is connected already is used and left connected. Raises ConfigError and the other errors that the user
     can do something about (`train.ray_worker.USER_ERRORS`).
     """
-    options = options or RayOptions(num_workers=2 if num_workers is None else num_workers)
+    options = options or RayOptions()
     config = with_absolute_paths(config)
     config.model.resolve_ep_size(options.num_workers)
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray.train
 
+    from ray_deepep.cluster.stop import stop_on_sigterm
     from train import ray_worker  # with torch and Ray Train's torch part
 
     imported = time.time()
@@ -139,8 +165,10 @@ def run_on_ray(config: TrainConfig, *, num_workers: int | None = None, options: 
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
         use_gpu = check_resources(config, options, ray.cluster_resources())
-        trainer = make_trainer(config, options, use_gpu=use_gpu)
-        outcome: ray_worker.WorkerOutcome = trainer.fit().return_value
+        token = uuid.uuid4().hex[:8]
+        trainer = make_trainer(config, options, token, use_gpu=use_gpu)
+        with stop_on_sigterm(token):
+            outcome: ray_worker.WorkerOutcome = trainer.fit().return_value
     except ray.train.TrainingFailedError as error:
         print(f"error: training failed: {error}", file=sys.stderr)
         return 1
@@ -150,7 +178,7 @@ def run_on_ray(config: TrainConfig, *, num_workers: int | None = None, options: 
     if outcome.error is not None:
         raise outcome.error
     _report(config, options, outcome, imported=imported, connected=connected)
-    return 0
+    return 128 + signal.SIGTERM if outcome.summary.stopped else 0
 
 
 def with_absolute_paths(config: TrainConfig) -> TrainConfig:
@@ -210,14 +238,16 @@ def check_resources(config: TrainConfig, options: RayOptions, cluster: Mapping[s
     return config.run.device != "cpu" and gpus >= options.num_workers
 
 
-def make_trainer(config: TrainConfig, options: RayOptions, *, use_gpu: bool) -> Any:
-    """A Ray Train trainer whose `fit().return_value` is a `WorkerOutcome`. Ray must be connected."""
+def make_trainer(config: TrainConfig, options: RayOptions, token: str, *, use_gpu: bool) -> Any:
+    """A Ray Train trainer whose `fit().return_value` is a `WorkerOutcome`. Ray must be connected.
+
+    `token` names the run to who asks it to stop.
+    """
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
 
     from train.ray_worker import WorkerJob, train_worker
 
-    token = uuid.uuid4().hex[:8]
     out_dir = Path(config.run.out_dir)
     env = {} if use_gpu else {"DS_ACCELERATOR": "cpu"}
     # Progress bars redraw one line, which a log cannot; the reporter prints lines instead.

@@ -12,6 +12,7 @@ import math
 import os
 import time
 import traceback
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -154,7 +155,8 @@ def _train(trial: Trial, job: SweepJob, folder: Path) -> dict[str, float]:
     )
     config = dataclasses.replace(config, name=f"{job.name}-{trial.name}")
     options = dataclasses.replace(job.options, num_workers=trial.num_workers, num_sms=trial.num_sms)
-    outcome = make_trainer(config, options, use_gpu=job.use_gpu).fit().return_value
+    trainer = make_trainer(config, options, uuid.uuid4().hex[:8], use_gpu=job.use_gpu)
+    outcome = trainer.fit().return_value
     if outcome.error is not None:
         raise outcome.error
     return dataclasses.asdict(outcome.summary.stats)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -15,12 +17,17 @@ from typing import Any
 import ray.train
 import torch.distributed as dist
 
-from train.api import CheckpointInfo, TrainSummary
+from ray_deepep import job_log
+from ray_deepep.cluster.metrics import RayMetricsSink
+from ray_deepep.cluster.stop import StopWatch
+from ray_deepep.step_telemetry import Sink
+from train.api import CheckpointInfo, TrainSummary, never
 from train.config import TrainConfig
 from train.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError
 from train.files import write_text_atomic
 from train.inject import FaultInjector, Injection, injected_file
 from train.metrics import StepMetrics
+from train.telemetry import TelemetryOptions
 from train.timeline import process_started
 
 USER_ERRORS = (ConfigError, DataError, CheckpointError, TrainingDivergedError)
@@ -96,32 +103,45 @@ class RayReporter:
         self._num_steps = config.run.steps
         self._log = log  # rank 0 alone has one
         self._last_print = 0.0
+        self._last_metrics: StepMetrics | None = None
 
     def on_step(self, metrics: StepMetrics) -> None:
         if self._log is None:
             return
         now = time.time()
+        self._last_metrics = metrics
         attempt = self._log.attempts[-1]
         if not attempt.first_step_done:
             attempt.first_step_began, attempt.first_step_done = now - metrics.step_ms / 1e3, now
             self._log.save()
         if now - self._last_print >= _PROGRESS_EVERY_S or metrics.step == self._num_steps:
             self._last_print = now
-            print(progress_line(metrics, self._num_steps), flush=True)
+            self._print()
 
     def on_checkpoint(self, info: CheckpointInfo) -> None:
+        if self._log is not None:
+            print(job_log.checkpoint_line(info.step, info.folder), flush=True)
         # Blocks until the controller polls, so not for every step.
         metrics = {name: value for name, value in asdict(info.metrics).items() if isinstance(value, int | float)}
         ray.train.report(metrics | {"checkpoint": str(info.folder)})
 
     def on_end(self, summary: TrainSummary) -> None:
-        pass
+        if summary.stopped and self._log is not None:
+            self._print()
+
+    def _print(self) -> None:
+        print(step_line(self._last_metrics, self._num_steps), flush=True)
 
 
-def progress_line(metrics: StepMetrics, num_steps: int) -> str:
-    """One line of a job's log, which the demo draws its progress bar from."""
-    text = f"step {metrics.step}/{num_steps} loss {metrics.loss:.4f} tokens/s {metrics.tokens_per_s:.0f}"
-    return text if metrics.val_loss is None else f"{text} validation {metrics.val_loss:.4f}"
+def step_line(metrics: StepMetrics, num_steps: int) -> job_log.StepLine:
+    """What a job's log says about a step."""
+    return job_log.StepLine(
+        step=metrics.step,
+        num_steps=num_steps,
+        loss=metrics.loss,
+        tokens_per_s=metrics.tokens_per_s,
+        val_loss=metrics.val_loss,
+    )
 
 
 def train_worker(loop_config: dict[str, WorkerJob]) -> WorkerOutcome | None:
@@ -133,12 +153,16 @@ def train_worker(loop_config: dict[str, WorkerJob]) -> WorkerOutcome | None:
     log = AttemptLog.begin_attempt(out_dir, job.token) if rank == 0 else None
     number = [len(log.attempts) if log else 0]
     dist.broadcast_object_list(number, src=0)
+    if log is not None:
+        print(job_log.attempt_line(number[0]), flush=True)
     callbacks: list[Any] = [RayReporter(config, log)]
     if number[0] <= len(job.inject):
         time_file = injected_file(out_dir, number[0])
         callbacks.append(FaultInjector(job.inject[number[0] - 1], rank=rank, time_file=time_file))
     try:
-        summary = _train(config_of_attempt(config, number[0]), callbacks)
+        with StopWatch(job.token) if rank == 0 else nullcontext(never) as stop:
+            telemetry = TelemetryOptions(sinks=_sinks(config, rank), restarts=number[0] - 1)
+            summary = _train(config_of_attempt(config, number[0]), callbacks, stop, telemetry)
     except USER_ERRORS as error:
         _agree_or_raise(error, rank)
         return WorkerOutcome(summary=None, error=error, attempts=log.attempts) if log else None
@@ -155,15 +179,28 @@ def config_of_attempt(config: TrainConfig, number: int) -> TrainConfig:
     return config.replace(**values)
 
 
-def _train(config: TrainConfig, callbacks: list[Any]) -> TrainSummary:
+def _train(
+    config: TrainConfig, callbacks: list[Any], stop: Callable[[], bool], telemetry: TelemetryOptions
+) -> TrainSummary:
     # Imported here: the driver and Ray's controller load this module too, and need no DeepSpeed.
     from train.trainer import run
 
     if config.run.backend == "stock":
-        return run(config, callbacks=callbacks)
+        return run(config, callbacks=callbacks, stop=stop, telemetry=telemetry)
     from ray_deepep.cluster import current
 
-    return run(config, swap=current().swap, callbacks=callbacks, progress=current().progress)
+    worker = current()
+    return run(config, swap=worker.swap, callbacks=callbacks, progress=worker.progress, stop=stop, telemetry=telemetry)
+
+
+def _sinks(config: TrainConfig, rank: int) -> tuple[Sink, ...]:
+    """Ray's metrics, from where the dashboard has them."""
+    if not config.run.telemetry:
+        return ()
+    context = ray.train.get_context()
+    ep_size = config.model.resolve_ep_size(context.get_world_size())
+    first = rank - rank % ep_size
+    return (RayMetricsSink(run=context.get_experiment_name(), rank=rank, ranks=range(first, first + ep_size)),)
 
 
 def _agree_or_raise(error: Exception, rank: int) -> None:

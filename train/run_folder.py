@@ -48,6 +48,7 @@ class RunFolder:
             if self._run.on_existing != "resume":  # a new run; those of an earlier one tell nothing about it
                 self.starts.unlink(missing_ok=True)
                 self.faults.unlink(missing_ok=True)
+                shutil.rmtree(self.root / run_files.TELEMETRY, ignore_errors=True)
             write_text_atomic(self.root / run_files.CONFIG, config.to_json())
         except OSError as error:
             rule = f"must be a folder that can be written to ({error.strerror})"

@@ -14,7 +14,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ import torch
 from tqdm import tqdm
 
 from train import checkpoint
-from train.api import CheckpointInfo, CommStats, Progress, TrainerCallback, TrainSummary
+from train.api import CheckpointInfo, CommStats, Progress, TrainerCallback, TrainSummary, never
 from train.clock import Clock
 from train.config import TrainConfig
 from train.data import BatchSampler, TokenStore, build_token_store
@@ -37,6 +37,7 @@ from train.metrics import MetricsWriter, StepMetrics, run_stats
 from train.run_folder import RunFolder
 from train.sample import sample_tokens
 from train.stock_comm import StockCommTimer
+from train.telemetry import CommCounts, StepTelemetry, TelemetryOptions, open_telemetry, record_step, take_counts
 
 logger = logging.getLogger("train")
 
@@ -50,19 +51,23 @@ def run(
     swap: CommStats | None = None,
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
+    stop: Callable[[], bool] = never,
+    telemetry: TelemetryOptions | None = None,
 ) -> TrainSummary:
     """Train as `config` says and return the summary (the same on every rank). Collective over the job.
 
     swap: the all-to-all backend already in place, asked for its times; None: this function enables
-    `config.run.backend` itself. progress: told where the run is. A process group that exists already is used and left
-    alive.
+    `config.run.backend` itself. progress: told where the run is. stop: asked on every rank in every step; once any rank
+    says True, all end after that step, with a checkpoint. telemetry: more places for the numbers of steps. A process
+    group that exists already is used and left alive.
     Raises ConfigError, DataError, CheckpointError, TrainingDivergedError, and what the backend raises.
     """
     quiet_deepspeed()
     with cpu_threads(config.run.num_threads), join_world(config.run) as world, _comm(config, swap) as comm:
         progress = Progress() if progress is None else progress
-        trainer = Trainer(config, world=world, comm=comm, callbacks=callbacks, progress=progress)
+        trainer = Trainer(config, world=world, comm=comm, callbacks=callbacks, progress=progress, stop=stop)
         try:
+            trainer.telemetry = open_telemetry(config.run, world.rank, telemetry or TelemetryOptions())
             return trainer.run()
         finally:
             trainer.close()
@@ -95,12 +100,17 @@ class Trainer:
         comm: CommStats,
         callbacks: Sequence[TrainerCallback],
         progress: Progress,
+        stop: Callable[[], bool] = never,
     ):
         self.config = config
         self.world = world
         self._comm = comm
         self._callbacks = callbacks
         self._progress = progress
+        self.telemetry: StepTelemetry | None = None
+        self._stop_asked = stop
+        self._comm_step = CommCounts()
+        self._stopping = False  # the same on all ranks
         progress.phase = "setup"
         self._engine = None
         self._writer: MetricsWriter | None = None
@@ -131,6 +141,8 @@ class Trainer:
         """Close the metrics file and let DeepSpeed free what it holds. Not collective."""
         if self._writer is not None:
             self._writer.close()
+        if self.telemetry is not None:
+            self.telemetry.close()
         if self._engine is not None:
             self._engine.destroy()
 
@@ -165,8 +177,10 @@ class Trainer:
                 if self._due(step, config.run.eval_every):
                     metrics = replace(metrics, val_loss=self._validate())
                 self._record(metrics, bar)
-                if self._due(step, config.run.checkpoint_every):
+                if self._stopping or self._due(step, config.run.checkpoint_every):
                     self._save(step)
+                if self._stopping:
+                    break
         return self._finish()
 
     def _due(self, step: int, every: int) -> bool:
@@ -188,16 +202,19 @@ class Trainer:
         optim = self.config.optim
         self._progress.step = step
         torch.manual_seed(seed_for(self.config.run.seed, "train", step, self.world.rank))
-        self._comm.comm_stats(reset=True)
+        take_counts(self._comm)
         lr = self._engine.get_lr()[0]
         clock = Clock()
         local_losses = self._forward_backward_update(step, clock)
         step_ms = clock.total_ms
         self._progress.phase = "metrics"
-        stats = self._comm.comm_stats(reset=True)
-        loss, aux_loss, dispatch_ms, combine_ms, comm_calls = mean_over_ranks(
-            [*local_losses, stats["dispatch_ms"], stats["combine_ms"], stats["num_calls"]], self.world
+        counts = self._comm_step = take_counts(self._comm)
+        num_calls = counts.num_dispatch + counts.num_combine
+        # One reduction for all; a wish to stop travels along, so that every rank hears of it in the same step.
+        loss, aux_loss, dispatch_ms, combine_ms, comm_calls, stop = mean_over_ranks(
+            [*local_losses, counts.dispatch_ms, counts.combine_ms, num_calls, float(self._stop_asked())], self.world
         )
+        self._stopping = stop > 0
         if not math.isfinite(loss):
             raise TrainingDivergedError(step, loss)
         num_tokens = self.world.world_size * optim.micro_batch * optim.grad_accum * self.config.data.seq_len
@@ -257,6 +274,7 @@ class Trainer:
         self._steps.append(metrics)
         if self._writer is not None:
             self._writer.write(metrics)
+        record_step(self.telemetry, metrics, self._comm_step)
         shown = {"loss": f"{metrics.loss:.3f}", "tok/s": f"{metrics.tokens_per_s:,.0f}"}
         validated = [m.val_loss for m in self._steps if m.val_loss is not None]
         if validated:
@@ -291,7 +309,8 @@ class Trainer:
     def _finish(self) -> TrainSummary:
         config = self.config
         self._progress.phase = "summary"
-        sample = self._sample() if config.run.sample_tokens else ""
+        stopped = self._stopping and self._steps[-1].step < config.run.steps
+        sample = self._sample() if config.run.sample_tokens and not stopped else ""
         title = f"{config.name} on {self.world.world_size} ranks"
         on_main(self.world, lambda: _plot({config.run.backend: self._steps}, self._folder.plot, title=title))
         summary = TrainSummary(
@@ -307,6 +326,7 @@ class Trainer:
             metrics_path=self._folder.metrics,
             plot_path=self._folder.plot,
             checkpoint_path=self._last_checkpoint,
+            stopped=stopped,
             sample=sample,
         )
         # Times are each rank's own; rank 0's are the ones in the metrics file.

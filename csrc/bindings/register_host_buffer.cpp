@@ -134,6 +134,12 @@ void register_host_buffer(py::module_& module) {
         .def("pull_dispatch", &HostBuffer::pull_dispatch, py::arg("args"), py::arg("plan"), py::arg("out"), Release())
         .def("combine", &HostBuffer::combine, py::arg("args"), py::arg("plan"), py::arg("out"), Release())
         .def("symm_region", &HostBuffer::symm_region)
+        // By rank, ns waited and bytes received since the buffer was made, and the most bytes an operation took.
+        .def("traffic",
+             [](const HostBuffer& buffer) {
+                 const Traffic& traffic = buffer.traffic();
+                 return py::make_tuple(traffic.wait_ns(), traffic.recv_bytes(), traffic.used_bytes());
+             })
         .def("fault_record", [](const HostBuffer& buffer) { return to_python(buffer.fault_record()); })
         .def("close", &HostBuffer::close, Release());
 }

@@ -155,6 +155,9 @@ void HostBuffer::pull_outputs(const CombineArgs& args, const HostPlan& host_plan
         sources[rank] = at<const std::byte>(rank, header(rank).rows_at);
     const OutputRows own_rows = own_staged ? OutputRows(sources[geometry_.rank], bytes) : output_rows(args, plan);
     const int first_expert = geometry_.rank * num_local;
+    for (int rank = 0; rank < geometry_.num_ranks; ++rank) {
+        traffic_.add_received(rank, (by_rank ? host_plan.send_tokens : host_plan.send_routes)[rank] * bytes);
+    }
     auto* routes = pointer<std::byte>(out.routes);
 
     const bool streamed = plan.num_tokens * bytes >= kStreamedBytes;

@@ -48,6 +48,7 @@ struct OpHeader {
     // This rank's own part.
     uint32_t sequence;
     int64_t num_tokens;
+    int64_t published_ns;  // CLOCK_MONOTONIC
     // Byte offsets from the segment's start.
     int64_t part_begin_at, num_per_rank_at, num_per_expert_at, topk_idx_at, topk_weights_at, locations_at;
     int64_t rows_at, scales_at, row_weights_at;

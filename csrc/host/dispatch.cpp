@@ -50,6 +50,7 @@ std::shared_ptr<HostPlan> HostBuffer::begin_dispatch(const DispatchArgs& args) {
     result->sequence = sequence_;
     result->plan = make_plan(geometry_, args.layout, args.num_topk, routing);
     const Plan& plan = result->plan;
+    count_sent(own, *result);
     const auto* own_weights = pointer<const float>(args.topk_weights);
     result->send_weight.assign(own_weights, own_weights + args.num_tokens * args.num_topk);
     result->route_weight.resize(plan.route_slot.size());
@@ -63,6 +64,16 @@ std::shared_ptr<HostPlan> HostBuffer::begin_dispatch(const DispatchArgs& args) {
         }
     }
     return result;
+}
+
+void HostBuffer::count_sent(const OpHeader& own, HostPlan& plan) const {
+    const auto* tokens = at<int64_t>(geometry_.rank, own.num_per_rank_at);
+    const auto* routes = at<int64_t>(geometry_.rank, own.num_per_expert_at);
+    plan.send_tokens.assign(tokens, tokens + geometry_.num_ranks);
+    plan.send_routes.resize(geometry_.num_ranks);
+    for (int expert = 0; expert < geometry_.num_experts; ++expert) {
+        plan.send_routes[expert / geometry_.num_local_experts()] += routes[expert];
+    }
 }
 
 void HostBuffer::begin_cached_dispatch(const DispatchArgs& args, const HostPlan& plan) {
@@ -200,6 +211,8 @@ void HostBuffer::pull_rows(const DispatchArgs& args, const HostPlan& host_plan, 
             if (out_scales != nullptr) std::memcpy(out_scales + slot * scales, x_scales + token * scales, scales);
         };
         const int64_t first = plan.recv_base[source];
+        traffic_.add_received(source,
+                              (plan.recv_base[source + 1] - first) * (bytes + (out_scales != nullptr ? scales : 0)));
         threads_.parallel_for(plan.recv_base[source + 1] - first, kRowGrain, [&](int64_t begin, int64_t end) {
             for (int64_t i = first + begin; i < first + end; ++i) {
                 if (token_major) {

@@ -32,6 +32,7 @@ HostBuffer::HostBuffer(std::shared_ptr<Domain> domain, const BufferSizes& sizes,
       geometry_{domain_->rank(), domain_->num_ranks(), sizes.num_experts, sizes.num_parts},
       sizes_(sizes),
       deadline_s_(deadline_s),
+      traffic_(domain_->num_ranks()),
       threads_(num_threads) {
     const int64_t largest = (sizes.max_segment_bytes - kPage) / 2 / kPage * kPage;
     area_bytes_ = std::min(sizes.area_bytes(geometry_.num_ranks), largest);
@@ -87,9 +88,15 @@ OpHeader& HostBuffer::open_operation(Operation operation) {
 }
 
 void HostBuffer::publish(OpHeader& header) {
+    header.published_ns = now_ns();
     signals_->raise(header.sequence);
     signals_->wait_published(header.sequence, header.operation, deadline_s_);
     check_agreement();
+    traffic_.note_used(used_);
+    for (int peer = 0; peer < geometry_.num_ranks; ++peer) {
+        // By the peer's clock: ranks are waited for one after the other, and that is not their fault.
+        traffic_.add_wait(peer, this->header(peer).published_ns - header.published_ns);
+    }
 }
 
 void HostBuffer::finish() {

@@ -17,6 +17,7 @@
 #include "host/control.h"
 #include "host/output_rows.h"
 #include "host/thread_pool.h"
+#include "host/traffic.h"
 #include "host/wait.h"
 
 namespace ray_deepep {
@@ -45,6 +46,8 @@ struct HostPlan {
     uint32_t sequence = 0;            // of the dispatch that made it: the same on all ranks
     std::vector<float> send_weight;   // [T, K]
     std::vector<float> route_weight;  // beside Plan::route_slot
+    // What this rank sent, and will get back: by rank, (token, rank) pairs and routes.
+    std::vector<int64_t> send_tokens, send_routes;
 };
 
 // Addresses of torch tensors; 0 where there is none, and for empty tensors. Shapes as in handle.py.
@@ -97,6 +100,8 @@ class HostBuffer {
     void close();
     // The fault that ended this buffer, if one did. From any thread, also while another one waits in an operation.
     std::optional<FaultRecord> fault_record() const { return fault_slot_.get(); }
+    // From any thread.
+    const Traffic& traffic() const { return traffic_; }
 
     // The room for the caller's own tensors: rows that lie in it are not staged. It stays mapped while someone holds
     // it.
@@ -128,6 +133,7 @@ class HostBuffer {
     void publish_routing(const DispatchArgs& args, OpHeader& header);
     void check_parts(const DispatchArgs& args) const;
     void check_locations(const DispatchArgs& args) const;
+    void count_sent(const OpHeader& own, HostPlan& plan) const;
     void pull_rows(const DispatchArgs& args, const HostPlan& plan, const DispatchOutputs& out);
     void fill_unused(const Plan& plan, const DispatchArgs& args, const DispatchOutputs& out);
     void pull_routing(const HostPlan& plan, const DispatchOutputs& out);
@@ -147,6 +153,7 @@ class HostBuffer {
     int64_t area_bytes_ = 0, used_ = 0;
     uint32_t sequence_ = 0;
     FaultSlot fault_slot_;
+    Traffic traffic_;
     std::unique_ptr<Signals> signals_;
     ThreadPool threads_;
 };

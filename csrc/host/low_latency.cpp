@@ -1,12 +1,12 @@
 // What low-latency operations share: areas, signals, who is masked, agreement.
 #include "host/low_latency.h"
 
-#include <time.h>
-
 #include <algorithm>
 #include <cstring>
 #include <string>
 #include <utility>
+
+#include "host/traffic.h"
 
 namespace ray_deepep {
 namespace {
@@ -14,12 +14,6 @@ namespace {
 constexpr double kPoll_s = 0.001;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
-
-int64_t now_ns() {
-    timespec now{};
-    ::clock_gettime(CLOCK_MONOTONIC, &now);
-    return now.tv_sec * 1'000'000'000LL + now.tv_nsec;
-}
 
 int64_t control_bytes(int num_ranks) {
     return kPage + round_up(static_cast<int64_t>(sizeof(LowLatencyControl)) +

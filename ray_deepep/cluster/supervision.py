@@ -1,7 +1,7 @@
 """``FaultSupervisor``: runs in the Train controller, names the culprit of a fault, and puts it where it is looked for.
 
 One ``RAY_DEEPEP_FAULT {json}`` line in the job log, the worker's error in the run's status (from which Ray makes the
-attempt's error and, when no retry is left, the exception), and the metric ``ray_deepep_faults``.
+attempt's error and, when no retry is left, the exception), and the metric ``ray_deepep_faults_total``.
 
 It hears of a fault from Ray, or from the health thread of a worker whose main thread still waits. A stopped process
 (SIGSTOP) answers nothing and dies of nothing. The supervisor finds it wherever it stopped, in a collective that has no
@@ -29,6 +29,7 @@ from .culprit import Culprit, RankState
 from .decision import decide_culprit, decide_hung
 from .evidence import ANSWER_DEADLINE_S, gather_evidence, look, rank_status, silent_states
 from .expert_parallel import ExpertParallelConfig, worker_processes
+from .metrics import PREFIX
 from .processes import ProcessId, kill_process, on_nodes
 from .start_watch import StartWatch
 
@@ -70,7 +71,7 @@ class FaultSupervisor(ControllerCallback, WorkerGroupCallback):
         if isinstance(train_run_context.backend_config, ExpertParallelConfig):
             self._config = train_run_context.backend_config
             self._run_name = train_run_context.get_run_config().name
-            self._counter = Counter("ray_deepep_faults", "Faults by cause and culprit", tag_keys=("cause", "rank"))
+            self._counter = Counter(f"{PREFIX}faults", "Faults by cause and culprit", tag_keys=("run", "rank", "cause"))
             self._board = make_board()
 
     def before_init_train_context(self, workers) -> dict[str, list[Any]]:
@@ -173,7 +174,7 @@ class FaultSupervisor(ControllerCallback, WorkerGroupCallback):
         line = culprit.to_json(run=self._run_name, attempt=self._attempt, time_s=time.time())
         print(f"{FAULT_LOG_PREFIX} {line}", flush=True)
         append_fault(self._config.fault_log, line)
-        self._counter.inc(tags={"cause": culprit.cause, "rank": str(culprit.world_rank)})
+        self._counter.inc(tags={"run": self._run_name, "rank": str(culprit.world_rank), "cause": culprit.cause})
         if culprit.cause == "stopped":
             process = ProcessId(node_id=culprit.node_id, host=culprit.host, pid=culprit.pid)
             on_nodes(kill_process, [process], ANSWER_DEADLINE_S)

@@ -24,6 +24,7 @@ from deepspeed.moe.sharded_moe import MOELayer
 from ..buffer import Buffer
 from ..communicator import Communicator
 from ..errors import InvalidArgumentError, InvalidTypeError
+from ..telemetry import CommStats
 from .config import SwapConfig
 from .forward import moe_forward, stock_reason
 from .registry import BufferRegistry
@@ -132,13 +133,21 @@ class Swap:
         """
         self._registry.adopt(communicator, ranks)
 
-    def comm_stats(self, reset: bool = False) -> dict[str, float]:
+    def stats(self, *, reset: bool = False) -> CommStats:
         """Totals over all buffers, closed ones included, since the last reset; forward and backward both count.
+
+        Layers that share experts' places (local expert 0, 1, ...) are summed by place. With several EP groups in one
+        process, so are ranks.
+        """
+        return self._registry.stats(reset=reset)
+
+    def comm_stats(self, reset: bool = False) -> dict[str, float]:
+        """What :meth:`stats` says of times and bytes.
 
         Keys: ``dispatch_ms``, ``combine_ms`` (wall time, waits for peers included), ``num_calls``, ``dispatch_bytes``
         (rows received), ``combine_bytes`` (rows given).
         """
-        stats = self._registry.stats(reset=reset)
+        stats = self.stats(reset=reset)
         return {
             "dispatch_ms": stats.dispatch_ms,
             "combine_ms": stats.combine_ms,
