@@ -5,6 +5,7 @@
 
 #include <pybind11/stl.h>
 
+#include <array>
 #include <string>
 #include <vector>
 
@@ -18,7 +19,7 @@ class RoutingTable {
   public:
     // topk_idx: int32 [num_ranks, num_tokens, num_topk]; it must outlive the table.
     RoutingTable(int num_ranks, int num_experts, int64_t num_tokens, int num_topk, uintptr_t topk_idx)
-        : geometry_{0, num_ranks, num_experts}, num_topk_(num_topk) {
+        : geometry_{0, num_ranks, num_experts, 1}, num_topk_(num_topk), part_begin_{0, num_tokens} {
         if (num_ranks < 1 || num_experts < 1 || num_experts % num_ranks != 0) {
             throw ArgumentError("num_experts", std::to_string(num_experts), "must be a multiple of num_ranks");
         }
@@ -35,8 +36,8 @@ class RoutingTable {
             const int32_t* own = first + rank * num_routes;
             int64_t* per_rank = num_per_rank_.data() + static_cast<size_t>(rank) * num_ranks;
             int64_t* per_expert = num_per_expert_.data() + static_cast<size_t>(rank) * num_experts;
-            count_routing(geometry_, own, num_tokens, num_topk, per_rank, per_expert);
-            routing_.push_back(Routing{num_tokens, own, nullptr, per_rank, per_expert});
+            count_routing(geometry_, own, 0, num_tokens, num_topk, per_rank, per_expert);
+            routing_.push_back(Routing{num_tokens, own, nullptr, part_begin_.data(), per_rank, per_expert});
         }
     }
 
@@ -58,6 +59,7 @@ class RoutingTable {
   private:
     Geometry geometry_;
     int num_topk_;
+    std::array<int64_t, 2> part_begin_;  // one part
     std::vector<int64_t> num_per_rank_, num_per_expert_;
     std::vector<Routing> routing_;
 };
