@@ -141,6 +141,8 @@ class CudaTransport:
         if found.overflow_rank >= 0:
             self._raise_overflow(request, found, plan.num_rows)
         x, x_scales = self._pull(request, args, plan, found.num_rows, num_sms, stream)
+        # Only now: peers do not know of it, and wait for the rows that this rank stages while it pulls.
+        self._buffer.check_routing()
         return DispatchOutput(
             x=x,
             x_scales=x_scales,

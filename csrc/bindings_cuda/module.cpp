@@ -145,6 +145,7 @@ void register_buffer(py::module_& module) {
                uintptr_t stream) { buffer.begin_dispatch(args, plan, report, as_stream(stream)); },
             py::arg("args"), py::arg("plan"), py::arg("report"), py::arg("stream"), Release())
         .def("wait_counts", &DeviceBuffer::wait_counts, Release())
+        .def("check_routing", &DeviceBuffer::check_routing)
         .def(
             "pull_dispatch",
             [](DeviceBuffer& buffer, const DeviceDispatchArgs& args, const DevicePlan& plan, bool cached, int num_sms,

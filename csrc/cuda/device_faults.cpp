@@ -46,11 +46,8 @@ PlanCounts DeviceBuffer::wait_counts() {
             throw FaultError(record);
         }
     }
-    if (status_->bad_expert != 0 || status_->bad_location != 0 || status_->overflow != 0) {
-        // This dispatch ends here; peers must not wait for its end.
-        launch_release(peers_, stream_);
-    }
-    check_routing();
+    // All ranks know of an overflow, and end the dispatch here: nobody must wait for its end.
+    if (status_->overflow != 0) launch_release(peers_, stream_);
     const auto* counts = reinterpret_cast<const int32_t*>(status_.get() + 1);
     const int num_local = sizes_.num_local_experts();
     PlanCounts result;

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import math
 
-from .. import cuda, shm
+from .. import cuda, cuda_arguments, cuda_heap, shm
 from .traffic import Traffic
 from .workload import ELEMENT_BYTES, SCALE_BLOCK, Workload
 
@@ -91,14 +91,14 @@ def device_segment_bytes(workload: Workload, max_rows: int | None, *, use_core: 
     use_core: ask the CUDA core where it is built; else the documented formula, which differs by the rounding of parts.
     """
     received = workload.num_ranks * workload.num_tokens
-    rows = received * workload.num_topk + cuda.ALIGNMENT_ROOM * workload.num_local_experts
+    rows = received * workload.num_topk + cuda_arguments.ALIGNMENT_ROOM * workload.num_local_experts
     if max_rows is not None:
         rows = min(rows, max_rows)
         received = min(received, rows)
     element = max(ELEMENT_BYTES[workload.dtype], workload.combine_row_bytes // workload.hidden)
     symm = _symm_bytes(workload, rows) if workload.rows_in_heap else 0
     if use_core and workload.num_ranks <= MAX_CORE_RANKS and cuda.core_version()[0]:
-        core = cuda._load()
+        core = cuda_heap.load_core()
         sizes = core.DeviceSizes()
         sizes.num_ranks, sizes.num_experts, sizes.hidden = workload.num_ranks, workload.num_experts, workload.hidden
         sizes.num_topk, sizes.max_tokens = workload.num_topk, workload.num_tokens
