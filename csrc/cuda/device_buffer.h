@@ -75,7 +75,7 @@ class DeviceBuffer {
     // Publish routing and make the plan; with `report`, wait_counts() may follow. pull_dispatch() moves the rows.
     void begin_dispatch(const DeviceDispatchArgs& args, const DevicePlan& plan, bool report, cudaStream_t stream);
     // Counts of the last begin_dispatch(report = true); blocks the host until its plan is made. Routing that is out of
-    // range is not an error here: the rank must still move its rows, for its peers wait for them. check_routing() follows.
+    // range is no error here: the rank must still move its rows, for its peers wait for them. check_routing() follows.
     PlanCounts wait_counts();
     // `cached`: along a plan made earlier; a whole dispatch.
     void pull_dispatch(const DeviceDispatchArgs& args, const DevicePlan& plan, bool cached, int num_sms,
