@@ -113,7 +113,7 @@ def _notes(workload: Workload, costs: Costs, missing: list[str]) -> tuple[str, .
         if (costs.rdma_gb_per_s, costs.rdma_latency_us) == (RDMA_GB_PER_S, RDMA_LATENCY_US):
             notes.append(RDMA_NOTE)
     if workload.transport == "cuda" and workload.low_latency_tokens:
-        notes.append("low-latency calls have no GPU kernels yet; their times are those of the normal kernels' model")
+        notes.append("low-latency times on GPUs are those of the normal kernels' model, not of the low-latency kernels")
     if costs.num_ranks is not None and costs.num_ranks != workload.gpus_per_node:
         notes.append(f"measured with {costs.num_ranks} ranks on a host, extrapolated to {workload.gpus_per_node}")
     if missing:
