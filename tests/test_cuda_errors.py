@@ -40,8 +40,8 @@ COMBINE = [2, 1, 2, 1, 0, 0, 0, 0]
 def test_differences_are_named_as_on_cpus(usual: list[int], place: int, value: int, difference: tuple) -> None:
     """The names and values of ``test_mismatch.py``."""
     odd = [*usual[:place], value, *usual[place + 1 :]]
-    assert cuda._load().find_difference(usual, odd) == difference
-    assert cuda._load().find_difference(usual, usual) is None
+    assert cuda.load_core().find_difference(usual, odd) == difference
+    assert cuda.load_core().find_difference(usual, usual) is None
 
 
 def test_the_places_of_signatures_are_those_of_the_core() -> None:
@@ -51,6 +51,6 @@ def test_the_places_of_signatures_are_those_of_the_core() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, so nothing fails")
 def test_cuda_errors_are_ours() -> None:
-    error = error_of(CudaError, lambda: cuda._load().vmm_supported(0))
+    error = error_of(CudaError, lambda: cuda.load_core().vmm_supported(0))
     assert isinstance(error, RayDeepEPError) and isinstance(error, RuntimeError)
     assert str(error).startswith("CUDA start-up: cudaError")

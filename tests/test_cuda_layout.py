@@ -11,7 +11,7 @@ pytestmark = pytest.mark.skipif(not cuda.core_version()[0], reason=f"no CUDA cor
 
 
 def segment_bytes(num_ranks: int) -> int:
-    core = cuda._load()
+    core = cuda.load_core()
     sizes = core.DeviceSizes()
     sizes.num_ranks = sizes.num_experts = num_ranks
     return core.segment_bytes(sizes)

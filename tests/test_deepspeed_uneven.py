@@ -203,5 +203,5 @@ def test_too_many_tokens(ranks: Ranks) -> None:
 def test_the_word_of_the_cuda_core_for_a_capacity_is_known() -> None:
     """An unknown name would be raised to the user."""
     padded = [1, 0, 2, 2, 1, 6, 0, 0]
-    field, _, _ = cuda._load().find_difference(padded, [*padded[:5], 7, *padded[6:]])
+    field, _, _ = cuda.load_core().find_difference(padded, [*padded[:5], 7, *padded[6:]])
     assert field in CAPACITY_FIELDS
