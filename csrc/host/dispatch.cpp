@@ -69,10 +69,16 @@ std::shared_ptr<HostPlan> HostBuffer::begin_dispatch(const DispatchArgs& args) {
 void HostBuffer::count_sent(const OpHeader& own, HostPlan& plan) const {
     const auto* tokens = at<int64_t>(geometry_.rank, own.num_per_rank_at);
     const auto* routes = at<int64_t>(geometry_.rank, own.num_per_expert_at);
-    plan.send_tokens.assign(tokens, tokens + geometry_.num_ranks);
-    plan.send_routes.resize(geometry_.num_ranks);
-    for (int expert = 0; expert < geometry_.num_experts; ++expert) {
-        plan.send_routes[expert / geometry_.num_local_experts()] += routes[expert];
+    plan.send_tokens.assign(geometry_.num_ranks, 0);
+    plan.send_routes.assign(geometry_.num_ranks, 0);
+    const int num_local = geometry_.num_local_experts();
+    for (int part = 0; part < geometry_.num_parts; ++part) {
+        for (int rank = 0; rank < geometry_.num_ranks; ++rank) {
+            plan.send_tokens[rank] += tokens[part * geometry_.num_ranks + rank];
+        }
+        for (int expert = 0; expert < geometry_.num_experts; ++expert) {
+            plan.send_routes[expert / num_local] += routes[part * geometry_.num_experts + expert];
+        }
     }
 }
 
@@ -211,7 +217,7 @@ void HostBuffer::pull_rows(const DispatchArgs& args, const HostPlan& host_plan, 
             if (out_scales != nullptr) std::memcpy(out_scales + slot * scales, x_scales + token * scales, scales);
         };
         const int64_t first = plan.recv_base[source];
-        traffic_.add_received(source,
+        traffic_.add_received(rank,
                               (plan.recv_base[source + 1] - first) * (bytes + (out_scales != nullptr ? scales : 0)));
         threads_.parallel_for(plan.recv_base[source + 1] - first, kRowGrain, [&](int64_t begin, int64_t end) {
             for (int64_t i = first + begin; i < first + end; ++i) {
