@@ -19,6 +19,7 @@ from .errors import FaultRecord
 from .float8 import FLOAT8
 from .handle import ExpertMajor
 from .low_latency_transport import (
+    CoreMasks,
     LowLatencyCombineOutputs,
     LowLatencyCombineRequest,
     LowLatencyDispatchOutputs,
@@ -55,7 +56,7 @@ class Sent:
     """False: the receive's launch sends too."""
 
 
-class CudaLowLatency:
+class CudaLowLatency(CoreMasks):
     """See :class:`~ray_deepep.low_latency_transport.LowLatencyTransport`. Making one is collective."""
 
     def __init__(
@@ -174,29 +175,6 @@ class CudaLowLatency:
     def give_up_on_gone_peers(self) -> None:
         """As ``Transport.give_up_on_gone_peers``."""
         self._buffer.give_up_on_gone_peers()
-
-    def mask(self, rank: int, masked: bool) -> None:
-        """See the protocol. A change waits for the GPU where ``rank`` is let in again."""
-        with self._errors:
-            if masked:
-                # Without the lock: it also ends a wait of another thread.
-                self._buffer.mask(rank, True)
-                return
-            with self._lock:
-                self._buffer.mask(rank, False)
-
-    def masked(self) -> tuple[int, ...]:
-        """See the protocol."""
-        return tuple(self._buffer.masked())
-
-    def returning(self) -> tuple[int, ...]:
-        """See the protocol."""
-        return tuple(self._buffer.returning())
-
-    def rejoin(self, deadline_s: float) -> None:
-        """See the protocol."""
-        with self._lock, self._errors:
-            self._buffer.rejoin(deadline_s)
 
     def close(self) -> None:
         """Free this rank's memory; waits for its kernels, which stop waiting for peers."""

@@ -11,6 +11,7 @@ from .core_errors import PublicErrors
 from .errors import FaultRecord
 from .handle import ExpertMajor
 from .low_latency_transport import (
+    CoreMasks,
     HostLowLatency,
     LowLatencyCombineOutputs,
     LowLatencyCombineRequest,
@@ -25,7 +26,7 @@ NUM_KEPT_OUTPUTS = 4
 """Dispatch outputs in bfloat16 whose memory is kept while nobody uses it. Only rows that were written take memory."""
 
 
-class ShmLowLatency(HostLowLatency):
+class ShmLowLatency(CoreMasks, HostLowLatency):
     """See :class:`~ray_deepep.low_latency_transport.LowLatencyTransport`. Making one is collective."""
 
     device = torch.device("cpu")
@@ -106,29 +107,6 @@ class ShmLowLatency(HostLowLatency):
         core.x, core.absent = out.x.data_ptr(), out.absent.data_ptr()
         with self._lock, self._errors:
             self._buffer.receive_combine(sent, args, request.plan, core, self._wait(wait))
-
-    def mask(self, rank: int, masked: bool) -> None:
-        """See the protocol."""
-        with self._errors:
-            if masked:
-                # Without the lock: it also ends a wait of another thread.
-                self._buffer.mask(rank, True)
-                return
-            with self._lock:
-                self._buffer.mask(rank, False)
-
-    def masked(self) -> tuple[int, ...]:
-        """See the protocol."""
-        return tuple(self._buffer.masked())
-
-    def returning(self) -> tuple[int, ...]:
-        """See the protocol."""
-        return tuple(self._buffer.returning())
-
-    def rejoin(self, deadline_s: float) -> None:
-        """See the protocol."""
-        with self._lock, self._errors:
-            self._buffer.rejoin(deadline_s)
 
     def close(self) -> None:
         """Free this rank's mappings."""

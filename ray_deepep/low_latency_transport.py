@@ -7,13 +7,17 @@ and sees to the order: receives come in the order of the sends, and no more than
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Protocol
+import threading
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 
 from .errors import FaultRecord
 from .float8 import Float8Cast
 from .low_latency import LowLatencyLayout, LowLatencyStats
+
+if TYPE_CHECKING:
+    from .core_errors import PublicErrors
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -142,3 +146,34 @@ class HostLowLatency:
 
     def give_up_on_gone_peers(self) -> None:
         """Nothing to do: who waits here looks for itself."""
+
+
+class CoreMasks:
+    """Masks of a transport whose ``_buffer`` is of a compiled core."""
+
+    _buffer: Any
+    _errors: PublicErrors
+    _lock: threading.Lock
+
+    def mask(self, rank: int, masked: bool) -> None:
+        """See the protocol. On a GPU, to let a rank in again waits for the operations before."""
+        with self._errors:
+            if masked:
+                # Without the lock: it also ends a wait of another thread.
+                self._buffer.mask(rank, True)
+                return
+            with self._lock:
+                self._buffer.mask(rank, False)
+
+    def masked(self) -> tuple[int, ...]:
+        """See the protocol."""
+        return tuple(self._buffer.masked())
+
+    def returning(self) -> tuple[int, ...]:
+        """See the protocol."""
+        return tuple(self._buffer.returning())
+
+    def rejoin(self, deadline_s: float) -> None:
+        """See the protocol."""
+        with self._lock, self._errors:
+            self._buffer.rejoin(deadline_s)

@@ -4,8 +4,8 @@
 
 #include "cuda/check.h"
 #include "cuda/low_latency.cuh"
+#include "cuda/low_latency_places.cuh"
 #include "cuda/staging.cuh"
-#include "cuda/ticket.cuh"
 
 namespace ray_deepep {
 namespace {
@@ -13,7 +13,6 @@ namespace {
 constexpr unsigned kAllLanes = 0xffffffffu;
 constexpr int kPieceVectors = 64;   // 16-byte vectors that a warp moves at a time: two a lane
 constexpr int kCastElements = 512;  // that a warp casts at a time
-constexpr int kChunkRoutes = 2048;  // of the tokens that a block places at a time
 
 using Params = LowLatencyDispatchParams;
 
@@ -117,207 +116,6 @@ __device__ void stage_rows(const Params& p, uint32_t sequence) {
     }
 }
 
-// Shared memory of a receiving block.
-struct Places {
-    int* starts;   // [N + 1] first token of each source, in the row of all that came
-    int* arrived;  // [L, N] routes by expert and source
-    int* next;     // [L] routes to each expert that came before the one in turn
-    int* offsets;  // [L + 1] first row of each expert's group
-    int* slots;    // [chunk of tokens, K]
-    __device__ Places(int* shared, const LowLatencyPeers& peers) {
-        starts = shared;
-        arrived = starts + peers.num_ranks + 1;
-        next = arrived + peers.num_experts;
-        offsets = next + peers.num_local_experts;
-        slots = offsets + peers.num_local_experts + 1;
-    }
-};
-
-int places_ints(const LowLatencyPeers& peers, int num_topk) {
-    const int chunk = std::max(kChunkRoutes, num_topk);
-    return peers.num_ranks + 1 + peers.num_experts + 2 * peers.num_local_experts + 1 + chunk;
-}
-
-// The routes that each block places: a range of all tokens that came.
-struct TokenRange {
-    int first, last;
-    __device__ explicit TokenRange(int total) {
-        const int each = (total + gridDim.x - 1) / gridDim.x;
-        first = min(total, static_cast<int>(blockIdx.x) * each);
-        last = min(total, first + each);
-    }
-};
-
-// Routes of one source that this thread looks at first: loaded before it is known how many there are.
-constexpr int kEarly = 4;
-
-struct EarlyRoutes {
-    int experts[kEarly];
-};
-
-__device__ const int32_t* mail_experts(const LowLatencyPeers& peers, int source, uint32_t sequence) {
-    return reinterpret_cast<const int32_t*>(mailbox(peers, peers.rank, source, sequence) + peers.layout.topk_idx_at);
-}
-
-__device__ void load_early(const Params& p, uint32_t sequence, int source, EarlyRoutes& early) {
-    const int32_t* experts = mail_experts(p.peers, source, sequence);
-    const int room = static_cast<int>(p.peers.max_tokens) * p.step.num_topk;
-#pragma unroll
-    for (int j = 0; j < kEarly; ++j) {
-        const int i = threadIdx.x + j * kLowLatencyThreads;
-        early.experts[j] = i < room ? __ldcg(&experts[i]) : -1;
-    }
-}
-
-// What needs no routing, before the wait for it.
-__device__ void clear_places(const Params& p, const Places& places) {
-    const int num_local = p.peers.num_local_experts;
-    for (int i = threadIdx.x; i < p.peers.num_experts; i += blockDim.x) places.arrived[i] = 0;
-    for (int i = threadIdx.x; i < num_local; i += blockDim.x) places.next[i] = 0;
-    if (p.alignment != 0) return;
-    const int block = static_cast<int>(p.peers.max_tokens) * p.peers.num_ranks;
-    for (int i = threadIdx.x; i <= num_local; i += blockDim.x) places.offsets[i] = i * block;
-}
-
-// First token of each source among all that came.
-__device__ void find_starts(const Params& p, uint32_t sequence, uint64_t absent, const Places& places) {
-    const LowLatencyPeers& peers = p.peers;
-    for (int source = threadIdx.x; source < peers.num_ranks; source += blockDim.x) {
-        const bool here = (absent & bit_of(source)) == 0;
-        places.starts[source] = here ? mail_header(peers, source, sequence)->num_tokens : 0;
-    }
-    __syncthreads();
-    if (threadIdx.x == 0) {
-        int total = 0;
-        for (int source = 0; source < peers.num_ranks; ++source) {
-            const int count = places.starts[source];
-            places.starts[source] = total;
-            total += count;
-        }
-        places.starts[peers.num_ranks] = total;
-    }
-    __syncthreads();
-}
-
-// Counts all routes to this rank's experts, and those that came before this block's range; `early` is of source 0.
-__device__ void count_routes(const Params& p, uint32_t sequence, const Places& places, const TokenRange& range,
-                             EarlyRoutes early) {
-    const LowLatencyPeers& peers = p.peers;
-    const int num_local = peers.num_local_experts, first_expert = peers.rank * num_local, num_topk = p.step.num_topk;
-    for (int source = 0; source < peers.num_ranks; ++source) {
-        const int start = places.starts[source], routes = (places.starts[source + 1] - start) * num_topk;
-        const int before = (range.first - start) * num_topk;  // routes of this source before this block's range
-        const auto count = [&](int i, int expert) {
-            const int local = expert - first_expert;
-            if (i >= routes || local < 0 || local >= num_local) return;
-            atomicAdd(&places.arrived[local * peers.num_ranks + source], 1);
-            if (i < before) atomicAdd(&places.next[local], 1);
-        };
-        EarlyRoutes next;
-        if (source + 1 < peers.num_ranks) load_early(p, sequence, source + 1, next);
-#pragma unroll
-        for (int j = 0; j < kEarly; ++j) count(threadIdx.x + j * kLowLatencyThreads, early.experts[j]);
-        const int32_t* experts = mail_experts(peers, source, sequence);
-        for (int i = threadIdx.x + kEarly * kLowLatencyThreads; i < routes; i += blockDim.x) {
-            count(i, __ldcg(&experts[i]));
-        }
-        early = next;
-    }
-    __syncthreads();
-}
-
-__device__ int routes_to(const LowLatencyPeers& peers, const Places& places, int local) {
-    int count = 0;
-    for (int source = 0; source < peers.num_ranks; ++source) count += places.arrived[local * peers.num_ranks + source];
-    return count;
-}
-
-// One warp, with aligned groups.
-__device__ void find_offsets(const Params& p, const Places& places) {
-    const LowLatencyPeers& peers = p.peers;
-    const int lane = threadIdx.x % 32, alignment = static_cast<int>(p.alignment);
-    int base = 0;
-    for (int first = 0; first < peers.num_local_experts; first += 32) {
-        const int local = first + lane;
-        int size = 0;
-        if (local < peers.num_local_experts) {
-            size = (routes_to(peers, places, local) + alignment - 1) / alignment * alignment;
-        }
-        int sum = size;
-#pragma unroll
-        for (int step = 1; step < 32; step *= 2) {
-            const int from = __shfl_up_sync(kAllLanes, sum, step);
-            if (lane >= step) sum += from;
-        }
-        if (local < peers.num_local_experts) places.offsets[local] = base + sum - size;
-        base += __shfl_sync(kAllLanes, sum, 31);
-    }
-    if (lane == 0) places.offsets[peers.num_local_experts] = base;
-}
-
-// By one block: what the result says beside the rows.
-__device__ void write_counts(const Params& p, const Places& places) {
-    const LowLatencyPeers& peers = p.peers;
-    const int num_local = peers.num_local_experts, room = static_cast<int>(p.num_rows);
-    for (int local = threadIdx.x; local <= num_local; local += blockDim.x) {
-        const int offset = min(places.offsets[local], room);
-        p.expert_offsets[local] = offset;
-        if (local == num_local) {
-            *p.needed = places.offsets[num_local];
-            continue;
-        }
-        const int block = p.alignment == 0 ? static_cast<int>(peers.max_tokens) * peers.num_ranks : room - offset;
-        int count = 0;
-        for (int source = 0; source < peers.num_ranks; ++source) {
-            const int begin = min(count, block), at = local * peers.num_ranks + source;
-            count += places.arrived[at];
-            p.range_begin[at] = begin;
-            p.range_count[at] = min(count, block) - begin;
-        }
-        p.counts[local] = min(count, block);
-        p.num_tokens_per_expert[local] += count;
-    }
-}
-
-__device__ int source_of(const LowLatencyPeers& peers, const Places& places, int token) {
-    int source = 0;
-    while (token >= places.starts[source + 1]) ++source;
-    return source;
-}
-
-// One warp: rows of the output for the routes of tokens [first, last), in order, into places.slots and the plan.
-__device__ void place_routes(const Params& p, uint32_t sequence, const Places& places, int first, int last) {
-    const LowLatencyPeers& peers = p.peers;
-    const int num_topk = p.step.num_topk, num_local = peers.num_local_experts, lane = threadIdx.x % 32;
-    const int routes = (last - first) * num_topk;
-    for (int begin = 0; begin < routes; begin += 32) {
-        const int i = begin + lane;
-        int local = -1;
-        int64_t at = 0;
-        float weight = 0.0f;
-        if (i < routes) {
-            const int token = first + i / num_topk, source = source_of(peers, places, token);
-            const int route = (token - places.starts[source]) * num_topk + i % num_topk;
-            const std::byte* mail = mailbox(peers, peers.rank, source, sequence);
-            local = __ldcg(reinterpret_cast<const int32_t*>(mail + peers.layout.topk_idx_at) + route) -
-                    peers.rank * num_local;
-            weight = __ldcg(reinterpret_cast<const float*>(mail + peers.layout.topk_weights_at) + route);
-            at = source * peers.max_tokens * num_topk + route;
-        }
-        const bool mine = local >= 0 && local < num_local;
-        const int position = take_ticket(places.next, local, mine);
-        int slot = -1;
-        if (mine) {
-            slot = places.offsets[local] + position;
-            if (slot >= p.num_rows) slot = -2;
-        }
-        if (i >= routes) continue;
-        places.slots[i] = slot;
-        p.plan.slot[at] = slot;
-        p.plan.weight[at] = weight;
-    }
-}
-
 // One warp: a piece of one token's row, read once, to all its places here.
 __device__ void pull_piece(const Params& p, uint32_t sequence, int source, int token, int piece, const int* slots) {
     constexpr int kWidth = kPieceVectors / 32;
@@ -354,7 +152,7 @@ __device__ void pull_piece(const Params& p, uint32_t sequence, int source, int t
 }
 
 __device__ void pull_range(const Params& p, uint32_t sequence, const Places& places, const TokenRange& range) {
-    const int pieces = num_pieces(p, false), chunk = max(1, kChunkRoutes / p.step.num_topk);
+    const int pieces = num_pieces(p, false), chunk = max(1, kPlacedRoutes / p.step.num_topk);
     for (int first = range.first; first < range.last; first += chunk) {
         const int last = min(first + chunk, range.last);
         __syncthreads();
