@@ -34,6 +34,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.xdist_group(item.path.stem))
 
 
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """pytest-xdist 3.8 names a test's group in its id, which pytest 9.2 does not keep: files would be torn apart, and
+    two processes would start Rays at once."""
+    grouped = getattr(session.config.option, "loadgroup", False)
+    if grouped and not all("@" in item.nodeid.rpartition("]")[2] for item in session.items):
+        raise pytest.UsageError("this pytest does not keep the groups of pytest-xdist: install pytest>=8,<9.1")
+
+
 @pytest.fixture(scope="session")
 def ranks() -> Iterator[Ranks]:
     """Runs a function on N processes; see ``harness.Ranks``."""
