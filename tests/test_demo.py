@@ -9,19 +9,24 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 
 pytest.importorskip("ray", reason="the demo needs Ray")
 
+from ray.job_submission import JobStatus
+
+from ray_deepep.cluster import jobs
+from ray_deepep.errors import ClusterUnreachableError, InvalidArgumentError
 from train import local_ray
 from train.demo import DemoOptions, main, options_from_args
 from train.errors import ConfigError, DataError
 from train.inject import Injection
 from train.local_ray import LocalRay, LocalRayError
 from train.presets import get_preset
-from train.ray_jobs import JobFailedError, JobRunner, reason_of
+from train.ray_jobs import JobFailedError, reason_of
 from train.ray_main import RayOptions, check_resources, connect, with_absolute_paths
 from train.timeline import RecoveryTimes, StartTimes
 
@@ -77,35 +82,69 @@ def test_reason_of_a_failed_job_is_its_own_error_line():
     assert "no data" in str(JobFailedError("no data"))
 
 
-def test_a_job_is_submitted_again_while_ray_has_no_agent(monkeypatch):
-    class Client:
-        answers: ClassVar = [
-            "500: No available agent to submit job, please try again later..",
-            "id",
-            "500: no entrypoint",
-        ]
+class FakeRay:
+    """Answers of Ray's job client, one a question; an exception is raised."""
 
-        def __init__(self, url):
-            pass
+    submits: ClassVar[list] = []
+    logs: ClassVar[list] = []
+    infos: ClassVar[list] = []
 
-        def get_address(self):
-            return "http://127.0.0.1:1"
+    def __init__(self, url):
+        pass
 
-        def submit_job(self, **_):
-            answer = self.answers.pop(0)
-            if answer == "id":
-                return answer
-            raise RuntimeError(answer)
+    def get_address(self):
+        return "http://127.0.0.1:1"
 
-    monkeypatch.setattr("ray.job_submission.JobSubmissionClient", Client)
-    runner = JobRunner(None, local=True)
-    assert runner._submit("true", {}) == "id"
-    with pytest.raises(RuntimeError, match="no entrypoint"):
-        runner._submit("true", {})
-    Client.answers.append("No available agent to submit job")
-    monkeypatch.setattr("train.ray_jobs._SUBMIT_DEADLINE_S", -1.0)
-    with pytest.raises(JobFailedError, match="Ray took no job within"):
-        runner._submit("true", {})
+    def submit_job(self, **_):
+        return self._next(self.submits)
+
+    def get_job_info(self, job_id):
+        return SimpleNamespace(status=self._next(self.infos))
+
+    async def tail_job_logs(self, job_id):
+        for chunk in self._next(self.logs):
+            if isinstance(chunk, Exception):
+                raise chunk
+            yield chunk
+
+    @staticmethod
+    def _next(answers):
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+
+@pytest.fixture
+def fake_ray(monkeypatch):
+    monkeypatch.setattr(jobs, "JobSubmissionClient", FakeRay)
+    return FakeRay
+
+
+def test_a_job_is_submitted_again_while_ray_has_no_agent(fake_ray, monkeypatch):
+    no_agent = RuntimeError("500: No available agent to submit job, please try again later..")
+    fake_ray.submits[:] = [no_agent, "id", RuntimeError("500: no entrypoint"), no_agent]
+    client, spec = jobs.JobClient("http://127.0.0.1:1"), jobs.JobSpec(command="true")
+    assert client.submit(spec) == "id"
+    with pytest.raises(InvalidArgumentError, match="no entrypoint"):
+        client.submit(spec)
+    monkeypatch.setattr(jobs, "_AGENT_S", -1.0)
+    with pytest.raises(InvalidArgumentError, match="No available agent"):
+        client.submit(spec)
+
+
+def test_a_log_that_breaks_off_is_taken_up_where_it_was(fake_ray, monkeypatch):
+    cut, running, done = ConnectionError("cut"), JobStatus.RUNNING, JobStatus.SUCCEEDED
+    fake_ray.logs[:] = [["one\ntwo\n", cut], ["one\ntwo\nthree\n"]]
+    fake_ray.infos[:] = [ConnectionError("cut too"), running, done]
+    lines = []
+    client = jobs.JobClient("http://127.0.0.1:1")
+    assert client.follow("id", lines.append) == "SUCCEEDED"
+    assert lines == ["one", "two", "three"]
+    fake_ray.logs[:] = [[cut]] * jobs._LOG_ATTEMPTS
+    fake_ray.infos[:] = [running] * jobs._LOG_ATTEMPTS
+    with pytest.raises(ClusterUnreachableError, match="the log of id broke off 5 times: cut"):
+        client.follow("id", lines.append)
 
 
 def test_times_add_up_and_name_their_parts():

@@ -21,6 +21,7 @@ from ray_deepep import (
     Communicator,
     InvalidArgumentError,
     cuda,
+    cuda_heap,
     nvshmem,
 )
 
@@ -66,7 +67,7 @@ def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
         vmm_supported=lambda device: True,
     )
     monkeypatch.setenv("NVSHMEM_DISABLE_NVLS", "1")
-    monkeypatch.setattr(cuda, "_load", lambda: fake_cuda)
+    monkeypatch.setattr(cuda_heap, "load_core", lambda: fake_cuda)
     monkeypatch.setattr(cuda, "cuda_problem", lambda: "")
     monkeypatch.setattr(cuda, "gpu_uuid", lambda: "GPU-0")
     monkeypatch.setattr(cuda, "Streams", lambda device: None)

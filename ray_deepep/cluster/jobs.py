@@ -15,7 +15,7 @@ import urllib.parse
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
-from ray.job_submission import JobDetails, JobSubmissionClient, JobType
+from ray.job_submission import JobDetails, JobStatus, JobSubmissionClient, JobType
 from ray.util.state import list_nodes
 
 from .. import env, job_log
@@ -32,6 +32,7 @@ _SETTLE_S = 30.0
 _AGENT_S = 60.0
 _NO_AGENT = "No available agent"
 _LOOK_EVERY_S = 0.2
+_LOG_ATTEMPTS = 5
 _MAX_SHOWN = 8
 _CHATTY = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
 
@@ -69,6 +70,18 @@ class JobSpec:
         """What a single node must have."""
         named = {"CPU": self.num_cpus, "GPU": self.num_gpus, "memory": self.memory, **self.resources}
         return {name: float(amount) for name, amount in named.items() if amount}
+
+
+class _Rest:
+    """Hands lines on, but for the first ``skip``, which were shown before."""
+
+    def __init__(self, show: Callable[[str], None], skip: int) -> None:
+        self._show, self._skip, self.seen = show, skip, 0
+
+    def __call__(self, line: str) -> None:
+        self.seen += 1
+        if self.seen > self._skip:
+            self._show(line)
 
 
 class JobClient:
@@ -133,13 +146,22 @@ class JobClient:
     def follow(self, job_id: str, show: Callable[[str], None]) -> str:
         """Hand every line of a job's log to ``show``, without what Ray writes before it; returns the job's status.
 
-        It waits as long as the job runs.
+        It waits as long as the job runs. A log that breaks off while it does is taken up again where it was.
         """
-        try:
-            asyncio.run(self._follow(job_id, show))
-        except (OSError, RuntimeError) as error:
-            raise ClusterUnreachableError(self.url, f"the log of {job_id} broke off: {_last_line(error)}") from error
-        return self.wait(job_id, _SETTLE_S)
+        shown = 0
+        for _ in range(_LOG_ATTEMPTS):
+            rest = _Rest(show, skip=shown)
+            broken: Exception | None = None
+            try:
+                asyncio.run(self._follow(job_id, rest))
+            except (OSError, RuntimeError) as error:
+                broken = error
+            shown = max(shown, rest.seen)
+            status = self.wait(job_id, _SETTLE_S if broken is None else 0.0)
+            if JobStatus(status).is_terminal():
+                return status
+        reason = "it ended" if broken is None else _last_line(broken)
+        raise ClusterUnreachableError(self.url, f"the log of {job_id} broke off {_LOG_ATTEMPTS} times: {reason}")
 
     async def _follow(self, job_id: str, show: Callable[[str], None]) -> None:
         rest = ""
@@ -197,12 +219,23 @@ class JobClient:
 
     def _details(self, job_id: str) -> JobDetails:
         try:
-            return self._bounded(lambda: self._client.get_job_info(job_id))
+            return self._ask(lambda: self._client.get_job_info(job_id))
         except RuntimeError as error:
             if "404" not in str(error):
                 raise
         known = [job.submission_id for job in self._bounded(self._client.list_jobs) if job.submission_id]
         raise UnknownJobError(job_id, self.url, known[-_MAX_SHOWN:])
+
+    def _ask(self, question: Callable[[], T]) -> T:
+        """As ``_bounded``, for what changes nothing: asked again, for a while, where the connection breaks."""
+        deadline = time.monotonic() + _SETTLE_S
+        while True:
+            try:
+                return self._bounded(question)
+            except ClusterUnreachableError:
+                if time.monotonic() > deadline:
+                    raise
+            time.sleep(_LOOK_EVERY_S)
 
     def _bounded(self, call: Callable[[], T], deadline_s: float = _ANSWER_S) -> T:
         """``call()`` with a deadline. Ray's client has none: a host that swallows packets would hold it for ever."""
