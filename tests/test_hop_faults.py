@@ -23,6 +23,7 @@ from ray_deepep.fault_board import FaultBoard
 pytestmark = pytest.mark.skipif(bool(shm_problem()), reason=shm_problem())
 
 DEADLINE_S = 1.5
+LONG_S = 20.0
 
 
 def make_buffer(context: RankContext, size: int, deadline_s: float = DEADLINE_S) -> Buffer:
@@ -111,7 +112,7 @@ def test_victims_of_another_node_are_not_blamed() -> None:
 
 def interrupted(context: RankContext) -> str:
     """Rank 2 waits for rank 3 in its node, and is interrupted: the others learn it at once."""
-    buffer = make_buffer(context, 2)
+    buffer = make_buffer(context, 2, deadline_s=LONG_S)
     dispatch(buffer)
     store = distributed_c10d._get_default_store()
     if context.rank == 2:
@@ -124,14 +125,14 @@ def interrupted(context: RankContext) -> str:
         store.wait(["hop_interrupted"])
     start = time.monotonic()
     record = error_of(CommFaultError, lambda: dispatch(buffer)).record
-    assert context.rank != 3 or time.monotonic() - start < 1.0
+    assert context.rank != 3 or time.monotonic() - start < LONG_S / 2, "it waited"
     buffer.comm.close()
     return record.to_json()
 
 
 def test_interrupt_is_told_to_all_nodes() -> None:
     with RankPool(4) as pool:
-        for outcome in pool.outcomes(interrupted, deadline_s=20.0):
+        for outcome in pool.outcomes(interrupted, deadline_s=2 * LONG_S):
             assert outcome.value, outcome.error or outcome.lost
             record = FaultRecord.from_json(outcome.value)
             assert (record.peer, record.cause) == (2, "aborted"), outcome.value
