@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from datetime import timedelta
 
 import pytest
 import torch
@@ -212,14 +213,17 @@ def low_latency_dispatch(buffer: Buffer) -> None:
 
 def check_lost_store(context: RankContext, port_path: str, how: int, low_latency: bool) -> tuple[str, int, float]:
     """Rank 0 hosts torch's store, as under plain ``init_method``, and dies or stands still."""
-    store_of_rank_0(context, port_path)
+    store = store_of_rank_0(context, port_path)
     comm = context.new_communicator("reference", deadline_s=DEADLINE_S)
     sizes = {"num_experts": context.num_ranks, "hidden": 128, "num_topk": 2, "max_tokens": 8}
     buffer = Buffer(comm, **sizes, low_latency_max_tokens=8)
     call = low_latency_dispatch if low_latency else dispatch_wide
     call(buffer)
     if context.rank == 0:
+        # The first call is to succeed on all: a rank that still reads it from the store would miss the rest.
+        store.wait([f"first call of rank {rank}" for rank in range(1, context.num_ranks)], timedelta(seconds=20))
         os.kill(os.getpid(), how)
+    store.set(f"first call of rank {context.rank}", "done")
     start = time.monotonic()
     error = error_of(CommFaultError, lambda: call(buffer))
     elapsed_s = time.monotonic() - start
