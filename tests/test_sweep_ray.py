@@ -28,11 +28,10 @@ DEADLINE_S = 240.0
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """A Ray of this file's own; gives its address."""
-    system = {"prestart_worker_first_driver": False}
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _system_config=system)
-    yield ray.get_runtime_context().gcs_address
+def cluster(shared_ray):
+    """Address of the shared Ray, to which this process is connected."""
+    ray.init(address=shared_ray.address, log_to_driver=False)
+    yield shared_ray.address
     ray.shutdown()
 
 
@@ -92,5 +91,5 @@ def test_as_many_trials_as_fit(cluster: dict[str, float], workers: int, use_gpu:
 def test_a_cluster_that_is_too_small(cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sweep"
     assert sweep.main(["--preset", "tiny", "--param", "workers=1,64", "--out", str(out)]) == 2
-    assert "needs 64 CPUs and the cluster has 4" in capsys.readouterr().err
+    assert "needs 64 CPUs and the cluster has 8" in capsys.readouterr().err
     assert not (out / "sweep.json").exists()
