@@ -81,8 +81,7 @@ def shared_ray() -> Iterator[SharedRay]:
         local = LocalRay(num_workers=6)
         local.__enter__()
     try:
-        address = (local._folder / "ray_current_cluster").read_text().strip()
-        yield SharedRay(address=address, url=local.url, folder=local._folder, shared_memory=shared_memory)
+        yield SharedRay(address=local.address, url=local.url, folder=local._folder, shared_memory=shared_memory)
     finally:
         local.close()
 

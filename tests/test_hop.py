@@ -23,6 +23,7 @@ from cases import (
     layout_id,
     make_buffer,
     make_world,
+    some_modes,
 )
 from harness import RankContext, Ranks, shm_problem
 from test_autograd import check_gradients
@@ -131,7 +132,7 @@ def test_eight_ranks(ranks: Ranks, size: int, layout: object) -> None:
 
 def check_fuzz(context: RankContext, transport: str, seed: int) -> None:
     generator = random.Random(seed)
-    for number in range(40):
+    for number in range(16):
         case = fuzz_case(generator, context.num_ranks)
         modes = generator.sample(all_modes(case.layout == TokenMajor()), k=2)
         try:
@@ -149,7 +150,7 @@ def test_fuzz(ranks: Ranks, world: tuple[int, int]) -> None:
 @pytest.mark.parametrize("layout", (ExpertMajor(8), PADDED), ids=layout_id)
 def test_combine_experts(ranks: Ranks, layout: object) -> None:
     case = Case(seed=SEED, num_tokens=(9, 0, 7, 2), num_experts=12, layout=layout, dtype=torch.bfloat16)
-    ranks.run(4, check_same_bits, "shm/2", case)
+    ranks.run(4, check_same_bits, "shm/2", case, some_modes(token_major=False))
 
 
 @pytest.mark.parametrize("reduce", ("exact", "fast", "expert_order"))
