@@ -19,6 +19,7 @@ import ray
 import torch
 
 from ray_deepep.cluster import bootstrap, current
+from train.decode import Decoder
 from train.decode_run import DecodeRun, Prompt, Sampling, encode_prompts, load_model, open_run, share_prompts
 from train.decode_stats import StepTime, summarize
 from train.errors import CheckpointError, ConfigError
@@ -33,15 +34,13 @@ class Rank:
 
     def load(self, run: DecodeRun, prompts: list[Prompt], sampling: Sampling) -> str:
         """Weights and buffer; collective. Returns the transport."""
-        from train.decode import Decoder
-
         torch.set_num_threads(1)  # ranks on CPUs share the cores
         comm = current().communicator
         device = torch.device("cuda" if comm.transport == "cuda" else "cpu")
         model = load_model(run, rank=comm.rank, num_ranks=comm.num_ranks, device=device)
-        sizes = {"context": run.context, "vocab_size": run.vocab_size, "max_tokens": MAX_TOKENS}
-        self.decoder, self.tokenizer = Decoder(model, comm, **sizes), run.tokenizer()
+        self.decoder = Decoder(model, comm, context=run.context, vocab_size=run.vocab_size, max_tokens=MAX_TOKENS)
         self.decoder.start(prompts, sampling)
+        self.tokenizer = run.tokenizer()
         return comm.transport
 
     def decode(self, num_steps: int) -> tuple[list[StepTime], int]:
@@ -65,7 +64,9 @@ def start_ranks(num_ranks: int) -> list:
         ray.init(address="local", num_cpus=max(4, num_ranks), include_dashboard=False, log_to_driver=False)
     cpu = {"num_cpus": 0.5, "runtime_env": {"env_vars": {"DS_ACCELERATOR": "cpu"}}}
     options = {"num_gpus": 1} if ray.cluster_resources().get("GPU", 0) >= num_ranks else cpu
-    return [Rank.options(**options).remote() for _ in range(num_ranks)]
+    ranks = [Rank.options(**options).remote() for _ in range(num_ranks)]
+    ray.get([rank.__ray_ready__.remote() for rank in ranks], timeout=DEADLINE_S)  # they import DeepSpeed
+    return ranks
 
 
 def decode(args: argparse.Namespace) -> dict:

@@ -141,9 +141,15 @@ class Decoder:
         return len(self._live)
 
     def start(self, prompts: Sequence[Prompt], sampling: Sampling) -> None:
-        """Forget what was, and take `prompts`. Local. Raises ConfigError for more of them than rows in a step."""
+        """Forget what was, and take `prompts`. Local.
+
+        Raises ConfigError for more of them than rows in a step, and for one that is empty or fills the context.
+        """
         rule = f"must be at most max_tokens={self._max_tokens} on a rank"
         require(len(prompts) <= self._max_tokens, "prompts", len(prompts), rule)
+        for prompt in prompts:
+            rule = f"must have at least 1 token, and fewer than the context of {self._context}"
+            require(1 <= len(prompt.ids) < self._context, f"prompts[{prompt.index}]", len(prompt.ids), rule)
         self._sampling = sampling
         self._live = [
             _Sequence(prompt=p, ids=list(p.ids), generator=_generator(sampling.seed, p.index)) for p in prompts
