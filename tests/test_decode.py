@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
@@ -12,7 +13,7 @@ import torch
 from harness import RankContext, shm_problem
 from train_cases import STEPS, tiny, train
 
-from train.decode_run import Prompt, Sampling, encode_prompts, open_run, share_prompts
+from train.decode_run import Prompt, Sampling, encode_prompts, load_model, open_run, share_prompts
 from train.decode_stats import StepTime, summarize
 from train.errors import CheckpointError, ConfigError
 
@@ -96,7 +97,6 @@ def stock(_: RankContext, folder: pathlib.Path, prompts: list[Prompt], num_token
 def decode(context: RankContext, transport: str, folder: pathlib.Path, prompts: list[Prompt], sampling: Sampling):
     """What this rank's share of the prompts became: completions, scores of each, and the steps."""
     from train.decode import Decoder
-    from train.decode_run import load_model
 
     run = open_run(folder, num_ranks=context.num_ranks)
     comm = context.communicator(transport)
@@ -226,6 +226,17 @@ def test_checkpoints_are_looked_at_first(trained, tmp_path):
     shutil.rmtree(folder / "checkpoints")
     with pytest.raises(CheckpointError, match="checkpoints: holds no complete checkpoint"):
         open_run(folder, num_ranks=2)
+
+
+def test_an_expert_that_cannot_be_read_is_named(trained, tmp_path):
+    run = open_run(shutil.copytree(trained("top2"), tmp_path / "run"), num_ranks=2)
+    (run.checkpoint / "layer_1_expert_3_mp_rank_00_model_states.pt").unlink()
+    load_model(run, rank=0, num_ranks=2, device=torch.device("cpu"))  # has experts 0 and 1
+    with pytest.raises(CheckpointError, match=r"layer_1_expert_3_mp_rank_00_model_states.pt: cannot be read"):
+        load_model(run, rank=1, num_ranks=2, device=torch.device("cpu"))
+    other = dataclasses.replace(run, config=run.config.replace(**{"model.expert_hidden": 64}))
+    with pytest.raises(CheckpointError, match=r"does not fit the run's config .*expert"):
+        load_model(other, rank=0, num_ranks=2, device=torch.device("cpu"))
 
 
 def test_prompts_must_fit(trained):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import pickle
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -161,6 +162,6 @@ def load_model(run: DecodeRun, *, rank: int, num_ranks: int, device: torch.devic
 def _read(path: Path) -> dict[str, Tensor]:
     try:
         # Mapped: of the dense file only weights are wanted, not the rest of what DeepSpeed keeps there.
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    except (OSError, RuntimeError, ValueError) as error:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except (OSError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         raise CheckpointError(str(path), f"cannot be read ({error})") from error
