@@ -155,7 +155,8 @@ def load_model(run: DecodeRun, *, rank: int, num_ranks: int, device: torch.devic
     try:
         model.load_state_dict(weights, assign=True)
     except RuntimeError as error:
-        raise CheckpointError(str(run.checkpoint), f"does not fit the run's config ({error})") from error
+        problem = f"does not fit the run's config ({' '.join(str(error).split())})"
+        raise CheckpointError(str(run.checkpoint), problem) from error
     return model.to(device).eval().requires_grad_(False)
 
 
