@@ -20,8 +20,9 @@ _RANK_ENV = {"ONEDNN_MAX_CPU_ISA": "AVX512_CORE_FP16", "DS_ACCELERATOR": "cpu", 
 def run_ranks(function: Callable[..., Any], num_ranks: int, *args: Any, backend: str = "gloo") -> Any:
     """Call ``function(*args)`` on ``num_ranks`` new processes and return what rank 0 returned (as JSON carries it).
 
-    ``function`` lives at the top level of a module. ``backend`` is torch.distributed's. Each rank computes with one thread, so that ranks stand for
-    machines that do not share cores. An exception on one rank ends all, and is raised here with its traceback.
+    ``function`` lives at the top level of a module. ``backend`` is torch.distributed's. Each rank computes with one
+    thread, so that ranks stand for machines that do not share cores. An exception on one rank ends all, and is raised
+    here with its traceback.
     """
     with tempfile.TemporaryDirectory(prefix="ray_deepep_benchmark_") as folder:
         for name, value in _RANK_ENV.items():
