@@ -3,26 +3,10 @@
 #include <algorithm>
 #include <string>
 
+#include "common/cursor.h"
 #include "common/fault.h"
 
 namespace ray_deepep {
-namespace {
-
-// Bump allocation at 256 bytes, enough for every vector and bulk access.
-class Cursor {
-  public:
-    int64_t take(int64_t bytes) {
-        const int64_t begin = next_;
-        next_ += (bytes + 255) / 256 * 256;
-        return begin;
-    }
-    int64_t end() const { return next_; }
-
-  private:
-    int64_t next_ = 0;
-};
-
-}  // namespace
 
 SegmentLayout make_segment_layout(const DeviceSizes& sizes) {
     // Signals, and what kernels know of peers, have room for so many.

@@ -2,35 +2,20 @@
 
 #include <string>
 
+#include "common/cursor.h"
 #include "common/fault.h"
+#include "cuda/segment_layout.h"
 
 namespace ray_deepep {
-namespace {
-
-constexpr int64_t kChunk = 64;  // tokens that the domain plans at once; see cuda/segment_layout.h
-
-class Cursor {
-  public:
-    int64_t take(int64_t bytes) {
-        const int64_t begin = next_;
-        next_ += (bytes + 255) / 256 * 256;
-        return begin;
-    }
-    int64_t end() const { return next_; }
-
-  private:
-    int64_t next_ = 0;
-};
-
-}  // namespace
 
 HopLayout make_hop_layout(const HopSizes& sizes) {
     if (sizes.num_nodes < 1 || sizes.num_nodes > kMaxNodes) {
         throw ArgumentError("num_nodes", std::to_string(sizes.num_nodes),
                             "must be in [1, " + std::to_string(kMaxNodes) + "]");
     }
-    if (sizes.part_tokens < 0 || sizes.part_tokens % kChunk != 0) {
-        throw ArgumentError("part_tokens", std::to_string(sizes.part_tokens), "must be a multiple of 64");
+    if (sizes.part_tokens < 0 || sizes.part_tokens % kChunkTokens != 0) {
+        throw ArgumentError("part_tokens", std::to_string(sizes.part_tokens),
+                            "must be a multiple of " + std::to_string(kChunkTokens));
     }
     const int64_t tokens = sizes.num_nodes * sizes.part_tokens, routes = tokens * sizes.num_topk;
     const int64_t row_bytes = sizes.hidden * sizes.max_element_size, scale_bytes = sizes.hidden / 128 * 4;
