@@ -97,14 +97,14 @@ def choose(_, root: Path):
 
 def initial_weights(_, ep_size: int, ep_rank: int):
     """Initial weights by global name, as [sum, first element]."""
-    from train.model import _EXPERT_NAME, MoELanguageModel, init_weights
+    from train.model import EXPERT_NAME, MoELanguageModel, init_weights
 
     config = get_preset("tiny").model
     model = MoELanguageModel(config, vocab_size=264, ep_size=ep_size)
     init_weights(model, seed=3, ep_rank=ep_rank)
     local = config.num_experts // ep_size
     return {
-        _EXPERT_NAME.sub(lambda m: str(ep_rank * local + int(m.group())), name): (float(p.sum()), float(p.view(-1)[0]))
+        EXPERT_NAME.sub(lambda m: str(ep_rank * local + int(m.group())), name): (float(p.sum()), float(p.view(-1)[0]))
         for name, p in model.named_parameters()
     }
 
