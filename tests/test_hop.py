@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 
@@ -45,8 +46,13 @@ def world_id(world: tuple[int, int]) -> str:
     return f"{num_ranks // size}x{size}"
 
 
-@pytest.mark.parametrize("world", WORLDS, ids=world_id)
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+# Six ranks for the widest and for rows with scales beside them; how many nodes there are is nothing to a dtype.
+WORLDS_AND_DTYPES = [(w, d) for w, d in itertools.product(WORLDS, DTYPES) if w[0] == 4 or d in (torch.float32, FLOAT8)]
+
+
+@pytest.mark.parametrize(
+    ("world", "dtype"), WORLDS_AND_DTYPES, ids=[f"{dtype_id(d)}-{world_id(w)}" for w, d in WORLDS_AND_DTYPES]
+)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 def test_layouts_and_dtypes(ranks: Ranks, layout: object, dtype: torch.dtype, world: tuple[int, int]) -> None:
     num_ranks, size = world
