@@ -97,16 +97,38 @@ def choose(_, root: Path):
 
 def initial_weights(_, ep_size: int, ep_rank: int):
     """Initial weights by global name, as [sum, first element]."""
-    from train.model import _EXPERT_NAME, MoELanguageModel, init_weights
+    from train.model import EXPERT_NAME, MoELanguageModel, init_weights
 
     config = get_preset("tiny").model
     model = MoELanguageModel(config, vocab_size=264, ep_size=ep_size)
     init_weights(model, seed=3, ep_rank=ep_rank)
     local = config.num_experts // ep_size
     return {
-        _EXPERT_NAME.sub(lambda m: str(ep_rank * local + int(m.group())), name): (float(p.sum()), float(p.view(-1)[0]))
+        EXPERT_NAME.sub(lambda m: str(ep_rank * local + int(m.group())), name): (float(p.sum()), float(p.view(-1)[0]))
         for name, p in model.named_parameters()
     }
+
+
+def convert_optimizer(_, config_json: str, folder: Path):
+    """Resume, and write the optimizer's state to `folder` at once; returns experts of a layer here, and the rate."""
+    import torch
+    from deepspeed.moe.layer import MoE
+
+    from train.api import Progress
+    from train.distributed import join_world
+    from train.optimizer_files import write_optimizer
+    from train.trainer import Trainer
+
+    config = TrainConfig.from_json(config_json)
+    torch.set_num_threads(1)
+    with join_world(config.run) as world:
+        trainer = Trainer(config, world=world, comm=SilentComm(), callbacks=[], progress=Progress())
+        try:
+            write_optimizer(trainer._engine, folder)
+            layers = [module for module in trainer._engine.module.modules() if isinstance(module, MoE)]
+            return layers[0].num_local_experts, trainer._engine.get_lr()[0]
+        finally:
+            trainer.close()
 
 
 def train_until(context, config_json: str, rank: int, step: int):

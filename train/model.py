@@ -200,7 +200,8 @@ class MoELanguageModel(nn.Module):
                 gate.drop_tokens = self.config.drop_tokens
 
 
-_EXPERT_NAME = re.compile(r"(?<=\.deepspeed_experts\.)\d+(?=\.)")
+EXPERT_NAME = re.compile(r"(?<=\.deepspeed_experts\.)\d+(?=\.)")
+"""The number of an expert in a parameter's name; counts from 0 on every rank."""
 
 
 @torch.no_grad()
@@ -216,7 +217,7 @@ def init_weights(model: MoELanguageModel, *, seed: int, ep_rank: int) -> None:
         if param.ndim < 2:
             param.fill_(1.0 if name.endswith("norm.weight") else 0.0)
             continue
-        unique = _EXPERT_NAME.sub(lambda m: str(ep_rank * num_local_experts + int(m.group())), name)
+        unique = EXPERT_NAME.sub(lambda m: str(ep_rank * num_local_experts + int(m.group())), name)
         digest = hashlib.sha256(f"{seed}/{unique}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         std = branch_std if name.endswith(("down.weight", "attn.out.weight")) else config.init_std
