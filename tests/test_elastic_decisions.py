@@ -1,4 +1,4 @@
-"""Elastic runs, decided: shares of a step, numbers of workers, EP degrees, and what the policy in the controller does."""
+"""Elastic runs, decided: shares of a step, numbers of workers, EP degrees, what the policy in the controller does."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_the_ep_degree_is_the_largest_that_fits():
     assert [at_most_four.resolve_ep_size(n) for n in range(1, 9)] == [1, 2, 1, 4, 1, 2, 1, 4]
     twelve = elastic(6, **{"model.num_experts": 12, "model.ep_size": 4})
     assert [twelve.resolve_ep_size(n) for n in range(1, 7)] == [1, 2, 3, 4, 1, 3]
-    with pytest.raises(ConfigError, match="run.num_shares = 4: must be at least the world size 5"):
+    with pytest.raises(ConfigError, match=r"run\.num_shares = 4: must be at least the world size 5"):
         elastic(4).resolve_ep_size(5)
 
 
@@ -99,11 +99,11 @@ def test_options_of_an_elastic_run():
     assert ep_sizes_of(get_preset("tiny"), fixed) is None
     # A run with a fixed number of workers may go on with the shares of an elastic one.
     assert with_shares(config, options("--workers", "2")) == config
-    with pytest.raises(ConfigError, match="run.num_shares = 4: contradicts --workers 1:2"):
+    with pytest.raises(ConfigError, match=r"run\.num_shares = 4: contradicts --workers 1:2"):
         with_shares(config, options("--workers", "1:2"))
     with pytest.raises(ConfigError, match="--min-ep-size = 0: must be at least 1"):
         options("--min-ep-size", "0")
-    with pytest.raises(ConfigError, match="--resize-check = -1.0: must be at least 0"):
+    with pytest.raises(ConfigError, match=r"--resize-check = -1\.0: must be at least 0"):
         options("--resize-check", "-1")
 
 

@@ -1,4 +1,4 @@
-"""Elastic runs of real processes, without Ray: another number of ranks at each start, and the same numbers throughout."""
+"""Elastic runs of real processes, without Ray: another number of ranks at each start, the same numbers throughout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from train_cases import convert_optimizer, losses, tiny, train, train_error, train_until
+from train_cases import convert_optimizer, losses, tiny, train, train_error, train_handover, train_until
 
 from train.metrics import read_metrics
 
@@ -43,7 +43,7 @@ def test_a_run_that_changes_its_size_has_the_losses_of_one_that_does_not(ranks, 
     for ours, other in zip(losses(changing), losses(whole), strict=True):
         assert ours == pytest.approx(other, rel=1e-4)
     # Every token was routed, and none twice: passes of weight zero do not count.
-    assert [step.expert_tokens for step in steps][0] == theirs[0].expert_tokens
+    assert steps[0].expert_tokens == theirs[0].expert_tokens
     assert [[sum(row) for row in step.expert_tokens] for step in steps] == [
         [sum(row) for row in step.expert_tokens] for step in theirs
     ]
@@ -129,3 +129,13 @@ def refused(ranks, tmp_path):
         assert f"belongs to another run (shares of the batch: 2 there, {shares} here)" in text
     (kind, text), _ = ranks.run(2, train_error, elastic(tmp_path / "few", **{"run.num_shares": 1}).to_json())
     assert (kind, text) == ("ConfigError", "run.num_shares = 1: must be at least the world size 2")
+
+
+@pytest.mark.slow
+def test_a_handover_comes_after_a_checkpoint_of_the_step(ranks, tmp_path):
+    """One rank hears of it; all save, and all wait to be replaced. After the last step nobody does."""
+    fields = {"run.steps": 4, "run.num_shares": 2, "run.checkpoint_every": 0}
+    for asked_in, heard in ((2, [2, 2]), (4, [0, 0])):
+        out = tmp_path / str(asked_in)
+        assert ranks.run(2, train_handover, elastic(out, **fields).to_json(), 1, asked_in, deadline_s=120) == heard
+        assert [path.name for path in (out / "checkpoints").glob("step_*")] == [f"step_{asked_in:06d}"]

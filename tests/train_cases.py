@@ -141,3 +141,31 @@ def train_until(context, config_json: str, rank: int, step: int):
     # Asked in the middle of a step, so after `step` records the next one is the last.
     summary = run(config, callbacks=[recorder], stop=lambda: asked and len(recorder.heard) >= step - 1)
     return summary.stats.num_steps, summary.stopped, summary.sample, recorder.heard[-2:]
+
+
+class Replaced(Exception):
+    """In place of the end of a process."""
+
+
+def train_handover(context, config_json: str, rank: int, step: int):
+    """Train until `rank` is asked in step `step` to make room; returns the step that was handed over, 0 if none was."""
+    from train.trainer import run
+
+    recorder = Recorder()
+
+    class Handover:
+        step = 0
+
+        def asked(self):
+            return context.rank == rank and len(recorder.heard) == step - 1
+
+        def hand_over(self, step):
+            self.step = step
+            raise Replaced
+
+    handover = Handover()
+    try:
+        run(TrainConfig.from_json(config_json), callbacks=[recorder], handover=handover)
+    except Replaced:
+        assert recorder.heard[-1][:2] == ("checkpoint", step)
+    return handover.step
