@@ -1,4 +1,4 @@
-"""An elastic run on Ray's multi-node test cluster: a node is lost, the run goes on smaller; one joins, it grows back."""
+"""An elastic run on a Ray of several nodes: a node is lost, the run goes on smaller, and grows with a new one."""
 
 from __future__ import annotations
 

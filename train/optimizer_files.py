@@ -62,6 +62,8 @@ def check_optimizer(engine: Any) -> None:
 def write_optimizer(engine: Any, folder: Path) -> None:
     """Write the state into `folder`, each parameter once. Collective. An update must have been done."""
     step = _step_of(engine)
+    if engine.zero_optimization():
+        _link_partitions(engine.optimizer)
     files: dict[str, dict[str, dict[str, Tensor]]] = defaultdict(dict)
     for named in _named_params(engine):
         state = _read(engine, named.param)  # collective, so it comes before the question whose it is
@@ -169,14 +171,23 @@ def _read(engine: Any, param: nn.Parameter) -> dict[str, Tensor]:
 
 
 def _prepare_partitions(optimizer: Any, step: float) -> None:
-    """Give each of ZeRO's flat partitions an Adam state, and link the parameters to their places in it.
-
-    DeepSpeed does the same after a first update.
-    """
+    """Give each of ZeRO's flat partitions an Adam state, as a first update does, and link the parameters to it."""
     for flat in optimizer.single_partition_of_fp32_groups:
         zeros = {key: torch.zeros_like(flat) for key in _MOMENTS}
         optimizer.optimizer.state[flat] = {"step": _step_tensor(step)} | zeros
-    optimizer._lazy_init_hp_params_optimizer_state()
+    _link_partitions(optimizer)
+
+
+def _link_partitions(optimizer: Any) -> None:
+    """Tell every parameter its place in the state of its partition.
+
+    DeepSpeed 0.19.8 does so once, after the update of the first parameter group: those of the others, which have no
+    state yet at that moment, never hear of theirs.
+    """
+    for params, flat in zip(optimizer.bit16_groups, optimizer.single_partition_of_fp32_groups, strict=True):
+        for param in params:
+            if param._hp_mapping is not None:
+                param._hp_mapping.set_optim_state_fragment(flat, optimizer.optimizer.state[flat])
 
 
 def _base(engine: Any) -> Any:
