@@ -10,7 +10,7 @@
 | ``RAY_DEEPEP_FAULT {json}`` | a fault was found; see ``Culprit.to_json`` |
 | ``error: ...`` | why the run ended |
 
-Other lines are left alone, and so is what Ray writes before the lines of its workers.
+Other lines, such as ``elastic: ...``, are left alone, and so is what Ray writes before the lines of its workers.
 """
 
 from __future__ import annotations

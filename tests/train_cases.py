@@ -109,6 +109,29 @@ def initial_weights(_, ep_size: int, ep_rank: int):
     }
 
 
+def clipped_gradients(_, config_json: str):
+    """Norms of gradients by name, after clipping; before it each had one of its own, decided by its name."""
+    import torch
+
+    from train.api import Progress
+    from train.distributed import join_world
+    from train.optimizer_files import _named_params
+    from train.trainer import Trainer
+
+    config = TrainConfig.from_json(config_json)
+    with join_world(config.run) as world:
+        trainer = Trainer(config, world=world, comm=SilentComm(), callbacks=[], progress=Progress())
+        try:
+            named = list(_named_params(trainer._engine))
+            for each in named:
+                _, _, expert = each.name.partition(".deepspeed_experts.")
+                each.param.grad = torch.full_like(each.param, 1.0 + int(expert[0]) if expert else 0.01)
+            trainer._engine.clip_fp32_gradients()
+            return {each.name: float(each.param.grad.double().norm()) for each in named}
+        finally:
+            trainer.close()
+
+
 def convert_optimizer(_, config_json: str, folder: Path):
     """Resume, and write the optimizer's state to `folder` at once; returns experts of a layer here, and the rate."""
     import torch

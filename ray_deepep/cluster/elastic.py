@@ -11,7 +11,6 @@ degree, and before it adds workers it asks those that train for a checkpoint (``
 from __future__ import annotations
 
 import collections
-import logging
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -32,10 +31,13 @@ from .resize import forget_resize, request_resize, resize_answered
 from .shortage import PlacementShortage
 from .sizes import check_ep_sizes, choose_size, without_workers
 
-logger = logging.getLogger("ray_deepep")
-
 _POLL_S = 0.5
 _TELL_EVERY_S = 10.0
+
+
+def _tell(text: str) -> None:
+    """A line in the job's log, which has only warnings of the controller's loggers."""
+    print(f"elastic: {text}", flush=True)
 
 
 class ElasticPolicy(ScalingPolicy):
@@ -79,7 +81,7 @@ class ElasticPolicy(ScalingPolicy):
         if waited >= self._placement.wait_s:
             raise WorkerPlacementError(size, waited)
         if now >= self._told:
-            logger.warning("elastic: waiting up to %.0f s: %s", self._placement.wait_s - waited, size)
+            _tell(f"waiting up to {self._placement.wait_s - waited:.0f} s: {size}")
             self._told = now + _TELL_EVERY_S
         time.sleep(_POLL_S)  # the controller would ask again at once
         return NoopDecision()
@@ -105,7 +107,7 @@ class ElasticPolicy(ScalingPolicy):
         self._looked = now
         size = self._possible()
         if not isinstance(size, PlacementShortage) and size > current:
-            logger.info("elastic: room for %d workers instead of %d; asking for a checkpoint", size, current)
+            _tell(f"room for {size} workers instead of {current}; asking for a checkpoint")
             self._wish = request_resize(self._run_key)
         return NoopDecision()
 
@@ -125,7 +127,7 @@ class ElasticPolicy(ScalingPolicy):
         return choose_size(nodes, self._ep_sizes, resources_per_worker=resources, placement=self._placement)
 
     def _resize(self, num_workers: int) -> ResizeDecision:
-        logger.info("elastic: %d workers, EP degree %d", num_workers, self._ep_sizes[num_workers])
+        _tell(f"workers {num_workers}, EP degree {self._ep_sizes[num_workers]}")
         return ResizeDecision(
             num_workers=num_workers, resources_per_worker=self.scaling_config._resources_per_worker_not_none
         )
