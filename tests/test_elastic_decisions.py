@@ -74,11 +74,12 @@ def test_workers_are_a_number_or_a_range():
         "two": "must be a number, or MIN:MAX",
         "1:": "must be a number, or MIN:MAX",
         "1:2:3": "must be a number, or MIN:MAX",
-        "0": "must be at least 1",
-        "0:2": "must be at least 1",
         "3:2": "MIN must be at most MAX",
     }.items():
         with pytest.raises(ConfigError, match=rf"--workers = '{text}': {rule}"):
+            parse_workers(text)
+    for text in ("0", "0:2"):
+        with pytest.raises(ConfigError, match="--workers = 0: must be at least 1"):
             parse_workers(text)
 
 
@@ -216,6 +217,21 @@ def test_a_lost_node_leaves_the_places_of_the_others(cluster):
 
     policy.after_controller_state_update(None, ReschedulingState(training_failed_error=None))
     assert size_of(policy.make_decision_for_non_running_worker_group()) is None
+
+
+def test_workers_that_failed_at_once_do_not_stand_in_their_own_way(cluster):
+    """They hold their CPUs until others are started, and the policy was never told where."""
+    from ray.train.v2._internal.execution.controller.state import ReschedulingState
+
+    policy = make_policy({2: 2, 4: 4})
+    cluster.free, cluster.total = {"a": 4}, {"a": 4}
+    assert size_of(policy.make_decision_for_non_running_worker_group()) == 4
+    cluster.free = {"a": 0}
+    assert size_of(policy.make_decision_for_non_running_worker_group()) == 4
+    # It was somebody else's: there was no room for the start, so now only what is free counts.
+    policy.after_controller_state_update(None, ReschedulingState(training_failed_error=None))
+    cluster.free = {"a": 3}
+    assert size_of(policy.make_decision_for_non_running_worker_group()) == 2
 
 
 def test_the_least_number_is_waited_for_until_the_deadline(cluster):

@@ -102,6 +102,12 @@ def test_a_run_goes_on_smaller_and_grows_back(cluster, ranks, tmp_path):
         "attempt 2 begins with 1 worker",
         "attempt 3 begins with 2 workers",
     ]
+    assert run.lines("elastic: ") == [
+        "elastic: workers 2, EP degree 2",
+        "elastic: workers 1, EP degree 1",
+        "elastic: room for 2 workers instead of 1; asking for a checkpoint",
+        "elastic: workers 2, EP degree 2",
+    ]
     steps = run.steps()
     assert [step.step for step in steps] == list(range(1, len(steps) + 1))
     sizes = [step.world_size for step in steps]

@@ -13,8 +13,9 @@ def parse_workers(text: str) -> tuple[int | None, int]:
         numbers = (int(low), int(high)) if colon else (None, int(low))
     except ValueError:
         raise ConfigError("--workers", text, "must be a number, or MIN:MAX for an elastic run") from None
-    if numbers[1] < 1 or (numbers[0] is not None and numbers[0] < 1):
-        raise ConfigError("--workers", text, "must be at least 1")
+    least = numbers[1] if numbers[0] is None else min(numbers)
+    if least < 1:
+        raise ConfigError("--workers", least, "must be at least 1")
     if numbers[0] is not None and numbers[0] > numbers[1]:
         raise ConfigError("--workers", text, "MIN must be at most MAX")
     return numbers

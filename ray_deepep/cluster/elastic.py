@@ -11,6 +11,7 @@ degree, and before it adds workers it asks those that train for a checkpoint (``
 from __future__ import annotations
 
 import collections
+import dataclasses
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -58,6 +59,7 @@ class ElasticPolicy(ScalingPolicy):
         self._run_key = run_key
         self._placement = placement
         self._own: collections.Counter[str] = collections.Counter()
+        self._unseen = False
         self._wish = ""
         self._looked = 0.0
         self._short_since: float | None = None
@@ -92,6 +94,7 @@ class ElasticPolicy(ScalingPolicy):
         """Ask healthy workers to save where more would have room; replace them once they have."""
         self._maybe_send_resource_request()
         self._own = collections.Counter(worker.metadata.node_id for worker in worker_group_state.workers)
+        self._unseen = False
         current = worker_group_state.num_workers
         if self._wish:
             if not resize_answered(self._run_key, self._wish):
@@ -115,6 +118,7 @@ class ElasticPolicy(ScalingPolicy):
         """A start that failed has left no workers behind."""
         if isinstance(current_state, ReschedulingState):
             self._own.clear()
+            self._unseen = False
 
     async def before_controller_shutdown(self) -> None:
         """Leave nothing behind."""
@@ -123,11 +127,17 @@ class ElasticPolicy(ScalingPolicy):
 
     def _possible(self) -> int | PlacementShortage:
         resources = self.scaling_config._resources_per_worker_not_none
-        nodes = without_workers(cluster_offer(), self._own, resources)
+        nodes = cluster_offer()
+        if self._unseen:
+            # Workers that failed at once hold something, and nobody has told where. The placement of the next ones
+            # finds out whether others have a part of it, and fails if so.
+            nodes = [dataclasses.replace(node, free=node.total) for node in nodes]
+        nodes = without_workers(nodes, self._own, resources)
         return choose_size(nodes, self._ep_sizes, resources_per_worker=resources, placement=self._placement)
 
     def _resize(self, num_workers: int) -> ResizeDecision:
         _tell(f"workers {num_workers}, EP degree {self._ep_sizes[num_workers]}")
+        self._unseen = True
         return ResizeDecision(
             num_workers=num_workers, resources_per_worker=self.scaling_config._resources_per_worker_not_none
         )
