@@ -24,7 +24,7 @@ from train.metrics import StepMetrics, read_metrics
 
 pytestmark = pytest.mark.xdist_group("ray")
 
-# Steps of a quarter of a second, so that few pass while Ray starts workers: differences of rounding grow with each.
+# Steps of about a tenth of a second, so that few pass while Ray starts workers: differences of rounding grow with each.
 FIELDS = {"optim.micro_batch": 32, "optim.lr": 1e-3, "optim.warmup_steps": 50, "run.steps": 5000, "run.eval_every": 0}
 DEADLINE_S = 300.0
 
@@ -125,4 +125,4 @@ def test_a_run_goes_on_smaller_and_grows_back(cluster, ranks, tmp_path):
     whole = tiny(tmp_path / "whole", **FIELDS, **{"run.checkpoint_every": 0, "run.num_shares": 2})
     ranks.run(2, train_until, whole.to_json(), 0, len(steps), deadline_s=DEADLINE_S)
     for ours, theirs in zip(losses(run.out), losses(tmp_path / "whole"), strict=True):
-        assert ours == pytest.approx(theirs, rel=1e-3)
+        assert ours == pytest.approx(theirs, rel=1e-4)
