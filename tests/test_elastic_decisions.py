@@ -8,6 +8,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from train.config import TrainConfig
 from train.errors import ConfigError
@@ -131,6 +132,48 @@ def test_the_log_says_how_many_workers_there_are():
     assert (state.num_workers, state.restarts) == (1, 1)
     assert "workers" in str(state)
     assert state_of_job("job", "RUNNING", job_log.read([job_log.attempt_line(1)])).num_workers is None
+
+
+def test_a_sweep_compares_runs_of_fixed_size(tmp_path, capsys):
+    from train.sweep import main
+
+    assert main(["--out", str(tmp_path / "sweep"), "--workers", "1:2", "--param", "lr=1e-3,2e-3"]) == 2
+    assert "--workers = '1:2': must be a fixed number" in capsys.readouterr().err
+    assert not (tmp_path / "sweep").exists()
+
+
+def test_a_deepspeed_config_of_an_elastic_run(tmp_path):
+    from train.engine import deepspeed_config
+
+    path = tmp_path / "ds.json"
+    config = elastic(4, **{"run.deepspeed_config": str(path), "optim.grad_accum": 2})
+    path.write_text('{"gradient_accumulation_steps": 2}')
+    assert deepspeed_config(config, num_micro_steps=3)["gradient_accumulation_steps"] == 3
+    path.write_text('{"train_batch_size": 32}')
+    with pytest.raises(ConfigError, match=r"train_batch_size = 32: must be left out of an elastic run"):
+        deepspeed_config(config, num_micro_steps=3)
+
+
+def test_optimizer_files_that_cannot_be_used_are_named(tmp_path):
+    from train.errors import CheckpointError
+    from train.optimizer_files import _Named, _Reader
+
+    param = torch.nn.Parameter(torch.zeros(2, 3))
+    named = _Named(name="w", param=param, file="optimizer_dense_0000.pt", is_mine=True)
+    with pytest.raises(CheckpointError, match="has no optimizer state by name"):
+        _Reader(tmp_path)
+    path = tmp_path / named.file
+    for params, problem in (
+        ({}, "has no optimizer state of w"),
+        ({"w": {"exp_avg": torch.zeros(2, 3)}}, "exp_avg_sq of w does not fit the model"),
+        ({"w": {"exp_avg": torch.zeros(6), "exp_avg_sq": torch.zeros(6)}}, "exp_avg of w does not fit the model"),
+    ):
+        torch.save({"step": 3.0, "params": params}, path)
+        with pytest.raises(CheckpointError, match=rf"{named.file}: {problem}"):
+            _Reader(tmp_path).state_of(named)
+    path.write_bytes(b"nothing of the kind")
+    with pytest.raises(CheckpointError, match=rf"{named.file}: cannot be read"):
+        _Reader(tmp_path)
 
 
 # The policy

@@ -153,6 +153,13 @@ def refused(ranks, tmp_path):
         (kind, text), _ = ranks.run(2, train_error, config.to_json())
         assert kind == "CheckpointError"
         assert f"belongs to another run (shares of the batch: 2 there, {shares} here)" in text
+    sgd = tmp_path / "sgd.json"
+    sgd.write_text('{"optimizer": {"type": "SGD", "params": {"lr": 0.1}}}')
+    fields = {"run.num_shares": 2, "run.deepspeed_config": str(sgd)}
+    (kind, text), _ = ranks.run(2, train_error, elastic(tmp_path / "sgd", **fields).to_json())
+    assert (kind, "optimizer = 'SGD': runs with run.num_shares need torch's Adam" in text) == ("ConfigError", True), (
+        text
+    )
     (kind, text), _ = ranks.run(2, train_error, elastic(tmp_path / "few", **{"run.num_shares": 1}).to_json())
     assert (kind, text) == ("ConfigError", "run.num_shares = 1: must be at least the world size 2")
 
