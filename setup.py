@@ -14,6 +14,7 @@ import pathlib
 import re
 import shutil
 import sys
+import sysconfig
 
 import pybind11
 from setuptools import Extension, setup
@@ -120,11 +121,26 @@ class Build(build_ext):
         if ext.name == "ray_deepep._nvshmem":
             libraries += self._nvshmem_link_flags(find_nvshmem())
         objects = [str(self._object(source)) for source in ext.sources]
+        if ext.name == "ray_deepep._nvshmem":
+            objects.append(self._link_device_code(ext, find_nvshmem()))
         link = ["-shared", "-pthread", "-Wl,--no-undefined-version", *objects, *libraries, "-o", str(target)]
         self.spawn([self._cxx(), *link])
 
     def _object(self, source: str) -> pathlib.Path:
         return pathlib.Path(self.build_temp) / f"{source}.o"
+
+    def _link_device_code(self, ext: Extension, nvshmem: pathlib.Path) -> str:
+        """NVSHMEM's device functions are in an archive of device code, which only nvcc can link."""
+        output = str(pathlib.Path(self.build_temp) / "nvshmem_device_code.o")
+        objects = [str(self._object(source)) for source in ext.sources if source.endswith(".cu")]
+        options = ["-dlink", "-Xcompiler=-fPIC", *self._gencode(), f"-L{nvshmem}/lib", "-lnvshmem_device"]
+        self.spawn([find_nvcc(), *objects, *options, "-o", output])
+        return output
+
+    @staticmethod
+    def _gencode() -> list[str]:
+        archs = os.environ.get("RAY_DEEPEP_CUDA_ARCHS", "80;90;100").split(";")
+        return [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
 
     def _nvshmem_link_flags(self, nvshmem: pathlib.Path) -> list[str]:
         # torch's own NVSHMEM library is in the process too: only the module's entry is visible.
@@ -132,6 +148,7 @@ class Build(build_ext):
         exports.write_text("{ global: PyInit__nvshmem; local: *; };\n")
         return [
             f"-L{nvshmem}/lib",
+            "-l:libnvshmem_device.a",
             "-l:libnvshmem_host.so.3",
             "-Wl,-rpath,$ORIGIN/../nvidia/nvshmem/lib",
             f"-Wl,--version-script={exports}",
@@ -147,10 +164,10 @@ class Build(build_ext):
             cccl = cuda_home(find_nvcc()) / "include/cccl"
             includes += ["-isystem", f"{find_nvshmem()}/include", "-isystem", str(cccl)]
         if source.endswith(".cu"):
-            archs = os.environ.get("RAY_DEEPEP_CUDA_ARCHS", "80;90;100").split(";")
-            code = [f"-gencode=arch=compute_{arch},code=sm_{arch}" for arch in archs]
             options = ["-std=c++17", "-O3", "-fmad=false", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-            return [find_nvcc(), *options, *code, *includes, "-c", source, "-o", output]
+            if folder == "nvshmem":
+                options.append("-rdc=true")
+            return [find_nvcc(), *options, *self._gencode(), *includes, "-c", source, "-o", output]
         includes += [f"-I{path}" for path in (pybind11.get_include(), self.python_include())]
         if folder in CUDA_FOLDERS + NVSHMEM_FOLDERS:
             includes.append(f"-I{cuda_home(find_nvcc())}/include")
@@ -159,8 +176,6 @@ class Build(build_ext):
 
     @staticmethod
     def python_include() -> str:
-        import sysconfig
-
         return sysconfig.get_paths()["include"]
 
 

@@ -45,6 +45,8 @@ class Options:
     """Variants whose name holds this; empty: all."""
     profile: bool
     heap_provider: str
+    domain_size: int = 0
+    """Ranks of a (logical) node, between which rows hop over NVSHMEM; 0: one node."""
 
 
 class CaseRun:
@@ -60,7 +62,9 @@ class CaseRun:
 
     def run(self) -> list[Record]:
         """Records of all variants; those of rank 0 count."""
-        config = CommConfig(transport="cuda", heap_provider=self.options.heap_provider)
+        nodes = {"transport": "nvshmem", "domain_size": self.options.domain_size}
+        one = {"transport": "cuda", "heap_provider": self.options.heap_provider}
+        config = CommConfig(**(nodes if self.options.domain_size else one))
         with Communicator.from_process_group(config=config) as comm:
             buffer = make_buffer(comm, self.case, self.traffic)
             variants = Variants(self.case, self.inputs, self.traffic, buffer)
@@ -75,7 +79,10 @@ class CaseRun:
 
     def _time(self, what: Variant | Baseline) -> Record:
         timing = self.stopwatch.measure(what.call)
-        record = {"config": dataclasses.asdict(self.case), "variant": what.name, **timing.record()}
+        config = dataclasses.asdict(self.case)
+        if self.options.domain_size:
+            config["domain_size"] = self.options.domain_size
+        record = {"config": config, "variant": what.name, **timing.record()}
         record |= what.moved.record(timing.idle.median)
         if self.options.profile:
             record["kernels_us"] = kernel_times(what.call)
@@ -146,6 +153,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--only", default="", help="variants whose name holds this, such as 'fp8' or 'cached, in heap'")
     parser.add_argument("--profile", action="store_true", help="kernel times of each variant too")
     parser.add_argument("--heap-provider", choices=HEAP_PROVIDERS, default="auto")
+    parser.add_argument("--domain-size", type=int, default=0, help="ranks of a logical node: rows hop over NVSHMEM")
     parser.add_argument("--out", type=Path, default=RESULTS_PATH, help="results file to append to")
     return parser.parse_args(argv)
 
@@ -158,6 +166,7 @@ def main(argv: list[str] | None = None) -> None:
         only=args.only,
         profile=args.profile,
         heap_provider=args.heap_provider,
+        domain_size=args.domain_size,
     )
     for sizes in itertools.product(args.ranks, args.tokens, args.hidden, args.routing):
         names = ("num_ranks", "num_tokens", "hidden", "routing")

@@ -36,7 +36,7 @@ class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
         max_tokens: largest T that any rank will dispatch.
         max_capacity: largest capacity of a ``Padded`` layout; 0 if there is none.
         low_latency_max_tokens: M, largest T that any rank will give to a low-latency call, at most 1,024; 0 if there
-            are none. H is then a multiple of 128. Not on transport ``cuda`` yet.
+            are none. H is then a multiple of 128.
         symm_bytes: bytes of this rank's heap for tensors of :meth:`symm_empty`, the same on every rank; not used by
             transport ``reference``.
         max_rows: most rows S that a dispatch may bring to any rank; None: the worst case, all tokens of all ranks on

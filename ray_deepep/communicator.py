@@ -32,7 +32,8 @@ from .errors import (
 )
 from .fault_board import FaultBoard
 from .hop import HopTransport
-from .hop_group import hop_process_group
+from .hop_cuda import CudaHopTransport
+from .hop_group import hang_up, hop_process_group
 from .low_latency_cuda import CudaLowLatency
 from .low_latency_reference import ReferenceLowLatency
 from .low_latency_shm import ShmLowLatency
@@ -204,6 +205,8 @@ class Communicator:
             if self.fault_board is not None:
                 # The fault may be in another node, of which ranks that wait for this one know nothing yet.
                 self._domain.close()
+                if self._hop_group is not None:
+                    hang_up(self._hop_group, self.domains)
         return self._fault
 
     def peer_is_gone(self, rank: int) -> bool:
@@ -222,7 +225,7 @@ class Communicator:
 
     def make_low_latency(self, geometry: BufferGeometry) -> LowLatencyTransport:
         """The low-latency calls of one buffer; collective. Raises as ``make_transport``."""
-        if self.transport == "cuda":
+        if self.transport == "cuda" and self.domains.num_nodes == 1:
             return self._allocate(lambda: CudaLowLatency(self._domain, geometry, **self._cuda_options()))
         if self.transport == "shm" and self.domains.num_nodes == 1:
             return self._allocate(lambda: ShmLowLatency(self._domain, geometry, on_fault=self.mark_fault))
@@ -290,6 +293,11 @@ class Communicator:
         self.close()
 
     def _make_transport(self, geometry: BufferGeometry) -> Transport:
+        if self.transport == "cuda" and self.domains.num_nodes > 1:
+            options = self._cuda_options()
+            return CudaHopTransport(
+                self, self._domain, geometry, num_sms=options["num_sms"], nvshmem=options["nvshmem"]
+            )
         if self.transport == "cuda":
             return cuda.CudaTransport(self._domain, geometry, **self._cuda_options())
         if self.domains.num_nodes > 1:
@@ -313,7 +321,9 @@ class Communicator:
         try:
             token = exchange("connect_nodes", secrets.token_hex(8).encode())[0].decode()
             self.fault_board = FaultBoard(token, self.rank, self.peers)
-            self._hop_group = hop_process_group(token, self.domains, self.config.bootstrap_deadline_s)
+            self._domain.hop_peers = tuple(self.peers[rank] for rank in self.domains.hop_ranks)
+            if self.transport == "shm":
+                self._hop_group = hop_process_group(token, self.domains, self.config.bootstrap_deadline_s)
         except BaseException:
             self._domain.close()
             raise

@@ -87,9 +87,9 @@ class CommConfig:
 
     transport: str = dataclasses.field(default_factory=env.transport)
     """``cuda``: the CUDA core (GPUs of one NVLink domain); ``nvshmem``: the same on NVSHMEM's symmetric heap (sets
-    ``heap_provider``; the communicator's transport is then ``cuda``); ``shm``: the CPU core over shared memory (one
-    host, or several with equally many ranks, see ``domain_size``); ``reference``: torch.distributed (any hosts);
-    ``auto``: cuda, shm or reference, the first that serves all ranks."""
+    ``heap_provider``; the communicator's transport is then ``cuda``), which also serves several nodes; ``shm``: the CPU
+    core over shared memory (one host, or several); ``reference``: torch.distributed (any hosts); ``auto``: cuda, shm or
+    reference, the first that serves all ranks. For nodes see ``domain_size``."""
     deadline_s: float = dataclasses.field(default_factory=env.deadline_s)
     """Seconds that one wait inside an operation may last."""
     bootstrap_deadline_s: float = dataclasses.field(default_factory=env.bootstrap_deadline_s)
@@ -100,8 +100,9 @@ class CommConfig:
     """Multiprocessors that row-moving kernels of transport ``cuda`` may use."""
     domain_size: int = dataclasses.field(default_factory=env.domain_size)
     """Ranks of a node: consecutive ones that read each other's memory. Fewer than all ranks: rows go once per (token,
-    node) between nodes, over torch.distributed, and by transport ``shm`` inside them. 0: all ranks, or those of each
-    host where they are on several CPU hosts, equally many on each. Transport ``reference`` makes no use of it."""
+    node) between nodes: over torch.distributed with transport ``shm``, over NVSHMEM with ``nvshmem``. 0: all ranks, or
+    those of each host where they are on several, equally many on each, and are CPU hosts or ``nvshmem`` is asked for.
+    Transport ``reference`` makes no use of it."""
     heap_provider: str = dataclasses.field(default_factory=env.heap_provider)
     """How GPU memory is shared: ``vmm`` (file descriptors), ``ipc`` (CUDA IPC), ``nvshmem`` (NVSHMEM's symmetric heap),
     or ``auto`` (vmm where supported, else ipc)."""

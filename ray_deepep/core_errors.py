@@ -26,13 +26,15 @@ class PublicErrors:
     """
 
     def __init__(self, domain: ShmDomain, on_fault: Callable[[FaultRecord], FaultRecord]) -> None:
-        self._core, self._peers, self._on_fault = domain.core, domain.peers, on_fault
+        self._core, self._domain, self._peers, self._on_fault = domain.core, domain, domain.peers, on_fault
 
     def record(self, fields: Mapping[str, Any] | None) -> FaultRecord | None:
         """A core's record with the peer's process and GPU."""
         if fields is None:
             return None
-        peer, rank = self._peers[fields["peer"]], self._name(fields["rank"])
+        # Waits between nodes are for a node, whose rank is the one of the same local rank.
+        peers = self._domain.hop_peers if fields["phase"] == "wait_hop" else self._peers
+        peer, rank = peers[fields["peer"]], self._name(fields["rank"])
         found = {**fields, "rank": rank, "peer": peer.rank}
         return FaultRecord(**found, peer_host=peer.host, peer_pid=peer.pid, peer_gpu=peer.gpu)
 

@@ -9,8 +9,9 @@ A kernel takes tens of microseconds, so the host must not take as long: launch f
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, TypeVar
 
 import torch
@@ -179,8 +180,10 @@ class CudaTransport:
             plan=plan,
         )
 
-    def combine(self, request: CombineRequest) -> CombineOutput:
-        """See :meth:`Transport.combine`."""
+    def combine(
+        self, request: CombineRequest, *, out: torch.Tensor | None = None, out_routes: torch.Tensor | None = None
+    ) -> CombineOutput:
+        """See :meth:`Transport.combine`. ``out`` ``[T, H]`` and ``out_routes`` ``[K, T, H]`` take the results."""
         rows, handle = request.rows, request.handle
         check_rows("rows", rows)
         num_tokens, num_topk, hidden = handle.num_tokens, handle.num_topk, rows.shape[1]
@@ -191,9 +194,11 @@ class CudaTransport:
             check_rows("bias", request.bias)
             args.bias = request.bias.data_ptr()
         if request.keep_routes:
-            routes = torch.empty(num_topk, num_tokens, hidden, dtype=rows.dtype, device=self.device)
+            routes = out_routes
+            if routes is None:
+                routes = torch.empty(num_topk, num_tokens, hidden, dtype=rows.dtype, device=self.device)
             args.out_routes = routes.data_ptr()
-        x = torch.empty(num_tokens, hidden, dtype=rows.dtype, device=self.device)
+        x = torch.empty(num_tokens, hidden, dtype=rows.dtype, device=self.device) if out is None else out
         args.out_x = x.data_ptr()
         home = self._combine(args, request.topk_weights, handle, request.num_sms)
         return CombineOutput(x=x, topk_weights=home, routes=routes)
@@ -222,6 +227,41 @@ class CudaTransport:
         self._streams.release_inputs()
         block = self._pool.take(num_rows * self._geometry.hidden * dtype.itemsize)
         return torch.as_tensor(block, device=self.device).view(dtype).view(shape)
+
+    # What a hop in front of this buffer needs of it.
+
+    def symm_bytes(self, num_bytes: int) -> torch.Tensor:
+        """``[num_bytes]`` uint8 in this rank's heap. Local.
+
+        Raises:
+            HeapFullError: there is no room.
+        """
+        return torch.as_tensor(self._pool.take(num_bytes), device=self.device)
+
+    def offset_in_segment(self, tensor: torch.Tensor) -> int:
+        """Where a tensor of this rank's heap begins, from that heap's begin for tensors."""
+        return tensor.data_ptr() - self._buffer.symm_address
+
+    @property
+    def control_address(self) -> int:
+        """GPU address of the words by which kernels know that they have failed."""
+        return self._buffer.control_address
+
+    @property
+    def status_address(self) -> int:
+        """Address of the words into which kernels report faults."""
+        return self._buffer.status_address
+
+    @contextlib.contextmanager
+    def launching(self) -> Iterator[int]:
+        """Around launches that belong to this buffer's operations: the stream, as a number."""
+        with self._lock, self._errors:
+            yield self._streams.enter()
+            self._streams.leave()
+
+    def abort_waits(self) -> None:
+        """Let kernels in flight stop waiting: a rank elsewhere has failed. Any thread."""
+        self._buffer.abort_waits()
 
     def check(self) -> None:
         """See :meth:`Transport.check`."""

@@ -72,7 +72,7 @@ class CudaArguments:
         if received:
             rows += ALIGNMENT_ROOM * (geometry.num_experts // num_ranks)
         if geometry.max_capacity:
-            rows = geometry.num_experts * geometry.max_capacity
+            rows = geometry.num_parts * geometry.num_experts * geometry.max_capacity
             received = min(received, rows)
         if geometry.max_rows is not None:
             rows = min(rows, geometry.max_rows)
@@ -81,6 +81,7 @@ class CudaArguments:
         sizes.rank, sizes.num_ranks, sizes.num_experts = rank, num_ranks, geometry.num_experts
         sizes.hidden, sizes.num_topk, sizes.max_tokens = geometry.hidden, geometry.num_topk, geometry.max_tokens
         sizes.max_recv_tokens, sizes.max_rows, sizes.symm_bytes = received, rows, geometry.symm_bytes
+        sizes.num_parts = geometry.num_parts
         sizes.max_element_size, sizes.bulk_copy = geometry.max_element_size, env.bulk_copy()
         return sizes
 
@@ -94,7 +95,7 @@ class CudaArguments:
             kind, alignment, num_rows = self._kinds.EXPERT_MAJOR, layout.alignment, self.sizes.max_rows
         elif isinstance(layout, Padded):
             kind, capacity = self._kinds.PADDED, layout.capacity
-            num_rows = self._geometry.num_experts * capacity
+            num_rows = self._geometry.num_parts * self._geometry.num_experts * capacity
         if room is not None:
             received, num_rows = min(received, room), room
         num_ints = buffer.plan_ints(num_tokens, num_topk, received, num_rows)

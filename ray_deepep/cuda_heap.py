@@ -42,6 +42,7 @@ class CudaHeap:
         self.core, self.errors = load_core(), PublicErrors(domain, on_fault)
         self.device = torch.device("cuda", torch.cuda.current_device())
         self._wanted, self._nvshmem = heap_provider, nvshmem
+        self._ranks = [peer.rank for peer in domain.peers]
         self._block: SymmBlock | None = None
 
     def make(self, num_bytes: Callable[[], int], build: Callable[[object, list[int]], B]) -> B:
@@ -75,4 +76,4 @@ class CudaHeap:
         if self._nvshmem.device != self.device.index:
             rule = f"must be GPU {self._nvshmem.device}, on which NVSHMEM was brought up"
             raise InvalidArgumentError("device", self.device.index, rule)
-        return self._nvshmem.allocate(num_bytes())
+        return self._nvshmem.allocate(num_bytes(), ranks=self._ranks)

@@ -15,6 +15,7 @@
 | ``RAY_DEEPEP_ALLOW_SHARED_GPUS`` | ``0`` | ``1``: ranks on the same GPU are no mistake (tests under MPS) |
 | ``RAY_DEEPEP_NUM_THREADS`` | ``0`` | copy threads of a rank's CPU core; 0: cores of the host / ranks on it |
 | ``RAY_DEEPEP_LAYOUT`` | ``padded`` | rows that DeepSpeed's experts see: ``padded`` (as stock) or ``compact`` |
+| ``RAY_DEEPEP_EXPERTS`` | ``auto`` | experts run in a ``loop``, as ``grouped`` products, or ``auto``: by device |
 | ``RAY_DEEPEP_COMBINE`` | ``exact`` | ``exact`` (bit-equal to stock) or ``fast`` (expert side first) |
 | ``RAY_ADDRESS`` | empty | Ray's own: the cluster that jobs go to, if none is named |
 | ``RAY_TRAIN_CALLBACKS`` | empty | Ray's own: callbacks of Train runs; ours are added to it |
@@ -150,6 +151,11 @@ def domain_size() -> int:
 def bulk_copy() -> bool:
     """``RAY_DEEPEP_BULK_COPY``."""
     return _read("RAY_DEEPEP_BULK_COPY", "1", _choice("0", "1"), "must be 0 or 1") == "1"
+
+
+def experts() -> str:
+    """``RAY_DEEPEP_EXPERTS``."""
+    return _read("RAY_DEEPEP_EXPERTS", "auto", _choice("auto", "loop", "grouped"), "must be auto, loop or grouped")
 
 
 def layout() -> str:

@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from .communicator import Communicator
 
 
+_NO_SUCH_TAG = 1
+"""Rows travel with tag 0."""
+
+
 def hop_process_group(token: str, domains: Domains, deadline_s: float) -> dist.ProcessGroupGloo:
     """The process group of a rank's hop group, for CPU tensors; collective over it. Ranks are node ranks.
 
@@ -39,6 +43,14 @@ def hop_process_group(token: str, domains: Domains, deadline_s: float) -> dist.P
         return dist.ProcessGroupGloo(store, domains.node_rank, domains.num_nodes, timeout)
     except RuntimeError as error:
         raise BootstrapError("connect_nodes", [], deadline_s, str(error)) from None
+
+
+def hang_up(group: dist.ProcessGroupGloo, domains: Domains) -> None:
+    """Break the connections to the other nodes: who waits there for rows of this rank, which has failed, learns it at
+    once. Local. A gloo group cannot be aborted, but one that sees a wait expire closes its connections."""
+    with contextlib.suppress(RuntimeError):
+        peer = (domains.node_rank + 1) % domains.num_nodes
+        group.recv([torch.empty(1)], peer, _NO_SUCH_TAG).wait(datetime.timedelta(milliseconds=1))
 
 
 class HopGroup(StoreMeeting):

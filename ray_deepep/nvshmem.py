@@ -15,7 +15,7 @@ import importlib.util
 import json
 import logging
 import pathlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -77,7 +77,7 @@ class SymmBlock:
     """Its number, the same on all ranks."""
     num_bytes: int
     segments: tuple[int, ...]
-    """Addresses by rank, as this rank's GPU reaches them."""
+    """Addresses of the ranks that were asked for, as this rank's GPU reaches them."""
 
 
 class NvshmemRuntime:
@@ -163,8 +163,39 @@ class NvshmemRuntime:
             self.abandon(str(error))
             raise (own_error or error) from None
 
-    def allocate(self, num_bytes: int) -> SymmBlock:
+    @property
+    def core(self) -> ModuleType:
+        """The extension ``ray_deepep._nvshmem``."""
+        return self._core
+
+    def init_device(self) -> None:
+        """Let the extension's kernels use NVSHMEM; collective. Does nothing where it was called before.
+
+        Raises:
+            NvshmemError: NVSHMEM's device side did not come up.
+            BootstrapError: a rank did not come.
+        """
+        self.agree("init_device", {})
+        with self._public_errors():
+            self._core.init_device(self._deadline_s)
+
+    def agree(self, step: str, what: Mapping[str, Any]) -> None:
+        """Meet all ranks, who must say the same; collective.
+
+        Raises:
+            NvshmemError: a rank says something else.
+            BootstrapError: a rank did not come.
+        """
+        told = self._tell(self._next_phase(step), what)
+        different = [rank for rank, other in enumerate(told) if other != told[0]]
+        if different:
+            raise NvshmemError(step, different, f"rank 0 has {told[0]}, rank {different[0]} has {told[different[0]]}")
+
+    def allocate(self, num_bytes: int, *, ranks: Sequence[int] | None = None) -> SymmBlock:
         """A block of ``num_bytes`` bytes on every rank; collective. What all ranks have released is freed first.
+
+        Args:
+            ranks: those whose pieces this rank's GPU must reach; None: all.
 
         Raises:
             MismatchError: ranks ask for different sizes.
@@ -180,7 +211,8 @@ class NvshmemRuntime:
                 self._core.free(frees, self._deadline_s)
             block = self._core.allocate(num_bytes, self._deadline_s)
             try:
-                segments = self._core.addresses(block, list(self.rank_to_pe))
+                reached = range(self._num_ranks) if ranks is None else ranks
+                segments = self._core.addresses(block, [self.rank_to_pe[rank] for rank in reached])
             except BaseException:
                 self._core.release(block)
                 raise

@@ -85,6 +85,8 @@ class ShmDomain:
 
     def __init__(self, exchange: Exchange, *, peers: tuple[RankInfo, ...], rank: int, config: CommConfig) -> None:
         self.config, self.peers, self.rank = config, peers, rank
+        self.hop_peers: tuple[RankInfo, ...] = ()
+        """Ranks of the same local rank, by node, where there are several."""
         self.core = _load()
         self.num_threads = config.num_threads or max(1, len(os.sched_getaffinity(0)) // len(peers))
         types = self.core.DType

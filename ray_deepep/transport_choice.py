@@ -12,8 +12,8 @@ if TYPE_CHECKING:
 
 
 def choose_domain_size(wanted: int, transport: str, peers: Sequence[RankInfo]) -> int:
-    """Ranks of a domain: those wanted, or (0) those of each host where all are CPU hosts with equally many ranks, at
-    least two, one host after the other; else all. ``transport`` is the one asked for.
+    """Ranks of a domain: those wanted, or (0) those of each host where all are CPU hosts, or ``nvshmem`` is asked for,
+    with equally many ranks, at least two, one host after the other; else all. ``transport`` is the one asked for.
 
     Raises:
         InvalidArgumentError: the ranks cannot be cut into domains of that size.
@@ -30,7 +30,7 @@ def choose_domain_size(wanted: int, transport: str, peers: Sequence[RankInfo]) -
     hosts = {peer.machine for peer in peers}
     one_each = equal and len(hosts) == num_ranks // size
     for_cpus = transport in ("auto", "shm") and not any(peer.has_gpu for peer in peers)
-    return size if size > 1 and one_each and for_cpus else num_ranks
+    return size if size > 1 and one_each and (for_cpus or transport == "nvshmem") else num_ranks
 
 
 def choose_transport(wanted: str, peers: Sequence[RankInfo], domain_size: int | None = None) -> tuple[str, str]:
@@ -45,12 +45,16 @@ def choose_transport(wanted: str, peers: Sequence[RankInfo], domain_size: int | 
     has_group = all(p.has_group for p in peers)
     if not problem and num_nodes > 1 and not has_group:
         problem = f"{num_nodes} nodes need a torch process group on every rank"
-    no_cuda = problem or _cuda_problem(peers, num_nodes)
+    no_cuda = problem or _cuda_problem(peers)
     if wanted in ("cuda", "nvshmem") and no_cuda:
         raise TransportUnavailableError(f"transport {wanted}: {no_cuda}")
     if wanted == "nvshmem":
-        return "cuda", "asked for, on NVSHMEM's symmetric heap"
-    if wanted == "cuda" or (wanted == "auto" and not no_cuda):
+        between = f"; NVSHMEM between {num_nodes} nodes" if num_nodes > 1 else ""
+        return "cuda", f"asked for, on NVSHMEM's symmetric heap{between}"
+    if wanted == "cuda" and num_nodes > 1:
+        problem = f"it serves one domain, and there are {num_nodes}; transport nvshmem serves several"
+        raise TransportUnavailableError(f"transport cuda: {problem}")
+    if wanted == "cuda" or (wanted == "auto" and not no_cuda and num_nodes == 1):
         return "cuda", "asked for" if wanted == "cuda" else f"all {len(peers)} ranks have GPUs of {peers[0].host}"
     if wanted == "reference" or (wanted == "auto" and problem and has_group):
         if not has_group:
@@ -84,8 +88,6 @@ def _core_problem(peers: Sequence[RankInfo], domain_size: int) -> str:
     return ""
 
 
-def _cuda_problem(peers: Sequence[RankInfo], num_nodes: int) -> str:
-    if num_nodes > 1:
-        return f"it serves one domain, and there are {num_nodes}"
+def _cuda_problem(peers: Sequence[RankInfo]) -> str:
     without_cuda = [p for p in peers if p.cuda_problem]
     return f"rank {without_cuda[0].rank}: {without_cuda[0].cuda_problem}" if without_cuda else ""

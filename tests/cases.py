@@ -193,7 +193,7 @@ def make_buffer(context: RankContext, transport: str, case: Case, world: oracle.
         max_tokens=max(case.num_tokens),
         max_capacity=world.layout.capacity if isinstance(world.layout, Padded) else 0,
     )
-    return OnDevice(buffer) if transport == "cuda" else buffer
+    return OnDevice(buffer) if transport.partition("/")[0] in ("cuda", "nvshmem") else buffer
 
 
 def dispatch(buffer: Buffer, world: oracle.World, rank: int, **more: object) -> DispatchResult:

@@ -34,9 +34,11 @@ def start_deepspeed() -> None:
     deepspeed.init_distributed("gloo", verbose=False)
 
 
-def swap_config(transport: str, layout: str = "padded", combine: str = "exact") -> SwapConfig:
+def swap_config(transport: str, layout: str = "padded", combine: str = "exact", experts: str = "auto") -> SwapConfig:
     """Settings of a swap under test."""
-    return SwapConfig(layout=layout, combine=combine, comm=CommConfig(**{**CASE_CONFIG, "transport": transport}))
+    return SwapConfig(
+        layout=layout, combine=combine, experts=experts, comm=CommConfig(**{**CASE_CONFIG, "transport": transport})
+    )
 
 
 class Expert(torch.nn.Module):
@@ -65,6 +67,7 @@ class LayerCase:
     moe: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """More arguments of ``MoE``."""
     used_token: bool = False
+    expert: type[torch.nn.Module] = Expert
     seed: int = 0
 
 
@@ -80,7 +83,7 @@ def make_layer(case: LayerCase, *, groups: bool = True) -> MoE:
     """The layer of this rank: experts have the weights of their global id, the rest is the same on all ranks."""
     layer = MoE(
         HIDDEN,
-        Expert(),
+        case.expert(),
         num_experts=case.num_experts,
         ep_size=case.ep_size,
         k=case.k,

@@ -467,17 +467,19 @@ def test_a_node_that_does_not_answer_in_time_is_a_problem(cluster):
 
 
 @pytest.fixture(scope="module")
-def examples(cluster) -> dict[str, subprocess.CompletedProcess]:
-    """Both, side by side."""
+def examples(cluster, undisturbed) -> dict[str, subprocess.CompletedProcess]:
+    """All of them, side by side."""
     # Python puts the script's folder on the path, not this one; ray_deepep may not be installed.
     path = os.pathsep.join([str(cluster_cases.ROOT), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"RAY_ADDRESS": cluster["gcs"], "RAY_DEDUP_LOGS": "0", "PYTHONPATH": path}
 
     def run(name: str) -> subprocess.CompletedProcess:
         command = [sys.executable, str(cluster_cases.ROOT / "examples" / name)]
+        if name == "05_decode.py":
+            command += ["--run", str(undisturbed), "--num-tokens", "12", "--json", str(undisturbed / "decode.json")]
         return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
 
-    names = ("03_ray_actors.py", "04_ray_train.py")
+    names = ("03_ray_actors.py", "04_ray_train.py", "05_decode.py")
     with ThreadPoolExecutor() as pool:
         return dict(zip(names, pool.map(run, names), strict=True))
 
@@ -510,3 +512,21 @@ def test_example_of_a_train_run(examples):
     assert all(len(same) == 1 for same in by_step.values()), "a repeated step must give the same loss"
     assert [step for step, _ in printed].count("0") == 1, "the second attempt must go on from a checkpoint"
     assert f"last loss {by_step[5].pop()}" in done.stdout
+
+
+@pytest.mark.slow
+def test_example_of_decoding(examples, undisturbed):
+    """What the texts should be: test_decode.py."""
+    done = examples["05_decode.py"]
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert f"{undisturbed}, step 8: 4 experts on 2 ranks, transport shm\n" in done.stdout
+    result = json.loads((undisturbed / "decode.json").read_text())
+    texts, stats = result["texts"], result["stats"]
+    assert [(text["index"], text["rank"]) for text in texts] == [(i, i % 2) for i in range(5)]
+    for text in texts:
+        assert (
+            text["text"] and f"--- rank {text['rank']}, {text['end']}\n{text['prompt']}⟶{text['text']}" in done.stdout
+        )
+    assert stats["num_drawn"] >= 12 and stats["num_prefill_steps"] > 0 and stats["num_decode_steps"] >= 11
+    assert 0 < stats["step_us_p50"] <= stats["step_us_p99"] and 0 < stats["comm_share"] < 1
+    assert f"{stats['num_drawn']} tokens; {stats['tokens_per_s']:,.0f} tokens/s" in done.stdout

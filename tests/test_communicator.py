@@ -115,6 +115,7 @@ DOMAIN_SIZES = {
     "ranks not by host": (0, "auto", on_hosts("a", "b", "a", "b"), 4),
     "a host that comes again": (0, "auto", on_hosts("a", "a", "b", "b", "a", "a"), 6),
     "GPUs": (0, "auto", on_hosts("a", "a", "b", "b", has_gpu=True), 4),
+    "GPUs, nvshmem asked for": (0, "nvshmem", on_hosts("a", "a", "b", "b", has_gpu=True), 2),
     "logical nodes": (2, "auto", on_hosts("a", "a", "a", "a"), 2),
     "logical nodes of one": (1, "shm", on_hosts("a", "a", "a"), 1),
 }
@@ -146,6 +147,12 @@ NODES = {
         "ranks 2 to 3 cannot share memory (hosts b, c); torch.distributed serves any hosts",
     ),
     "GPUs": ("auto", on_hosts("a", "a", "a", "a", cuda_problem="", gpu="u"), "shm", "each of 2 nodes"),
+    "nvshmem": (
+        "nvshmem",
+        on_hosts("a", "a", "b", "b", cuda_problem="", gpu="u"),
+        "cuda",
+        "asked for, on NVSHMEM's symmetric heap; NVSHMEM between 2 nodes",
+    ),
 }
 
 

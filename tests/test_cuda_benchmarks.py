@@ -10,7 +10,7 @@ import pytest
 import torch
 from cases import Case as DispatchCase
 
-from benchmarks import cuda_dispatch_combine, cuda_overlap, cuda_timing, cuda_traffic, nccl_baselines
+from benchmarks import cuda_dispatch_combine, cuda_layer, cuda_overlap, cuda_timing, cuda_traffic, nccl_baselines
 from ray_deepep import ExpertMajor, TokenMajor
 
 NUM_RANKS, NUM_TOKENS, NUM_EXPERTS, NUM_TOPK = 4, 50, 16, 3
@@ -75,6 +75,21 @@ def test_table_of_times() -> None:
     assert "180.0" in cuda_dispatch_combine.kernels_table([record])
     baseline = record | {"variant": "NCCL all_gather of all tokens", "num_sms": None}
     assert cuda_dispatch_combine.table([record, baseline]).count("\n") == 3
+
+
+def test_table_of_layers() -> None:
+    times = {"median_us": 8000.0, "p10_us": 7900.0, "p90_us": 8200.0}
+    stock = {f"{part}_{name}": us for part in ("forward", "both") for name, us in times.items()}
+    stock |= {"variant": "stock", "memory_bytes": 3_000_000_000, "relative_error": 0.0}
+    ours = {**stock, "variant": "exact, grouped", "both_median_us": 2000.0, "relative_error": 0.0021}
+    lines = cuda_layer.table([stock, ours]).splitlines()
+    assert "4.0×" in lines[-1] and "0.0021" in lines[-1] and "3,000" in lines[-2]
+
+
+def test_layer_shapes_can_be_shared_by_two_ranks() -> None:
+    for shape in cuda_layer.SHAPES:
+        case = cuda_layer.Case(num_ranks=2, **shape)
+        assert case.num_experts % 2 == 0 and case.hidden % 8 == 0 and case.inner % 8 == 0
 
 
 def overlap_record(operation: str, num_sms: int) -> dict[str, object]:

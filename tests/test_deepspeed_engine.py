@@ -16,6 +16,7 @@ from deepspeed_cases import HIDDEN, Expert, seeded_weights, start_deepspeed, swa
 from harness import RankContext, Ranks
 
 from ray_deepep.deepspeed import SwapConfig, enable
+from ray_deepep.deepspeed.grouped import stacked
 
 NUM_STEPS = 3
 NUM_CLASSES = 11
@@ -185,3 +186,30 @@ def check_checkpoint(context: RankContext, folder: str, case: EngineCase, transp
 @pytest.mark.parametrize("stage", (0, 1, 2))
 def test_checkpoints_are_exchangeable(ranks: Ranks, tmp_path: pathlib.Path, stage: int, writer_swaps: bool) -> None:
     ranks.run(2, check_checkpoint, str(tmp_path), EngineCase(stage=stage), "reference", writer_swaps)
+
+
+def grouped_losses(context: RankContext, case: EngineCase) -> bool:
+    """Whether the weights of experts lie so that they are used without a copy; losses are those of the loop, nearly."""
+    start_deepspeed()
+    expected = train(make_engine(case), range(NUM_STEPS))
+    with enable(swap_config("reference", experts="grouped")):
+        engine = make_engine(case)
+        losses = train(engine, range(NUM_STEPS))
+        assert losses == pytest.approx(expected, abs=1e-4), (losses, expected)
+        experts = engine.module.blocks[0].deepspeed_moe.experts.deepspeed_experts
+        weights = [expert.up.weight for expert in experts]
+        return stacked(weights).data_ptr() == weights[0].data_ptr()
+
+
+@pytest.mark.parametrize(
+    ("case", "flat"),
+    (
+        (EngineCase(), False),
+        (EngineCase(stage=1), True),
+        (EngineCase(stage=2, accumulate=2), True),
+        (EngineCase(recompute=True), False),
+    ),
+    ids=str,
+)
+def test_losses_with_grouped_experts(ranks: Ranks, case: EngineCase, flat: bool) -> None:
+    assert ranks.run(2, grouped_losses, case) == [flat] * 2

@@ -111,7 +111,8 @@ def test_victims_of_another_node_are_not_blamed() -> None:
 
 
 def interrupted(context: RankContext) -> str:
-    """Rank 2 waits for rank 3 in its node, and is interrupted: the others learn it at once."""
+    """Rank 2 waits for rank 3 in its node, and is interrupted: the others learn it at once, rank 3 too, which comes
+    later and waits for rows of rank 1, a victim that will not send them."""
     buffer = make_buffer(context, 2, deadline_s=LONG_S)
     dispatch(buffer)
     store = distributed_c10d._get_default_store()

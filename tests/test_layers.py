@@ -15,10 +15,11 @@ CPP_MAY_INCLUDE = {
     "heap": {"common", "heap"},
     "host": {"common", "heap", "host"},
     "cuda": {"common", "heap", "cuda"},
-    "nvshmem": {"common", "nvshmem"},
+    # Its kernels go in front of a domain's, and report faults as those do.
+    "nvshmem": {"common", "cuda", "nvshmem"},
     "bindings": {"common", "heap", "host", "bindings"},
     "bindings_cuda": {"common", "heap", "cuda", "bindings", "bindings_cuda"},
-    "bindings_nvshmem": {"common", "nvshmem", "bindings", "bindings_nvshmem"},
+    "bindings_nvshmem": {"common", "cuda", "nvshmem", "bindings", "bindings_nvshmem"},
 }
 
 # From the bottom: a module imports only from lower rows and from its own.
@@ -70,8 +71,10 @@ PYTHON_LAYERS = [
         "store_meeting",
         "plan_reference",
         "hop",
+        "hop_cuda",
         "hop_group",
         "hop_plan",
+        "hop_zone",
         "cuda_heap",
         "low_latency_cuda",
         "low_latency_shm",

@@ -31,14 +31,15 @@ def sample_tokens(
         for _ in range(num_tokens):
             tokens_BS = torch.tensor([ids[-max_context:]], device=world.device)
             scores_V = model.logits(tokens_BS)[0, :vocab_size].cpu()
-            chosen = torch.tensor([_draw(scores_V, temperature, generator)], device=world.device)
+            chosen = torch.tensor([draw_token(scores_V, temperature, generator)], device=world.device)
             if world.world_size > 1:
                 dist.broadcast(chosen, src=0)
             ids.append(int(chosen))
     return ids[len(prompt) :]
 
 
-def _draw(scores_V: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
+def draw_token(scores_V: torch.Tensor, temperature: float, generator: torch.Generator) -> int:
+    """An id drawn from scores [V] on the CPU; with temperature 0 the most likely one."""
     if temperature == 0:
         return int(scores_V.argmax())
     return int(torch.multinomial(torch.softmax(scores_V / temperature, dim=-1), 1, generator=generator))

@@ -67,6 +67,7 @@ void register_arguments(py::module_& module) {
         .def_readwrite("max_rows", &DeviceSizes::max_rows)
         .def_readwrite("max_element_size", &DeviceSizes::max_element_size)
         .def_readwrite("symm_bytes", &DeviceSizes::symm_bytes)
+        .def_readwrite("num_parts", &DeviceSizes::num_parts)
         .def_readwrite("bulk_copy", &DeviceSizes::bulk_copy);
     py::class_<DeviceDispatchArgs>(module, "DispatchArgs")
         .def(py::init([](uintptr_t x, uintptr_t x_scales, uintptr_t topk_idx, uintptr_t topk_weights,
@@ -134,6 +135,9 @@ void register_buffer(py::module_& module) {
         .def_property_readonly("segment_bytes", &DeviceBuffer::segment_bytes)
         .def_property_readonly("symm_address", &DeviceBuffer::symm_address)
         .def_property_readonly("symm_bytes", &DeviceBuffer::symm_bytes)
+        .def_property_readonly("control_address", &DeviceBuffer::control_address)
+        .def_property_readonly("status_address", &DeviceBuffer::status_address)
+        .def("abort_waits", &DeviceBuffer::abort_waits)
         .def("plan_ints", &DeviceBuffer::plan_ints, py::arg("num_tokens"), py::arg("num_topk"),
              py::arg("max_recv_tokens"), py::arg("max_rows"))
         .def("make_plan", &make_plan, py::arg("address"), py::arg("num_tokens"), py::arg("num_topk"),

@@ -7,18 +7,15 @@
 #include <exception>
 
 #include "bindings/error_translation.h"
+#include "bindings_nvshmem/bindings.h"
 #include "common/fault.h"
+#include "cuda/check.h"
 #include "nvshmem/runtime.h"
 
 namespace py = pybind11;
 
 namespace ray_deepep {
 namespace {
-
-void run_signal_handlers() {
-    const py::gil_scoped_acquire gil;
-    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
-}
 
 NvshmemUniqueId as_unique_id(const py::bytes& bytes) {
     const std::string text = bytes;
@@ -36,6 +33,8 @@ void translate_nvshmem_errors(py::module_& module) {
     py::register_exception_translator([](std::exception_ptr pointer) {
         try {
             if (pointer) std::rethrow_exception(pointer);
+        } catch (const CudaError& error) {
+            PyErr_SetString(py::module_::import("ray_deepep.errors").attr("CudaError").ptr(), error.what());
         } catch (const NvshmemError& error) {
             const py::object type = py::module_::import("ray_deepep._nvshmem").attr("CoreNvshmemError");
             PyErr_SetObject(type.ptr(), py::make_tuple(error.step(), error.code(), error.status(), error.what()).ptr());
@@ -68,6 +67,10 @@ void register_runtime(py::module_& module) {
             NvshmemRuntime::instance().init(id, rank, num_ranks, device, deadline_s, run_signal_handlers);
         },
         py::arg("unique_id"), py::arg("rank"), py::arg("num_ranks"), py::arg("device"), py::arg("deadline_s"));
+    module.def(
+        "init_device",
+        [](double deadline_s) { NvshmemRuntime::instance().init_device(deadline_s, run_signal_handlers); },
+        py::arg("deadline_s"), Release());
     module.def("pe", [] { return NvshmemRuntime::instance().pe(); });
     module.def("num_pes", [] { return NvshmemRuntime::instance().num_pes(); });
     module.def(
@@ -101,6 +104,12 @@ void register_memory(py::module_& module) {
 }
 
 }  // namespace
+
+void run_signal_handlers() {
+    const py::gil_scoped_acquire gil;
+    if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+}
+
 }  // namespace ray_deepep
 
 PYBIND11_MODULE(_nvshmem, module) {
@@ -113,4 +122,5 @@ PYBIND11_MODULE(_nvshmem, module) {
     ray_deepep::register_functions(module);
     ray_deepep::register_runtime(module);
     ray_deepep::register_memory(module);
+    ray_deepep::register_hop(module);
 }

@@ -116,7 +116,8 @@ __device__ void stage_sum(const CombineParams& p, uint32_t sequence, int64_t row
 template <typename T, bool kFast>
 __device__ __noinline__ PieceRing stage_combine(const CombineParams& p, uint32_t sequence, PieceRing ring) {
     const DevicePlan& plan = p.plan;
-    const int rank = p.peers.rank, others = p.peers.num_ranks - 1;
+    const int rank = p.peers.rank, num_ranks = p.peers.num_ranks, others = num_ranks - 1;
+    const int num_sources = p.peers.num_sources(), turns = p.peers.layout.num_parts * others;
     if (!p.by_rank) {
         const int64_t pieces = (p.staging.num_rows + kReadyRows - 1) / kReadyRows;
         stage_rows(
@@ -128,18 +129,18 @@ __device__ __noinline__ PieceRing stage_combine(const CombineParams& p, uint32_t
         return ring;
     }
     int most = 0;
-    for (int source = 0; source <= others; ++source) {
+    for (int source = 0; source < num_sources; ++source) {
         most = max(most, plan.source_start[source + 1] - plan.source_start[source]);
     }
-    const int own_start = plan.source_start[rank], own_end = plan.source_start[rank + 1];
     const auto piece_at = [&](int64_t i) {
-        const int source = static_cast<int>((rank + 1 + i % others) % (others + 1));
+        const int turn = static_cast<int>(i % turns);
+        const int source = turn / others * num_ranks + (rank + 1 + turn % others) % num_ranks;
         const int start = plan.source_start[source], end = plan.source_start[source + 1];
-        const int64_t piece = start / kReadyRows + i / others;
+        const int64_t piece = start / kReadyRows + i / turns;
         return start < end && piece <= (end - 1) / kReadyRows ? piece : -1;
     };
-    stage_rows(p.peers, p.staging, sequence, (most / kReadyRows + 2) * int64_t{others}, piece_at, [&](int64_t row) {
-        if ((row >= own_start && row < own_end) || row >= plan.source_start[others + 1]) return;
+    stage_rows(p.peers, p.staging, sequence, (most / kReadyRows + 2) * int64_t{turns}, piece_at, [&](int64_t row) {
+        if (row >= plan.source_start[num_sources] || plan.recv_source[row] == rank) return;
         if constexpr (kFast) {
             return stage_sum<T>(p, sequence, row, ring);
         }

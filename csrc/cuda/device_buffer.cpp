@@ -16,10 +16,12 @@ DeviceBuffer::DeviceBuffer(std::shared_ptr<Domain> domain, const DeviceSizes& si
       interrupt_(std::move(interrupt)) {
     int device = 0;
     check_cuda(cudaGetDevice(&device), "cudaGetDevice");
-    const AgreedSizes agreed{{"num_experts", "hidden", "num_topk", "max_tokens", "max_rows", "max_element_size"},
-                             {static_cast<uint64_t>(sizes.num_experts), static_cast<uint64_t>(sizes.hidden),
-                              static_cast<uint64_t>(sizes.num_topk), static_cast<uint64_t>(sizes.max_tokens),
-                              static_cast<uint64_t>(sizes.max_rows), static_cast<uint64_t>(sizes.max_element_size)}};
+    const AgreedSizes agreed{
+        {"num_experts", "hidden", "num_topk", "max_tokens", "max_rows", "max_element_size", "num_parts"},
+        {static_cast<uint64_t>(sizes.num_experts), static_cast<uint64_t>(sizes.hidden),
+         static_cast<uint64_t>(sizes.num_topk), static_cast<uint64_t>(sizes.max_tokens),
+         static_cast<uint64_t>(sizes.max_rows), static_cast<uint64_t>(sizes.max_element_size),
+         static_cast<uint64_t>(sizes.num_parts)}};
     heap_ = allocate_device_heap(*domain_, source, device, layout_.bytes, agreed, bootstrap_deadline_s);
 
     const int num_local = sizes.num_local_experts();

@@ -68,6 +68,12 @@ class DeviceBuffer {
     }
     int64_t symm_bytes() const { return layout_.symm_bytes; }
 
+    // Where kernels of a hop in front of this buffer's report faults, to stop its own; and where these stop them.
+    uintptr_t control_address() const { return reinterpret_cast<uintptr_t>(control_.get()); }
+    uintptr_t status_address() const { return reinterpret_cast<uintptr_t>(status_.get()); }
+    // Let kernels in flight stop waiting, because a rank elsewhere has failed. Any thread.
+    void abort_waits();
+
     // A plan's arrays are int32 in one piece of memory; `fixed`: outputs have max_rows rows, whatever arrives.
     int64_t plan_ints(int64_t num_tokens, int num_topk, int64_t max_recv_tokens, int64_t max_rows) const;
     DevicePlan make_plan(uintptr_t address, const DevicePlan& sizes) const;

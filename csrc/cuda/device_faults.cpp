@@ -16,6 +16,7 @@ namespace {
 
 constexpr double kLookEvery_s = 0.05;
 constexpr double kKernelGrace_s = 1.0;
+constexpr uint32_t kHopPhase = 3;  // Phase::kHop
 
 uint32_t read_volatile(const uint32_t& word) { return *const_cast<const volatile uint32_t*>(&word); }
 void write_volatile(uint32_t& word, uint32_t value) { *const_cast<volatile uint32_t*>(&word) = value; }
@@ -77,7 +78,10 @@ std::optional<FaultRecord> DeviceBuffer::fault_record() const {
 }
 
 void DeviceBuffer::give_up_on_gone_peers() {
-    if (!look_for_gone_peers()) return;
+    if (look_for_gone_peers()) abort_waits();
+}
+
+void DeviceBuffer::abort_waits() {
     const std::lock_guard<std::mutex> lock(status_mutex_);
     if (status_ != nullptr) write_volatile(status_->abort, 1);
 }
@@ -112,7 +116,7 @@ FaultRecord DeviceBuffer::reported() const {
     FaultRecord record;
     record.operation = static_cast<Operation>(status_->operation);
     record.sequence = status_->sequence;
-    static const char* const kPhases[] = {"wait_published", "wait_staged", "wait_done"};
+    static const char* const kPhases[] = {"wait_published", "wait_staged", "wait_done", "wait_hop"};
     record.phase = kPhases[status_->phase];
     record.rank = sizes_.rank;
     record.peer = status_->peer;
@@ -122,7 +126,14 @@ FaultRecord DeviceBuffer::reported() const {
     record.deadline_s = deadline_s_;
     const bool aborted = read_volatile(status_->fault) == 2;
     // A kernel that was stopped may have waited for a victim of the peer that is gone.
+    const bool of_hop = status_->phase == kHopPhase;
     if (aborted && gone_peer_ >= 0) record.peer = gone_peer_;
+    if (of_hop && (!aborted || gone_peer_ < 0)) {
+        // A node's number, of whose processes the domain knows nothing.
+        record.cause = aborted ? Cause::kAborted : Cause::kTimeout;
+        return record;
+    }
+    if (of_hop) record.phase = kPhases[0];
     const bool gone = record.peer != sizes_.rank && domain_->peer_is_gone(record.peer);
     record.cause = gone ? Cause::kPeerDied : (aborted ? Cause::kAborted : Cause::kTimeout);
     return record;
@@ -164,7 +175,13 @@ void DeviceBuffer::wait_headers(Operation operation, uint32_t sequence) {
 // All ranks see the difference in the same operation: each names the field, and the buffer can go on.
 void DeviceBuffer::throw_mismatch() {
     check_cuda(cudaDeviceSynchronize(), "cudaDeviceSynchronize");
-    wait_headers(static_cast<Operation>(status_->operation), status_->sequence);
+    const auto failed_operation = static_cast<Operation>(status_->operation);
+    if (status_->phase == kHopPhase) {
+        // Not all ranks of the nodes have seen it yet, so none can go on.
+        throw MismatchError(failed_operation, sizes_.rank, "arguments", "those of this node's ranks",
+                            "others on node " + std::to_string(status_->peer));
+    }
+    wait_headers(failed_operation, status_->sequence);
     const int64_t at = layout_.area_at[status_->sequence & 1] + layout_.area.header_at;
     std::vector<Signature> signatures(sizes_.num_ranks);
     for (int rank = 0; rank < sizes_.num_ranks; ++rank) {

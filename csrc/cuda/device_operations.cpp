@@ -28,7 +28,7 @@ template <typename Visit>
 void visit_plan(const DeviceSizes& sizes, DevicePlan& plan, Visit visit) {
     const int64_t received = plan.max_recv_tokens, routes = int64_t{plan.num_tokens} * plan.num_topk;
     visit(plan.counts, kNumPlanCounts + 2 * sizes.num_local_experts() + 1);
-    visit(plan.source_start, sizes.num_ranks + 1);
+    visit(plan.source_start, sizes.num_parts * sizes.num_ranks + 1);
     visit(plan.recv_source, received);
     visit(plan.recv_token, received);
     visit(plan.recv_slot, received * plan.num_topk);

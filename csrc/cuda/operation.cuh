@@ -40,8 +40,8 @@ struct Sources {
     const std::byte* rows[kMaxRanks];
     const std::byte* scales[kMaxRanks];
     bool staged[kMaxRanks];
-    int starts[kMaxRanks + 1];  // first row from each source, of the plan
-    bool ok;                    // false: the operation has failed
+    int starts[kMaxSources + 1];  // first row from each source (part, rank), of the plan
+    bool ok;                      // false: the operation has failed
 };
 
 // Named barriers of a block; 0 is __syncthreads().
@@ -71,7 +71,7 @@ __device__ inline uint32_t begin_operation(const Peers& peers, const Publication
 __device__ inline void find_sources(const Peers& peers, const Publication& publication, uint32_t sequence,
                                     const std::byte* own_rows, const float* own_scales, const int32_t* source_start,
                                     Sources* sources) {
-    for (int rank = threadIdx.x % 32; rank <= peers.num_ranks; rank += 32) sources->starts[rank] = source_start[rank];
+    for (int i = threadIdx.x % 32; i <= peers.num_sources(); i += 32) sources->starts[i] = source_start[i];
     const bool ok = wait_for_peers_warp(peers, publication.operation, sequence, publication.signature);
     for (int rank = threadIdx.x % 32; ok && rank < peers.num_ranks; rank += 32) {
         const AreaHeader* header = peers.header(rank, sequence);

@@ -30,8 +30,8 @@ struct PublishParams {
 // Arrays of a plan, in this rank's device memory; kept by the handle.
 struct DevicePlan {
     int32_t* counts = nullptr;        // see PlanCount
-    int32_t* source_start = nullptr;  // [N + 1] first token row from each source
-    int32_t* recv_source = nullptr;   // [max_recv_tokens] source rank
+    int32_t* source_start = nullptr;  // [P * N + 1] first token row from each source
+    int32_t* recv_source = nullptr;   // [max_recv_tokens] rank it comes from
     int32_t* recv_token = nullptr;    // [max_recv_tokens] token there
     int32_t* recv_slot = nullptr;     // [max_recv_tokens, K] output row of each route, -1: not for this rank
     float* recv_weight = nullptr;     // [max_recv_tokens, K]

@@ -33,7 +33,7 @@ struct HostStatus {
     uint32_t expected;
     uint32_t seen;
     uint64_t elapsed_ns;
-    uint32_t phase;         // 0: published, 1: rows staged, 2: reading done
+    uint32_t phase;         // 0: published, 1: rows staged, 2: reading done, 3: come from another node (`peer`)
     uint32_t abort;         // written by the host: end all waits
     uint32_t counts_ready;  // ticket of the dispatch whose counts are below
     int32_t num_recv_tokens;
@@ -59,6 +59,11 @@ struct Peers {
     uint64_t deadline_ns;
     int rank, num_ranks, num_experts, num_local_experts;
 
+    // Sources in the order of their rows: by part, then rank.
+    RAY_DEEPEP_DEVICE int num_sources() const { return layout.num_parts * num_ranks; }
+    RAY_DEEPEP_DEVICE int source(int chunk, int of_rank) const {
+        return chunk / layout.part_chunks * num_ranks + of_rank;
+    }
     RAY_DEEPEP_DEVICE std::byte* area(int peer, uint32_t sequence) const {
         return segments[peer] + layout.area_at[sequence & 1];
     }
@@ -114,7 +119,7 @@ __device__ inline void fence_bulk_copies() {
 #endif
 }
 
-enum class Phase : uint32_t { kPublished = 0, kStaged = 1, kDone = 2 };
+enum class Phase : uint32_t { kPublished = 0, kStaged = 1, kDone = 2, kHop = 3 };
 
 // Whom a wait is for, and in which operation; for the report.
 struct WaitFor {
@@ -124,9 +129,10 @@ struct WaitFor {
     uint32_t sequence;
 };
 
-// First fault wins; the host reads the fields after the flag.
-__device__ inline void report_fault(const Peers& peers, uint32_t fault, const WaitFor& wait, uint32_t seen,
-                                    uint64_t elapsed_ns) {
+// First fault wins; the host reads the fields after the flag. `peers`: Peers, or a kernel's own struct that has their
+// control, status and deadline_ns.
+template <typename P>
+__device__ void report_fault(const P& peers, uint32_t fault, const WaitFor& wait, uint32_t seen, uint64_t elapsed_ns) {
     if (atomicExch(&peers.control->failed, 1u) != 0u) return;
     HostStatus* status = peers.status;
     status->operation = wait.operation;
@@ -141,8 +147,8 @@ __device__ inline void report_fault(const Peers& peers, uint32_t fault, const Wa
 }
 
 // Poll until load() has reached the sequence number; false, and a report, if it does not within the deadline.
-template <typename Load>
-__device__ bool poll(const Peers& peers, const WaitFor& wait, Load load) {
+template <typename P, typename Load>
+__device__ bool poll(const P& peers, const WaitFor& wait, Load load) {
     const uint64_t start = global_time_ns();
     for (uint32_t round = 1;; ++round) {
         const uint32_t seen = load();

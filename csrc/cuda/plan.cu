@@ -25,16 +25,16 @@ __device__ int padded_slot(const PlanParams& p, int source, int local_expert, in
     return static_cast<int>((int64_t{source} * p.peers.num_local_experts + local_expert) * p.plan.capacity + location);
 }
 
-__device__ void load_experts(const PlanParams& p, uint32_t sequence, int source, const Chunk& c) {
-    const auto* topk_idx = p.peers.in_area<const int32_t>(source, sequence, p.peers.layout.area.topk_idx_at) +
+__device__ void load_experts(const PlanParams& p, uint32_t sequence, int rank, const Chunk& c) {
+    const auto* topk_idx = p.peers.in_area<const int32_t>(rank, sequence, p.peers.layout.area.topk_idx_at) +
                            int64_t{c.first_token} * p.plan.num_topk;
     for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) c.experts[i] = topk_idx[i];
 }
 
 // First output row of this chunk's routes to each expert of `sums`, into c.counters.
-__device__ void start_experts(const PlanParams& p, uint32_t sequence, int source, int chunk, const ExpertSums& sums,
+__device__ void start_experts(const PlanParams& p, uint32_t sequence, int rank, int chunk, const ExpertSums& sums,
                               const Chunk& c) {
-    const auto* earlier = p.peers.in_area<const int32_t>(source, sequence, p.peers.layout.area.chunk_expert_at) +
+    const auto* earlier = p.peers.in_area<const int32_t>(rank, sequence, p.peers.layout.area.chunk_expert_at) +
                           int64_t{chunk} * p.peers.num_experts + sums.first;
     for (int e = threadIdx.x; e < sums.count; e += kPlanThreads) {
         c.counters[e] = sums.starts[e] + sums.before[e] + earlier[e];
@@ -42,7 +42,7 @@ __device__ void start_experts(const PlanParams& p, uint32_t sequence, int source
 }
 
 // Token rows of a received chunk, in c.rows: two warps, a lane per token.
-__device__ void number_received(const PlanParams& p, int source, int first_row, const Chunk& c) {
+__device__ void number_received(const PlanParams& p, int rank, int first_row, const Chunk& c) {
     __shared__ int of_first_warp;
     const int num_local = p.peers.num_local_experts, first_expert = p.peers.rank * num_local;
     const int token = threadIdx.x, num_topk = p.plan.num_topk;
@@ -59,25 +59,26 @@ __device__ void number_received(const PlanParams& p, int source, int first_row, 
     if (!needed || row >= p.plan.max_recv_tokens) row = -1;
     c.rows[token] = row;
     if (row < 0) return;
-    p.plan.recv_source[row] = source;
+    p.plan.recv_source[row] = rank;
     p.plan.recv_token[row] = c.first_token + token;
 }
 
-// Rows that arrive from one chunk of one source.
-__device__ void list_received(const PlanParams& p, uint32_t sequence, int source, int chunk, const ExpertSums& sums,
+// Rows that arrive from one chunk of one rank.
+__device__ void list_received(const PlanParams& p, uint32_t sequence, int rank, int chunk, const ExpertSums& sums,
                               const Chunk& c) {
     const Peers& peers = p.peers;
+    const int source = peers.source(chunk, rank);
     const AreaLayout& area = peers.layout.area;
     const int num_topk = p.plan.num_topk, num_local = peers.num_local_experts, first_expert = peers.rank * num_local;
     const bool expert_major = p.plan.layout == LayoutKind::kExpertMajor;
     const bool token_major = p.plan.layout == LayoutKind::kTokenMajor;
     if (expert_major) {
         sum_experts(p, sequence, source, sums);
-        start_experts(p, sequence, source, chunk, sums, c);
+        start_experts(p, sequence, rank, chunk, sums, c);
     }
     const int earlier =
-        peers.in_area<const int32_t>(source, sequence, area.chunk_rank_at)[chunk * peers.num_ranks + peers.rank];
-    number_received(p, source, rows_before(p, sequence, source, peers.rank) + earlier, c);
+        peers.in_area<const int32_t>(rank, sequence, area.chunk_rank_at)[chunk * peers.num_ranks + peers.rank];
+    number_received(p, rank, rows_before(p, sequence, source, peers.rank) + earlier, c);
     __syncthreads();
     for (int step = 0; expert_major && threadIdx.x < 32 && step < c.routes; step += 32) {
         const int i = step + threadIdx.x, local = i < c.routes ? c.experts[i] - first_expert : -1;
@@ -86,8 +87,8 @@ __device__ void list_received(const PlanParams& p, uint32_t sequence, int source
     }
     __syncthreads();
     const int64_t first_route = int64_t{c.first_token} * num_topk;
-    const auto* weights = peers.in_area<const float>(source, sequence, area.topk_weights_at) + first_route;
-    const auto* locations = peers.in_area<const int32_t>(source, sequence, area.locations_at) + first_route;
+    const auto* weights = peers.in_area<const float>(rank, sequence, area.topk_weights_at) + first_route;
+    const auto* locations = peers.in_area<const int32_t>(rank, sequence, area.locations_at) + first_route;
     for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) {
         const int row = c.rows[i / num_topk], local = c.experts[i] - first_expert;
         if (row < 0) continue;
@@ -131,14 +132,15 @@ __device__ void list_sent(const PlanParams& p, uint32_t sequence, int chunk, con
     const AreaLayout& area = peers.layout.area;
     const int num_topk = p.plan.num_topk, num_local = peers.num_local_experts, warp = threadIdx.x / 32;
     const bool expert_major = p.plan.layout == LayoutKind::kExpertMajor;
+    const int source = peers.source(chunk, peers.rank);
     int* rank_counters = c.counters + peers.num_experts;
     if (expert_major) {
-        sum_experts(p, sequence, peers.rank, sums);
+        sum_experts(p, sequence, source, sums);
         start_experts(p, sequence, peers.rank, chunk, sums, c);
     }
     for (int r = threadIdx.x; r < peers.num_ranks; r += kPlanThreads) {
         const auto* earlier = peers.in_area<const int32_t>(peers.rank, sequence, area.chunk_rank_at);
-        rank_counters[r] = rows_before(p, sequence, peers.rank, r) + earlier[chunk * peers.num_ranks + r];
+        rank_counters[r] = rows_before(p, sequence, source, r) + earlier[chunk * peers.num_ranks + r];
     }
     find_firsts(p, c);
     __syncthreads();
@@ -162,8 +164,7 @@ __device__ void list_sent(const PlanParams& p, uint32_t sequence, int chunk, con
         if (expert >= 0) {
             row = slot = c.rows[i - i % num_topk + c.firsts[i]];
             if (expert_major) slot = c.slots[i];
-            if (p.plan.layout == LayoutKind::kPadded)
-                slot = padded_slot(p, peers.rank, expert % num_local, locations[i]);
+            if (p.plan.layout == LayoutKind::kPadded) slot = padded_slot(p, source, expert % num_local, locations[i]);
         }
         // What does not fit is dropped on both sides alike; the handle reports it.
         if (p.plan.fixed && (row >= p.plan.max_recv_tokens || slot >= p.plan.max_rows)) expert = row = slot = -1;
@@ -178,7 +179,7 @@ __host__ __device__ int num_fill_blocks(const DevicePlan& plan) {
     return plan.fixed || has_padding(plan) ? kFillBlocks : 0;
 }
 
-// Blocks: the counts; rows to fill; chunks received, source by source; chunks sent.
+// Blocks: the counts; rows to fill; chunks received, rank by rank; chunks sent.
 __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ PlanParams p) {
     extern __shared__ int shared[];
     const Peers& peers = p.peers;
@@ -203,7 +204,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
     const int num_chunks = static_cast<int>(peers.layout.num_chunks), item = blockIdx.x - 1 - fill_blocks;
     const int room = kChunkTokens * p.plan.num_topk, chunk = item % num_chunks;
     const bool sent = item / num_chunks == peers.num_ranks;
-    const int source = sent ? peers.rank : item / num_chunks;
+    const int rank = sent ? peers.rank : item / num_chunks;
     Chunk c{chunk_room,
             chunk_room + room,
             chunk_room + 2 * room,
@@ -212,13 +213,13 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
             chunk * kChunkTokens,
             0,
             0};
-    c.tokens = min(kChunkTokens, peers.header(source, sequence)->num_tokens - c.first_token);
+    c.tokens = min(kChunkTokens, peers.header(rank, sequence)->num_tokens - c.first_token);
     if (c.tokens <= 0) return;
     c.routes = c.tokens * p.plan.num_topk;
-    load_experts(p, sequence, source, c);
+    load_experts(p, sequence, rank, c);
     __syncthreads();
     if (sent) return list_sent(p, sequence, chunk, all, c);
-    list_received(p, sequence, source, chunk, local, c);
+    list_received(p, sequence, rank, chunk, local, c);
 }
 
 }  // namespace

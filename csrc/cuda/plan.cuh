@@ -31,12 +31,14 @@ __device__ inline void sum_experts(const PlanParams& p, uint32_t sequence, int s
     const int num_local = peers.num_local_experts, lane = threadIdx.x % 32;
     for (int e = threadIdx.x; e < sums.count; e += kPlanThreads) {
         int total = 0, before = 0;
+        for (int part = 0; part < peers.layout.num_parts; ++part) {
 #pragma unroll 8
-        for (int other = 0; other < peers.num_ranks; ++other) {
-            const int count =
-                peers.in_area<const int32_t>(other, sequence, peers.layout.area.expert_total_at)[sums.first + e];
-            before += other < source ? count : 0;
-            total += count;
+            for (int other = 0; other < peers.num_ranks; ++other) {
+                const auto* totals = peers.in_area<const int32_t>(other, sequence, peers.layout.area.expert_total_at);
+                const int count = totals[part * peers.num_experts + sums.first + e];
+                before += part * peers.num_ranks + other < source ? count : 0;
+                total += count;
+            }
         }
         sums.totals[e] = total;
         sums.before[e] = before;
@@ -63,10 +65,15 @@ __device__ inline void sum_experts(const PlanParams& p, uint32_t sequence, int s
 
 // Token rows that `rank` receives from sources before `source`.
 __device__ inline int rows_before(const PlanParams& p, uint32_t sequence, int source, int rank) {
+    const int parts = source / p.peers.num_ranks, rest = source % p.peers.num_ranks;
     int rows = 0;
+    for (int part = 0; part <= parts; ++part) {
+        const int others = part < parts ? p.peers.num_ranks : rest;
 #pragma unroll 8
-    for (int other = 0; other < source; ++other) {
-        rows += p.peers.in_area<const int32_t>(other, sequence, p.peers.layout.area.rank_total_at)[rank];
+        for (int other = 0; other < others; ++other) {
+            const auto* totals = p.peers.in_area<const int32_t>(other, sequence, p.peers.layout.area.rank_total_at);
+            rows += totals[part * p.peers.num_ranks + rank];
+        }
     }
     return rows;
 }
@@ -74,7 +81,7 @@ __device__ inline int rows_before(const PlanParams& p, uint32_t sequence, int so
 __device__ inline int num_rows_of(const PlanParams& p, int num_recv_tokens, int end) {
     if (p.plan.layout == LayoutKind::kExpertMajor) return end;
     if (p.plan.layout == LayoutKind::kTokenMajor) return num_recv_tokens;
-    return static_cast<int>(p.peers.num_ranks * p.peers.num_local_experts * p.plan.capacity);
+    return static_cast<int>(p.peers.num_sources() * p.peers.num_local_experts * p.plan.capacity);
 }
 
 #endif  // __CUDACC__

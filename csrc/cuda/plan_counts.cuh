@@ -19,7 +19,7 @@ __device__ inline void write_counts(const PlanParams& p, uint32_t sequence, cons
         expert_count[e] = host_counts[e] = sums.totals[first + e];
         expert_count[num_local + e] = host_counts[num_local + e] = sums.starts[first + e];
     }
-    for (int source = threadIdx.x; source <= peers.num_ranks; source += kPlanThreads) {
+    for (int source = threadIdx.x; source <= peers.num_sources(); source += kPlanThreads) {
         p.plan.source_start[source] = rows_before(p, sequence, source, peers.rank);
     }
     if (threadIdx.x == 0) {
@@ -28,7 +28,7 @@ __device__ inline void write_counts(const PlanParams& p, uint32_t sequence, cons
     }
     __syncthreads();
     for (int rank = threadIdx.x; rank < peers.num_ranks; rank += kPlanThreads) {
-        const int num_recv_tokens = rows_before(p, sequence, peers.num_ranks, rank);
+        const int num_recv_tokens = rows_before(p, sequence, peers.num_sources(), rank);
         const int num_rows = num_rows_of(p, num_recv_tokens, sums.ends[rank]);
         if (rank == peers.rank) {
             counts[kNumRecvTokens] = peers.status->num_recv_tokens = num_recv_tokens;
@@ -72,7 +72,7 @@ __device__ inline void fill_rest(const PlanParams& p, uint32_t sequence, int blo
         for (int64_t row = sums.starts[e] + sums.totals[e] + threadIdx.x; row < end; row += kPlanThreads) clear(row);
     }
     if (!plan.fixed) return;
-    const int num_recv_tokens = rows_before(p, sequence, p.peers.num_ranks, p.peers.rank);
+    const int num_recv_tokens = rows_before(p, sequence, p.peers.num_sources(), p.peers.rank);
     for (int64_t row = num_rows_of(p, num_recv_tokens, sums.ends[0]) + block * kPlanThreads + threadIdx.x;
          row < plan.max_rows; row += kFillBlocks * kPlanThreads) {
         clear(row);

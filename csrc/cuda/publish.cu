@@ -59,7 +59,8 @@ __device__ void publish_chunk(const PublishParams& p, uint32_t sequence, int chu
     for (int i = threadIdx.x; i < peers.num_experts; i += blockDim.x) chunk_expert[i] = expert_count[i];
 }
 
-// Counts per chunk become sums over the chunks before; by the last block, whose view of the others' counts is complete.
+// Counts per chunk become sums over the chunks before, of one part; by the last block, whose view of the others' counts
+// is complete.
 __device__ void sum_chunks(int32_t* counts, int32_t* totals, int num_chunks, int columns) {
     constexpr int kTile = 32;  // loads in flight
     for (int column = threadIdx.x; column < columns; column += kThreads) {
@@ -106,8 +107,15 @@ __global__ void __launch_bounds__(kThreads) publish_kernel(const __grid_constant
     if (p.has_routing) {
         const AreaLayout& area = peers.layout.area;
         const auto at = [&](int64_t offset) { return peers.in_area<int32_t>(peers.rank, sequence, offset); };
-        sum_chunks(at(area.chunk_expert_at), at(area.expert_total_at), gridDim.x, peers.num_experts);
-        sum_chunks(at(area.chunk_rank_at), at(area.rank_total_at), gridDim.x, peers.num_ranks);
+        const int part_chunks = peers.layout.part_chunks;
+        for (int part = 0; part < peers.layout.num_parts; ++part) {
+            const int first = part * part_chunks,
+                      chunks = max(0, min(part_chunks, static_cast<int>(gridDim.x) - first));
+            sum_chunks(at(area.chunk_expert_at) + first * peers.num_experts,
+                       at(area.expert_total_at) + part * peers.num_experts, chunks, peers.num_experts);
+            sum_chunks(at(area.chunk_rank_at) + first * peers.num_ranks,
+                       at(area.rank_total_at) + part * peers.num_ranks, chunks, peers.num_ranks);
+        }
     }
     __syncthreads();
     if (threadIdx.x == 0) peers.control->sequence = sequence;

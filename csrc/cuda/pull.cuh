@@ -11,21 +11,23 @@ namespace ray_deepep {
 // source is read by everybody at once.
 struct PullOrder {
     const int* starts;
-    int rank, num_ranks, room;
+    int rank, num_ranks, num_sources, room;
     int most = 0;  // rows of the source that sends most
 
     __device__ PullOrder(const PullParams& p, const Sources& sources)
         : starts(sources.starts),
           rank(p.peers.rank),
           num_ranks(p.peers.num_ranks),
+          num_sources(p.peers.num_sources()),
           room(static_cast<int>(p.plan.max_recv_tokens)) {
-        for (int source = 0; source < num_ranks; ++source) most = max(most, starts[source + 1] - starts[source]);
+        for (int source = 0; source < num_sources; ++source) most = max(most, starts[source + 1] - starts[source]);
     }
-    __device__ int size() const { return most * num_ranks; }
-    __device__ int source_of(int i) const { return (rank + 1 + i % num_ranks) % num_ranks; }
+    __device__ int size() const { return most * num_sources; }
+    __device__ int rank_of(int i) const { return (rank + 1 + i % num_sources) % num_ranks; }
     // -1: this turn's source has no more rows, or there is no room.
     __device__ int row_of(int i) const {
-        const int source = source_of(i), row = starts[source] + i / num_ranks;
+        const int turn = i % num_sources, source = turn - turn % num_ranks + (rank + 1 + turn) % num_ranks;
+        const int row = starts[source] + i / num_sources;
         return row < starts[source + 1] && row < room ? row : -1;
     }
 };

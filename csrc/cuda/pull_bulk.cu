@@ -100,7 +100,7 @@ struct Walk {
             const int item = next + threadIdx.x % 32 * step;
             row = next_row;
             token = next_token;
-            source = order.source_of(item / pieces);
+            source = order.rank_of(item / pieces);
             offset = item % pieces * piece;
             next += 32 * step;
             look_up();

@@ -74,7 +74,7 @@ __device__ void pull_rows(const PullParams& p, const Sources& sources, uint32_t 
     const bool token_major = p.plan.layout == LayoutKind::kTokenMajor;
     const PullOrder order(p, sources);
     for (int i = warp; i < order.size(); i += num_warps) {
-        const int row = order.row_of(i), source = order.source_of(i);
+        const int row = order.row_of(i), source = order.rank_of(i);
         if (row < 0) continue;
         const int64_t token = p.plan.recv_token[row];
         int slot = row;

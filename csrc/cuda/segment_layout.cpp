@@ -3,26 +3,10 @@
 #include <algorithm>
 #include <string>
 
+#include "common/cursor.h"
 #include "common/fault.h"
 
 namespace ray_deepep {
-namespace {
-
-// Bump allocation at 256 bytes, enough for every vector and bulk access.
-class Cursor {
-  public:
-    int64_t take(int64_t bytes) {
-        const int64_t begin = next_;
-        next_ += (bytes + 255) / 256 * 256;
-        return begin;
-    }
-    int64_t end() const { return next_; }
-
-  private:
-    int64_t next_ = 0;
-};
-
-}  // namespace
 
 SegmentLayout make_segment_layout(const DeviceSizes& sizes) {
     // Signals, and what kernels know of peers, have room for so many.
@@ -30,12 +14,21 @@ SegmentLayout make_segment_layout(const DeviceSizes& sizes) {
         throw ArgumentError("num_ranks", std::to_string(sizes.num_ranks),
                             "must be at most " + std::to_string(kMaxRanks) + " on GPUs of one domain");
     }
+    if (sizes.num_parts < 1 || sizes.num_parts * sizes.num_ranks > kMaxSources) {
+        throw ArgumentError("num_parts", std::to_string(sizes.num_parts),
+                            "times the ranks must be at most " + std::to_string(kMaxSources) + " on GPUs");
+    }
+    if (sizes.num_parts > 1 && sizes.max_tokens % (int64_t{sizes.num_parts} * kChunkTokens) != 0) {
+        throw ArgumentError("max_tokens", std::to_string(sizes.max_tokens),
+                            "must be " + std::to_string(sizes.num_parts) + " parts of whole chunks of " +
+                                std::to_string(kChunkTokens) + " tokens");
+    }
     const int64_t routes = sizes.max_tokens * sizes.num_topk;
     Cursor cursor;
     AreaLayout area;
     area.header_at = cursor.take(sizeof(AreaHeader));
-    area.rank_total_at = cursor.take(sizes.num_ranks * 4);
-    area.expert_total_at = cursor.take(sizes.num_experts * 4);
+    area.rank_total_at = cursor.take(int64_t{sizes.num_parts} * sizes.num_ranks * 4);
+    area.expert_total_at = cursor.take(int64_t{sizes.num_parts} * sizes.num_experts * 4);
     area.chunk_rank_at = cursor.take(sizes.num_chunks() * sizes.num_ranks * 4);
     area.chunk_expert_at = cursor.take(sizes.num_chunks() * sizes.num_experts * 4);
     area.topk_idx_at = cursor.take(routes * 4);
@@ -50,6 +43,8 @@ SegmentLayout make_segment_layout(const DeviceSizes& sizes) {
     SegmentLayout layout;
     layout.area = area;
     layout.num_chunks = sizes.num_chunks();
+    layout.num_parts = sizes.num_parts;
+    layout.part_chunks = static_cast<int>(std::max<int64_t>(sizes.num_chunks() / sizes.num_parts, 1));
     layout.num_ready_flags = sizes.num_ready_flags();
     layout.signals_at = segment.take(kMaxRanks * 8);
     layout.done_at = segment.take(kMaxRanks * 8);

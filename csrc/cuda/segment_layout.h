@@ -13,6 +13,8 @@ inline constexpr int kChunkTokens = 64;
 // Rows that do not live in the heap are staged while peers read those that are there already, so many at a time.
 inline constexpr int kReadyRows = 32;
 inline constexpr int kMaxRanks = 64;
+// Sources are ranks, or (part, rank) where a rank's tokens come in parts; see Geometry in common/plan.h.
+inline constexpr int kMaxSources = 256;
 
 struct DeviceSizes {
     int rank = 0;
@@ -25,6 +27,7 @@ struct DeviceSizes {
     int64_t max_rows = 0;         // rows of an output in any layout
     int64_t max_element_size = 4;
     int64_t symm_bytes = 0;  // for tensors of the user's
+    int num_parts = 1;       // of a rank's tokens, each max_tokens / num_parts of them, whole chunks
     bool bulk_copy = true;   // false: plain vectors also on chips that have bulk copies
     int num_local_experts() const { return num_experts / num_ranks; }
     int64_t num_chunks() const { return (max_tokens + kChunkTokens - 1) / kChunkTokens; }
@@ -35,10 +38,10 @@ struct DeviceSizes {
 // Offsets inside an area, in bytes.
 struct AreaLayout {
     int64_t header_at = 0;        // AreaHeader
-    int64_t rank_total_at = 0;    // int32 [N]: token rows for each rank
-    int64_t expert_total_at = 0;  // int32 [E]: routes for each expert
-    int64_t chunk_rank_at = 0;    // int32 [C, N]: token rows for each rank in the chunks before
-    int64_t chunk_expert_at = 0;  // int32 [C, E]: routes for each expert in the chunks before
+    int64_t rank_total_at = 0;    // int32 [P, N]: token rows of each part for each rank
+    int64_t expert_total_at = 0;  // int32 [P, E]: routes of each part for each expert
+    int64_t chunk_rank_at = 0;    // int32 [C, N]: token rows for each rank in the chunks before, of the same part
+    int64_t chunk_expert_at = 0;  // int32 [C, E]: routes for each expert in these
     int64_t topk_idx_at = 0;      // int32 [T, K]
     int64_t topk_weights_at = 0;  // float [T, K]
     int64_t locations_at = 0;     // int32 [T, K]
@@ -56,6 +59,8 @@ struct SegmentLayout {
     int64_t symm_at = 0;      // tensors of the user's
     int64_t symm_bytes = 0;
     int64_t num_chunks = 0;       // C
+    int num_parts = 1;            // P
+    int part_chunks = 1;          // of each part
     int64_t num_ready_flags = 0;  // F
     AreaLayout area;
     int64_t bytes = 0;

@@ -102,6 +102,29 @@ void NvshmemRuntime::init(const NvshmemUniqueId& unique_id, int rank, int num_ra
     entered_ = true;
 }
 
+void NvshmemRuntime::init_device(double deadline_s, const Interrupt& interrupt) {
+    check_usable("init_device");
+    std::shared_ptr<void> kept;
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        if (!entered_) fail("init_device", 0, "init() was not called");
+        if (device_entered_) return;
+        kept = init_arguments_;
+    }
+    run("init_device", deadline_s, interrupt, [kept] {
+        // What nvshmemx_init_attr() calls, which exits the process where this returns an error.
+        auto* arguments = static_cast<InitArguments*>(kept.get());
+        const nvshmemi_version_t version = {NVSHMEM_VENDOR_MAJOR_VERSION, NVSHMEM_VENDOR_MINOR_VERSION,
+                                            NVSHMEM_VENDOR_PATCH_VERSION};
+        int provided = 0;
+        const int code = nvshmemi_init_thread(NVSHMEM_THREAD_SERIALIZED, &provided, NVSHMEMX_INIT_WITH_UNIQUEID,
+                                              &arguments->attributes, version);
+        if (code != 0) fail("init_device", code, "NVSHMEM's device side did not come up; NVSHMEM_DEBUG=WARN says more");
+    });
+    const std::lock_guard<std::mutex> lock(mutex_);
+    device_entered_ = true;
+}
+
 int NvshmemRuntime::pe() const {
     check_usable("pe");
     return nvshmem_my_pe();
@@ -118,12 +141,19 @@ void NvshmemRuntime::finalize(double deadline_s, const Interrupt& interrupt) {
         if (!entered_) fail("finalize", 0, "init() was not called");
     }
     check_usable("finalize");
-    run("finalize", deadline_s, interrupt, [] {
+    bool with_device;
+    {
+        const std::lock_guard<std::mutex> lock(mutex_);
+        with_device = device_entered_;
+    }
+    run("finalize", deadline_s, interrupt, [with_device] {
         check_cuda("finalize", cudaDeviceSynchronize(), "the GPU has failed; end the process instead");
+        // Each init has its own.
+        if (with_device) nvshmemi_finalize();
         nvshmemx_hostlib_finalize();
     });
     const std::lock_guard<std::mutex> lock(mutex_);
-    entered_ = false;
+    entered_ = device_entered_ = false;
     blocks_.clear();
     num_allocated_ = 0;
 }

@@ -6,8 +6,8 @@
 // state, so from then on the process is *abandoned*, all further calls are refused, and only a new process can use
 // NVSHMEM again.
 //
-// Only public host functions are used, and none that calls exit(), but for finalize, which does when it fails; so the
-// GPU is looked at first.
+// Only public host functions are used, and none that calls exit(), but for finalize, which does when it fails, so the
+// GPU is looked at first; and for the one that a public inline function calls and exits after.
 #pragma once
 
 #include <array>
@@ -74,6 +74,9 @@ class NvshmemRuntime {
               const Interrupt& interrupt);
     int pe() const;
     int num_pes() const;
+    // Let kernels of this extension use NVSHMEM, once init() has returned. Collective as a second init() would be: it
+    // joins. Does nothing where it was called before.
+    void init_device(double deadline_s, const Interrupt& interrupt);
 
     // Leave: collective, and only while all ranks live. NVSHMEM stays up where others in this process use it. Blocks
     // are gone. After it init() may be called again.
@@ -109,6 +112,7 @@ class NvshmemRuntime {
     std::string abandoned_;
     std::shared_ptr<void> init_arguments_;  // NVSHMEM keeps pointers to them
     bool entered_ = false;
+    bool device_entered_ = false;
     int device_ = -1;
     int64_t num_allocated_ = 0;
     std::map<int64_t, Block> blocks_;

@@ -11,6 +11,7 @@ from ..fields import check_choice, known_fields
 
 LAYOUTS = ("padded", "compact")
 COMBINES = ("exact", "fast")
+EXPERTS = ("auto", "loop", "grouped")
 
 
 @known_fields
@@ -24,11 +25,15 @@ class SwapConfig:
     combine: str = dataclasses.field(default_factory=env.combine)
     """``exact``: every route's row goes home and is weighted and added there in float32, in k order, as stock does.
     ``fast``: routes of a token that meet on a rank are added there first, and one row goes home; rounds differently."""
+    experts: str = dataclasses.field(default_factory=env.experts)
+    """``loop``: local experts are called one after the other, as stock. ``grouped``: where all are built alike, of
+    linear layers and elementwise functions alone, each linear layer is one grouped product over the experts' real rows
+    (whatever ``layout`` says); rounds differently. ``auto``: grouped on GPUs, for bfloat16, and loop on CPUs."""
     comm: CommConfig = dataclasses.field(default_factory=CommConfig)
     """Settings of the communicators that the swap makes."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("layout", LAYOUTS), ("combine", COMBINES)):
+        for name, allowed in (("layout", LAYOUTS), ("combine", COMBINES), ("experts", EXPERTS)):
             check_choice(name, getattr(self, name), allowed)
         if not isinstance(self.comm, CommConfig):
             raise InvalidTypeError("comm", type(self.comm).__name__, "must be a CommConfig")

@@ -55,7 +55,7 @@ class Dispatched:
 
     blocks: tuple[torch.Tensor, ...]
     """What experts get. Padded: views ``[N, 1, C, M]`` of one tensor, one per local expert, as stock's ``chunk`` makes
-    them; or that tensor, ``[N, L, C, M]``, whole. Compact: ``[1, 1, rows, M]`` per local expert."""
+    them; or that tensor, ``[N, L, C, M]``, whole. Compact: ``[1, 1, rows, M]`` per local expert, or of all."""
     split: bool
     """Whether there is a block for each local expert."""
     gates: torch.Tensor
@@ -94,6 +94,8 @@ def _blocks(handle: DispatchHandle, rows: torch.Tensor, split: bool) -> tuple[to
     if isinstance(handle.layout, Padded):
         whole = rows.view(handle.num_ranks, handle.num_local_experts, handle.layout.capacity, width)
         return whole.split(1, 1) if split else (whole,)
+    if not split:
+        return (rows.view(1, 1, -1, width),)
     return tuple(block.view(1, 1, -1, width) for block in handle.split(rows))
 
 

@@ -6,6 +6,7 @@ Follows deepspeed 0.19.8 ``moe/sharded_moe.py``; what is kept as it is there: th
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,7 @@ from ..handle import ExpertMajor, Padded, TokenMajor
 from .config import SwapConfig
 from .exchange import Dispatched, Routes, combine, dispatch
 from .gating import route
+from .grouped import GroupedExperts
 from .registry import BufferRegistry, SharedBuffer
 
 CAPACITY_FIELDS = ("layout", "layout.capacity")
@@ -59,18 +61,22 @@ def moe_forward(
         d_model = hidden_states.shape[-1]
         tokens = hidden_states.reshape(-1, d_model)
         routes = route(layer, tokens, used_token)
+        grouped = _grouped(registry, config, layer, tokens)
         # Fused or hand-written expert containers know the stock shape only.
-        compact = config.layout == "compact" and type(layer.experts).forward is Experts.forward
+        compact = grouped is not None or (config.layout == "compact" and type(layer.experts).forward is Experts.forward)
         shared = registry.for_layer(layer, hidden=d_model, num_topk=routes.gates.shape[0], padded=not compact)
         _check_room(shared, tokens, routes)
         with _timed(layer, FIRST_ALLTOALL_TIMER, "time_falltoall"):
             if compact:
-                how = {"layout": ExpertMajor(), "combine": config.combine, "split": True}
+                how = {"layout": ExpertMajor(), "combine": config.combine, "split": grouped is None}
                 arrived = dispatch(shared.buffer, tokens, routes, **how)
             else:
                 how = {"combine": config.combine, "split": _is_loop(layer.experts)}
                 arrived = _dispatch_padded(shared, tokens, routes, how)
-        outputs = _each_expert(layer, arrived) if arrived.split else (layer.experts(*arrived.blocks),)
+        if grouped is not None:
+            outputs = _all_experts(grouped, arrived)
+        else:
+            outputs = _each_expert(layer, arrived) if arrived.split else (layer.experts(*arrived.blocks),)
         with _timed(layer, SECOND_ALLTOALL_TIMER, "time_salltoall"):
             combined = combine(shared.buffer, outputs, arrived, combine=config.combine)
         return combined.reshape(hidden_states.shape)
@@ -85,6 +91,35 @@ def _is_loop(experts: torch.nn.Module) -> bool:
         experts._backward_pre_hooks,
     )
     return type(experts).forward is Experts.forward and not any(hooks)
+
+
+def _grouped(
+    registry: BufferRegistry, config: SwapConfig, layer: MOELayer, tokens: torch.Tensor
+) -> GroupedExperts | None:
+    """The layer's experts as grouped products, if they are wanted and can be; the same on every rank, whose experts
+    are built alike."""
+    if config.experts == "loop" or (config.experts == "auto" and tokens.device.type != "cuda"):
+        return None
+    reason = "" if _is_loop(layer.experts) else "the container of the experts is not stock's, or has hooks"
+    grouped = None
+    if not reason:
+        grouped, reason = registry.grouped.of(layer.experts)
+    if grouped is not None:
+        reason = grouped.problem(tokens)
+    if not reason:
+        return grouped
+    level = logging.WARNING if config.experts == "grouped" else logging.DEBUG
+    registry.log_once(level, f"experts run one after the other: {reason}")
+    return None
+
+
+def _all_experts(grouped: GroupedExperts, arrived: Dispatched) -> tuple[torch.Tensor]:
+    """Every expert at once, ``[1, 1, S, M]``."""
+    (block,) = arrived.blocks
+    rows = block.view(-1, block.shape[-1])
+    ends = arrived.handle.device_counts.expert_offsets[1:].to(rows.device)
+    out = grouped(rows, ends)
+    return (out.view(block.shape),)
 
 
 def _each_expert(layer: MOELayer, arrived: Dispatched) -> list[torch.Tensor]:

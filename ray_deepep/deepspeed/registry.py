@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import logging
 import weakref
 from collections.abc import Iterable, Sequence
 
@@ -21,7 +22,10 @@ from ..config import CommConfig
 from ..errors import InvalidArgumentError, InvalidTypeError
 from ..telemetry import CommStats
 from ..transport import BufferGeometry
+from .grouped import GroupedPlans
 from .room import geometry_for
+
+logger = logging.getLogger("ray_deepep")
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -44,6 +48,9 @@ class BufferRegistry:
         self._buffers: dict[tuple[tuple[int, ...], BufferGeometry], SharedBuffer] = {}
         self._layers: weakref.WeakKeyDictionary[MOELayer, tuple[SharedBuffer, int]] = weakref.WeakKeyDictionary()
         self._numbers = itertools.count()
+        self._logged: set[str] = set()
+        self.grouped = GroupedPlans()
+        """Experts as grouped products, of layers that have asked."""
         self._retired = CommStats()
 
     @property
@@ -67,6 +74,12 @@ class BufferRegistry:
         if ranks in self._communicators:
             raise InvalidArgumentError("ranks", ranks, "already have a communicator in this swap")
         self._communicators[ranks] = communicator
+
+    def log_once(self, level: int, message: str) -> None:
+        """Say something that holds for many forwards."""
+        if message not in self._logged:
+            self._logged.add(message)
+            logger.log(level, "%s", message)
 
     def for_layer(self, layer: MOELayer, *, hidden: int, num_topk: int, padded: bool) -> SharedBuffer:
         """The buffer of ``layer``; collective over its EP group when the first layer of its geometry asks."""

@@ -39,11 +39,13 @@ def layer_on_both(
     return ds.differences(*results, atol=2e-5)
 
 
-def _step(layer: torch.nn.Module, rank: int, device: str, num_sequences: int) -> dict[str, torch.Tensor]:
+def _step(
+    layer: torch.nn.Module, rank: int, device: str, num_sequences: int, dtype: torch.dtype = torch.float32
+) -> dict[str, torch.Tensor]:
     generator = torch.Generator().manual_seed(rank)
     shape = (num_sequences, 16, layer.deepspeed_moe.gate.wg.weight.shape[1])
-    x = torch.randn(shape, generator=generator).to(device).requires_grad_()
-    weight = torch.randn(shape, generator=generator).to(device)
+    x = torch.randn(shape, generator=generator).to(device, dtype).requires_grad_()
+    weight = torch.randn(shape, generator=generator).to(device, dtype)
     layer.zero_grad()
     y, l_aux, exp_counts = layer(x)
     ((y * weight).sum() + l_aux).backward()
@@ -64,4 +66,33 @@ def test_layer(ranks: Ranks, num_ranks: int, k: int, drop_tokens: bool, layout: 
 def test_ranks_with_different_token_counts(ranks: Ranks, layout: str) -> None:
     """Padded: their capacities differ, which the core reports as a mismatch before ranks agree on one."""
     for differences in ranks.run(2, layer_on_both, 2, True, layout, "exact", True, deadline_s=120.0):
+        assert differences == []
+
+
+def grouped_and_loop(context: RankContext, combine: str) -> list[str]:
+    """bfloat16 experts as grouped products, which is what GPUs do by default, against one by one."""
+    import deepspeed_cases as ds
+
+    from ray_deepep import CommConfig
+    from ray_deepep.deepspeed import SwapConfig, enable
+
+    torch.cuda.set_device(context.rank % torch.cuda.device_count())
+    ds.start_deepspeed()
+    case = ds.LayerCase(k=4, ep_size=context.num_ranks, dtype=torch.bfloat16)
+    layer = ds.make_layer(case).to("cuda")
+    comm = CommConfig(**{**CASE_CONFIG, "transport": "cuda", "device_heap_gib": 0.05})
+    results = []
+    for experts in ("loop", "auto"):
+        with enable(SwapConfig(combine=combine, experts=experts, comm=comm)) as swap:
+            step = _step(layer, context.rank, "cuda", 4, torch.bfloat16)
+            results.append({name: value.float() for name, value in step.items()})
+            asked = [found for found, _ in swap._registry.grouped._found.values()]
+            assert [found is not None for found in asked] == ([] if experts == "loop" else [True])
+    return ds.differences(*results, atol=2e-2)
+
+
+@pytest.mark.parametrize("combine", ("exact", "fast"))
+@pytest.mark.parametrize("num_ranks", (1, 2))
+def test_grouped_experts(ranks: Ranks, num_ranks: int, combine: str) -> None:
+    for differences in ranks.run(num_ranks, grouped_and_loop, combine, deadline_s=120.0):
         assert differences == []

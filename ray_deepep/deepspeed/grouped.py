@@ -1,0 +1,257 @@
+"""Local experts of one shape as one grouped product for each of their linear layers, instead of a loop of small ones.
+
+Experts qualify if each works on rows one by one, by linear layers and elementwise functions alone, and all are built
+alike. What they do is read off by tracing one of them (``torch.fx``); each linear layer of it then takes all experts'
+rows at once (``torch.nn.functional.grouped_mm``). Parameters stay where and what they are, gradients too. Sums inside a
+product may be taken in another order than by the loop's products.
+"""
+
+from __future__ import annotations
+
+import operator
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import fx, nn
+from torch.autograd.function import once_differentiable
+
+_ELEMENTWISE_MODULES = (
+    nn.GELU,
+    nn.Identity,
+    nn.LeakyReLU,
+    nn.ReLU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Tanh,
+)
+_ELEMENTWISE_FUNCTIONS = frozenset(
+    (F.gelu, F.leaky_relu, F.relu, F.sigmoid, F.silu, F.softplus, F.tanh, torch.mul, torch.add, torch.relu)
+    + (torch.sigmoid, torch.tanh, operator.mul, operator.add)
+)
+_ELEMENTWISE_METHODS = frozenset(("add", "mul", "relu", "sigmoid", "tanh"))
+# Halves of a row, as gated units take them.
+_CHUNKS = (torch.chunk, "chunk")
+_ALIGNMENT = 16
+"""Bytes of which the products want rows of weights and of tokens to be multiples, on GPUs."""
+
+
+class GroupedExperts:
+    """The experts of one container as grouped products; from :class:`GroupedPlans`."""
+
+    def __init__(self, experts: Sequence[nn.Module], graph: fx.Graph) -> None:
+        self._experts = tuple(experts)
+        self._modules = [dict(expert.named_modules()) for expert in experts]
+        self._interpreter = _Interpreter(self._modules, graph)
+
+    def __call__(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        """Outputs ``[S, M']`` of ``rows`` ``[S, M]``, grouped by expert; ``ends`` ``[L]`` int32: where groups end."""
+        return self._interpreter.apply(rows, ends)
+
+    def is_current(self) -> bool:
+        """Whether the experts have the modules that they had."""
+        return all(
+            known.get(name) is module
+            for expert, known in zip(self._experts, self._modules, strict=True)
+            for name, module in expert.named_modules()
+        )
+
+    def problem(self, rows: torch.Tensor) -> str:
+        """Why these rows must go through the experts one by one, now; empty if they need not."""
+        if torch.is_autocast_enabled(rows.device.type):
+            return "autocast is on"
+        if any(_has_hooks(module) for of_expert in self._modules for module in of_expert.values()):
+            return "an expert has hooks"
+        dtypes = {p.dtype for p in self._experts[0].parameters()} | {rows.dtype}
+        if len(dtypes) > 1:
+            return f"rows are {rows.dtype}, parameters are not all"
+        if rows.device.type == "cuda":
+            if rows.dtype != torch.bfloat16:
+                return f"rows are {rows.dtype}; GPUs have grouped products of bfloat16"
+            odd = [p.shape for p in self._experts[0].parameters() if p.dim() == 2 and p.shape[1] * 2 % _ALIGNMENT]
+            if odd:
+                return f"a weight of shape {tuple(odd[0])} has rows of no multiple of {_ALIGNMENT} bytes"
+        return ""
+
+
+class GroupedPlans:
+    """Which expert containers are grouped, found out once for each, and again where modules were replaced."""
+
+    def __init__(self) -> None:
+        self._found: weakref.WeakKeyDictionary[nn.Module, tuple[GroupedExperts | None, str]] = (
+            weakref.WeakKeyDictionary()
+        )
+
+    def of(self, container: nn.Module) -> tuple[GroupedExperts | None, str]:
+        """The container's experts grouped, or None and the reason."""
+        found, _ = self._found.get(container, (None, ""))
+        if container not in self._found or (found is not None and not found.is_current()):
+            experts = list(container.deepspeed_experts)
+            graph, reason = rowwise_graph(experts)
+            self._found[container] = (None if graph is None else GroupedExperts(experts, graph), reason)
+        return self._found[container]
+
+
+def rowwise_graph(experts: Sequence[nn.Module]) -> tuple[fx.Graph | None, str]:
+    """What each of these experts does to a row, or None and why there is no such thing."""
+    if not hasattr(F, "grouped_mm"):
+        return None, f"torch {torch.__version__} has no grouped product"
+    first = experts[0]
+    for expert in experts[1:]:
+        # The text has sizes and options of all modules inside.
+        if type(expert) is not type(first) or repr(expert) != repr(first) or _shapes(expert) != _shapes(first):
+            return None, "experts are not built alike"
+    if any(True for _ in first.buffers()):
+        return None, "experts have buffers"
+    try:
+        graph = _Tracer().trace(first)
+    except Exception as error:  # whatever a forward does with what is no tensor
+        return None, f"an expert cannot be traced ({type(error).__name__})"
+    named = dict(first.named_modules())
+    for node in graph.nodes:
+        if problem := _node_problem(node, named):
+            return None, problem
+    return graph, ""
+
+
+def _node_problem(node: fx.Node, named: dict[str, nn.Module]) -> str:
+    if node.op == "call_module":
+        module = named[node.target]
+        plain = type(module) is nn.Linear or isinstance(module, _ELEMENTWISE_MODULES)
+        return "" if plain else f"an expert contains {type(module).__name__}"
+    if node.op == "call_function":
+        if node.target is operator.getitem and node.args[0].target in _CHUNKS and type(node.args[1]) is int:
+            return ""
+        if node.target in _CHUNKS:
+            return _chunk_problem(node)
+        return "" if node.target in _ELEMENTWISE_FUNCTIONS else f"an expert calls {node.target}"
+    if node.op == "call_method":
+        if node.target in _CHUNKS:
+            return _chunk_problem(node)
+        return "" if node.target in _ELEMENTWISE_METHODS else f"an expert calls {node.target}"
+    if node.op == "output":
+        return "" if isinstance(node.args[0], fx.Node) else "an expert returns more than one tensor"
+    if node.op == "placeholder":
+        is_first = node.prev.op == "root"
+        return "" if is_first or node.args else "an expert has more than one input"
+    return f"an expert uses {node.target}"
+
+
+def _chunk_problem(node: fx.Node) -> str:
+    dim = node.kwargs.get("dim", node.args[2] if len(node.args) > 2 else 0)
+    return "" if dim == -1 else "an expert cuts rows apart"
+
+
+def _shapes(expert: nn.Module) -> list[tuple[str, torch.Size, torch.dtype]]:
+    return [(name, p.shape, p.dtype) for name, p in expert.named_parameters()]
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
+    )
+
+
+class _Tracer(fx.Tracer):
+    """Looks into modules that are made of others."""
+
+    def is_leaf_module(self, module: nn.Module, name: str) -> bool:
+        return type(module).__module__.startswith("torch.nn.") and not isinstance(module, nn.Sequential)
+
+
+class _Interpreter:
+    """Runs a traced expert for all experts at once."""
+
+    def __init__(self, modules: Sequence[dict[str, nn.Module]], graph: fx.Graph) -> None:
+        self._graph = graph
+        calls = [node.target for node in graph.nodes if node.op == "call_module"]
+        self._modules = {name: tuple(of_expert[name] for of_expert in modules) for name in calls}
+
+    def apply(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        values: dict[fx.Node, Any] = {}
+
+        def value(argument: Any) -> Any:
+            return fx.node.map_arg(argument, lambda node: values[node])
+
+        given = False
+        for node in self._graph.nodes:
+            if node.op == "placeholder":
+                values[node] = node.args[0] if given else rows
+                given = True
+            elif node.op == "call_module":
+                values[node] = self._call(node.target, value(node.args)[0], ends)
+            elif node.op == "call_function":
+                values[node] = node.target(*value(node.args), **value(node.kwargs))
+            elif node.op == "call_method":
+                target, *rest = value(node.args)
+                values[node] = getattr(target, node.target)(*rest, **value(node.kwargs))
+        return values[self._graph.output_node().args[0]]
+
+    def _call(self, name: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+        modules = self._modules[name]
+        if type(modules[0]) is not nn.Linear:
+            return modules[0](x)
+        biases = () if modules[0].bias is None else tuple(module.bias for module in modules)
+        return _GroupedLinear.apply(x, ends, *(module.weight for module in modules), *biases)
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """``x`` ``[S, I]`` to ``[S, O]``; L weights ``[O, I]``, then L biases ``[O]`` or none."""
+
+    @staticmethod
+    def forward(ctx, x, ends, *parameters):
+        count = ends.shape[0]
+        weights, biases = parameters[:count], parameters[count:]
+        ctx.save_for_backward(x, ends, *weights)
+        ctx.with_bias = bool(biases)
+        out = x.new_empty(x.shape[0], weights[0].shape[0])
+        if x.shape[0]:
+            out = F.grouped_mm(x, stacked(weights).transpose(1, 2), offs=ends)
+            if biases:
+                out += torch.stack(biases).index_select(0, _expert_of_row(ends, x.shape[0]))
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        x, ends, *weights = ctx.saved_tensors
+        count, out_features = len(weights), weights[0].shape[0]
+        grad = grad.contiguous()
+        if x.shape[0] == 0:
+            grads = [torch.zeros_like(weight) for weight in weights]
+            biases = [weight.new_zeros(out_features) for weight in weights] if ctx.with_bias else []
+            return torch.zeros_like(x), None, *grads, *biases
+        grad_x = F.grouped_mm(grad, stacked(weights), offs=ends) if ctx.needs_input_grad[0] else None
+        grad_weights: Sequence[torch.Tensor | None] = [None] * count
+        if any(ctx.needs_input_grad[2 : 2 + count]):
+            grad_weights = F.grouped_mm(grad.t(), x, offs=ends).unbind()
+        grad_biases: Sequence[torch.Tensor | None] = [None] * count if ctx.with_bias else []
+        if ctx.with_bias and any(ctx.needs_input_grad[2 + count :]):
+            # Sums of rows are a product with ones; eight columns, for alignment.
+            ones = grad.new_ones(grad.shape[0], 8)
+            grad_biases = F.grouped_mm(grad.t(), ones, offs=ends)[..., 0].contiguous().unbind()
+        return grad_x, None, *grad_weights, *grad_biases
+
+
+def _expert_of_row(ends: torch.Tensor, num_rows: int) -> torch.Tensor:
+    rows = torch.arange(num_rows, device=ends.device, dtype=ends.dtype)
+    return torch.searchsorted(ends, rows, right=True)
+
+
+def stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
+    """``[L, O, I]`` from L weights: a view where they lie at equal distances in one memory, as where DeepSpeed's ZeRO
+    keeps the parameters of equal experts; else a copy."""
+    first = weights[0]
+    begins = [weight.data_ptr() for weight in weights]
+    step = begins[1] - begins[0] if len(begins) > 1 else first.nbytes
+    storage = first.untyped_storage().data_ptr()
+    in_a_row = step >= first.nbytes and step % _ALIGNMENT == 0 and begins[0] % _ALIGNMENT == 0
+    equal = all(begin == begins[0] + i * step for i, begin in enumerate(begins))
+    shared = all(w.is_contiguous() and w.untyped_storage().data_ptr() == storage for w in weights)
+    if in_a_row and equal and shared:
+        strides = (step // first.element_size(), first.shape[1], 1)
+        return first.detach().as_strided((len(weights), *first.shape), strides, first.storage_offset())
+    return torch.stack([weight.detach() for weight in weights])
