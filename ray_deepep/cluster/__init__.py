@@ -3,6 +3,7 @@
 from .actors import ActorRank, bootstrap, teardown
 from .culprit import Culprit, Evidence, RankFault, RankState, RankStatus
 from .decision import decide_culprit, decide_hung
+from .elastic import ElasticTrainer
 from .exchange import RayExchange, make_rendezvous
 from .expert_parallel import ExpertParallelConfig, WorkerBootstrapError
 from .layout import ep_groups
@@ -14,6 +15,7 @@ from .placement import (
     PlacementRequest,
     decide_placement,
 )
+from .resize import HandoverError, ResizeHandover
 from .shortage import DomainRoom, PlacementError, PlacementShortage
 from .state import NotBootstrappedError, WorkerState, current
 
@@ -21,8 +23,10 @@ __all__ = [
     "ActorRank",
     "Culprit",
     "DomainRoom",
+    "ElasticTrainer",
     "Evidence",
     "ExpertParallelConfig",
+    "HandoverError",
     "NodeOffer",
     "NotBootstrappedError",
     "Placement",
@@ -34,6 +38,7 @@ __all__ = [
     "RankState",
     "RankStatus",
     "RayExchange",
+    "ResizeHandover",
     "WorkerBootstrapError",
     "WorkerState",
     "bootstrap",
