@@ -39,6 +39,7 @@ PYTHON_LAYERS = [
     {
         "handle",
         "domains",
+        "rank_info",
         "telemetry",
         "float8",
         "work",
