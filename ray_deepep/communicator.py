@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import logging
 import os
 import secrets
 import socket
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -28,7 +27,6 @@ from .errors import (
     FaultRecord,
     InvalidArgumentError,
     InvalidTypeError,
-    describe_shared_gpus,
 )
 from .fault_board import FaultBoard
 from .hop import HopTransport
@@ -39,6 +37,7 @@ from .low_latency_reference import ReferenceLowLatency
 from .low_latency_shm import ShmLowLatency
 from .low_latency_transport import LowLatencyTransport
 from .progress import Progress
+from .rank_info import Exchange, RankInfo, meet, warn_of_shared_gpus
 from .reference import ReferenceTransport
 from .transport import BufferGeometry, Transport
 from .transport_choice import choose_domain_size, choose_transport
@@ -49,33 +48,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger("ray_deepep")
 
 R = TypeVar("R")
-
-Exchange = Callable[[str, bytes], list[bytes]]
-"""``exchange(phase, payload)`` returns the payloads of all ranks in rank order. It must raise ``BootstrapError``
-naming the missing ranks when its own deadline expires. Called the same number of times on every rank; after bootstrap
-only with ``heap_provider="nvshmem"``, when buffers are made and when NVSHMEM is finalized."""
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class RankInfo:
-    """What a rank tells its peers at bootstrap."""
-
-    rank: int
-    host: str
-    pid: int
-    machine: str
-    """Equal on two ranks exactly if they can share memory: boot id, network namespace and user."""
-    core: str
-    """Version of the compiled core; empty if it cannot be loaded."""
-    core_problem: str
-    config: dict[str, object]
-    has_group: bool
-    cuda_problem: str = "no CUDA core"
-    """Why the CUDA core cannot be used; empty if it can."""
-    gpu: str = ""
-    """UUID of its GPU; empty if the CUDA core cannot be used."""
-    has_gpu: bool = False
-    """Whether torch sees a GPU, with or without a CUDA core."""
 
 
 class Communicator:
@@ -369,27 +341,7 @@ class Communicator:
             config=dataclasses.asdict(self.config),
             has_group=self.group is not None,
         )
-        payloads = exchange("meet", json.dumps(dataclasses.asdict(mine)).encode())
-        if not isinstance(payloads, list | tuple):
-            raise InvalidTypeError("exchange", type(payloads).__name__, "must return a list of payloads")
-        if len(payloads) != self.num_ranks:
-            raise InvalidArgumentError(
-                "exchange", len(payloads), f"must return one payload per rank ({self.num_ranks})"
-            )
-        try:
-            peers = tuple(RankInfo(**json.loads(payload)) for payload in payloads)
-        except (TypeError, ValueError) as error:
-            rule = "must return the payloads of ranks with this version of ray_deepep, unchanged"
-            raise InvalidArgumentError("exchange", str(error), rule) from error
-        for position, peer in enumerate(peers):
-            if peer.rank != position:
-                raise InvalidArgumentError("exchange", [p.rank for p in peers], "must return payloads in rank order")
-            if peer.config != peers[0].config:
-                different = sorted(k for k in mine.config if peer.config[k] != peers[0].config[k])
-                theirs, first = ([p.config[k] for k in different] for p in (peer, peers[0]))
-                values = f"rank {position}: {theirs}, rank 0: {first}"
-                raise InvalidArgumentError("config", values, f"{', '.join(different)} must be the same on all ranks")
-        return peers
+        return meet(exchange, mine, self.num_ranks)
 
 
 def _check_arguments(exchange: object, rank: object, num_ranks: object) -> None:
@@ -408,23 +360,3 @@ def _config_or_default(config: object) -> CommConfig:
     if config is not None and not isinstance(config, CommConfig):
         raise InvalidTypeError("config", type(config).__name__, "must be a CommConfig")
     return CommConfig() if config is None else config
-
-
-def shared_gpus(gpus: Sequence[str]) -> dict[str, tuple[int, ...]]:
-    """Ranks that share a GPU, by its UUID; ``gpus`` has each rank's, empty where it has none.
-
-    A UUID names a GPU in the world, so ranks in different containers of a machine are found too.
-    """
-    ranks: dict[str, list[int]] = {}
-    for rank, gpu in enumerate(gpus):
-        if gpu:
-            ranks.setdefault(gpu, []).append(rank)
-    return {gpu: tuple(sharing) for gpu, sharing in ranks.items() if len(sharing) > 1}
-
-
-def warn_of_shared_gpus(peers: Sequence[RankInfo]) -> None:
-    """One warning that names all ranks that share a GPU, if some do."""
-    shared = shared_gpus([peer.gpu for peer in peers])
-    if shared:
-        words = describe_shared_gpus(shared)
-        logger.warning("%s on %s; they take turns, or run together under MPS", words, peers[0].host)

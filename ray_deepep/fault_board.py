@@ -18,7 +18,7 @@ from .bounded_store import BoundedStore, StoreLostError
 from .errors import FaultRecord
 
 if TYPE_CHECKING:
-    from .communicator import RankInfo
+    from .rank_info import RankInfo
 
 R = TypeVar("R")
 

@@ -3,13 +3,14 @@
 | line | says |
 |---|---|
 | ``attempt 2 begins`` | the workers were started, for the second time |
+| ``attempt 3 begins with 2 workers`` | the same, where their number may change |
 | ``step 4/200 loss 3.2100 tokens/s 12345 validation 3.1000`` | optimizer steps done; validation where there was one |
 | ``checkpoint after step 40: FOLDER`` | a complete checkpoint |
 | ``stopping: ...`` | somebody asked the run to stop |
 | ``RAY_DEEPEP_FAULT {json}`` | a fault was found; see ``Culprit.to_json`` |
 | ``error: ...`` | why the run ended |
 
-Other lines are left alone, and so is what Ray writes before the lines of its workers.
+Other lines, such as ``elastic: ...``, are left alone, and so is what Ray writes before the lines of its workers.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from .errors import FAULT_LOG_PREFIX
 
 # "(RayTrainWorker pid=123) " and, on clusters, "(... pid=123, ip=1.2.3.4) ", with or without colours.
 _WORKER_PREFIX = re.compile(r"^(\x1b\[\d+m)*\(.*?pid=.*?\)(\x1b\[0m)? ")
-_ATTEMPT = re.compile(r"attempt (\d+) begins")
+_ATTEMPT = re.compile(r"attempt (\d+) begins(?: with (\d+) workers?)?")
 _STEP = re.compile(r"step (\d+)/(\d+) loss (\S+)(?: tokens/s (\S+))?(?: validation (\S+))?")
 _CHECKPOINT = re.compile(r"checkpoint after step (\d+): (.+)")
 _STOPPING, _ERROR = "stopping: ", "error:"
@@ -52,6 +53,8 @@ class LogState:
 
     num_attempts: int = 0
     """Starts of the workers."""
+    num_workers: int | None = None
+    """Workers of the last start, where their number may change."""
     last_step: StepLine | None = None
     val_loss: float | None = None
     """The last one."""
@@ -67,9 +70,11 @@ class LogState:
     """The last line that says why the run ended."""
 
 
-def attempt_line(number: int) -> str:
-    """number: counts from 1."""
-    return f"attempt {number} begins"
+def attempt_line(number: int, num_workers: int | None = None) -> str:
+    """number: counts from 1. num_workers: where their number may change from one attempt to the next."""
+    if num_workers is None:
+        return f"attempt {number} begins"
+    return f"attempt {number} begins with {num_workers} worker{'s' * (num_workers != 1)}"
 
 
 def checkpoint_line(step: int, folder: object) -> str:
@@ -112,7 +117,8 @@ def _after(state: LogState, line: str) -> LogState:
         val_loss = state.val_loss if step.val_loss is None else step.val_loss
         return dataclasses.replace(state, last_step=step, val_loss=val_loss, is_training=True)
     if match := _ATTEMPT.fullmatch(line):
-        return dataclasses.replace(state, num_attempts=int(match[1]), is_training=False)
+        num_workers = None if match[2] is None else int(match[2])
+        return dataclasses.replace(state, num_attempts=int(match[1]), num_workers=num_workers, is_training=False)
     if match := _CHECKPOINT.fullmatch(line):
         return dataclasses.replace(state, checkpoint=match[2])
     if line.startswith(_STOPPING):

@@ -35,8 +35,8 @@ from .nvshmem_decisions import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .communicator import Exchange
     from .config import CommConfig
+    from .rank_info import Exchange
 
 logger = logging.getLogger("ray_deepep")
 

@@ -32,6 +32,8 @@ class RunState:
     val_loss: float | None = None
     """The last validation loss."""
     tokens_per_s: float | None = None
+    num_workers: int | None = None
+    """Workers of the last start, where their number may change."""
     restarts: int = 0
     """Starts of the workers after the first."""
     num_faults: int = 0
@@ -64,6 +66,7 @@ class RunState:
             ("loss", _text(self.loss, ".4f")),
             ("validation loss", _text(self.val_loss, ".4f")),
             ("tokens/s", _text(self.tokens_per_s, ",.0f")),
+            ("workers", _text(self.num_workers, "d")),
             ("restarts", str(self.restarts)),
             ("faults", str(self.num_faults)),
             ("last fault", fault),
@@ -91,6 +94,7 @@ def state_of_job(
         loss=None if last is None else last.loss,
         val_loss=log.val_loss,
         tokens_per_s=None if last is None else last.tokens_per_s,
+        num_workers=log.num_workers,
         restarts=max(0, log.num_attempts - 1),
         num_faults=log.num_faults,
         last_fault=log.fault,

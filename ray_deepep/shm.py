@@ -35,7 +35,7 @@ from .transport import (
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .communicator import Exchange, RankInfo
+    from .rank_info import Exchange, RankInfo
 
 
 def _load() -> ModuleType:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from .errors import InvalidArgumentError, TransportUnavailableError
 
 if TYPE_CHECKING:
-    from .communicator import RankInfo
+    from .rank_info import RankInfo
 
 
 def choose_domain_size(wanted: int, transport: str, peers: Sequence[RankInfo]) -> int:

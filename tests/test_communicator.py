@@ -26,7 +26,7 @@ from ray_deepep import (
     InvalidTypeError,
     TransportUnavailableError,
 )
-from ray_deepep.communicator import RankInfo
+from ray_deepep.rank_info import RankInfo
 from ray_deepep.rendezvous import store_exchange
 from ray_deepep.transport_choice import choose_domain_size, choose_transport
 

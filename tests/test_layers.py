@@ -42,6 +42,7 @@ PYTHON_LAYERS = [
     {
         "handle",
         "domains",
+        "rank_info",
         "telemetry",
         "float8",
         "work",

@@ -7,7 +7,7 @@ import logging
 import pytest
 
 from ray_deepep import CommConfig, SharedGpuError
-from ray_deepep.communicator import RankInfo, shared_gpus, warn_of_shared_gpus
+from ray_deepep.rank_info import RankInfo, shared_gpus, warn_of_shared_gpus
 
 A, B, C = (f"GPU-{letter}-0000" for letter in "abc")
 

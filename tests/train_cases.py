@@ -109,6 +109,51 @@ def initial_weights(_, ep_size: int, ep_rank: int):
     }
 
 
+def clipped_gradients(_, config_json: str):
+    """Norms of gradients by name, after clipping; before it each had one of its own, decided by its name."""
+    import torch
+
+    from train.api import Progress
+    from train.distributed import join_world
+    from train.optimizer_files import _named_params
+    from train.trainer import Trainer
+
+    config = TrainConfig.from_json(config_json)
+    with join_world(config.run) as world:
+        trainer = Trainer(config, world=world, comm=SilentComm(), callbacks=[], progress=Progress())
+        try:
+            named = list(_named_params(trainer._engine))
+            for each in named:
+                _, _, expert = each.name.partition(".deepspeed_experts.")
+                each.param.grad = torch.full_like(each.param, 1.0 + int(expert[0]) if expert else 0.01)
+            trainer._engine.clip_fp32_gradients()
+            return {each.name: float(each.param.grad.double().norm()) for each in named}
+        finally:
+            trainer.close()
+
+
+def convert_optimizer(_, config_json: str, folder: Path):
+    """Resume, and write the optimizer's state to `folder` at once; returns experts of a layer here, and the rate."""
+    import torch
+    from deepspeed.moe.layer import MoE
+
+    from train.api import Progress
+    from train.distributed import join_world
+    from train.optimizer_files import write_optimizer
+    from train.trainer import Trainer
+
+    config = TrainConfig.from_json(config_json)
+    torch.set_num_threads(1)
+    with join_world(config.run) as world:
+        trainer = Trainer(config, world=world, comm=SilentComm(), callbacks=[], progress=Progress())
+        try:
+            write_optimizer(trainer._engine, folder)
+            layers = [module for module in trainer._engine.module.modules() if isinstance(module, MoE)]
+            return layers[0].num_local_experts, trainer._engine.get_lr()[0]
+        finally:
+            trainer.close()
+
+
 def train_until(context, config_json: str, rank: int, step: int):
     """Train until `rank`, after its step `step`, is asked to stop; returns (last step, stopped, sample)."""
     from train.trainer import run
@@ -119,3 +164,31 @@ def train_until(context, config_json: str, rank: int, step: int):
     # Asked in the middle of a step, so after `step` records the next one is the last.
     summary = run(config, callbacks=[recorder], stop=lambda: asked and len(recorder.heard) >= step - 1)
     return summary.stats.num_steps, summary.stopped, summary.sample, recorder.heard[-2:]
+
+
+class Replaced(Exception):
+    """In place of the end of a process."""
+
+
+def train_handover(context, config_json: str, rank: int, step: int):
+    """Train until `rank` is asked in step `step` to make room; returns the step that was handed over, 0 if none was."""
+    from train.trainer import run
+
+    recorder = Recorder()
+
+    class Handover:
+        step = 0
+
+        def asked(self):
+            return context.rank == rank and len(recorder.heard) == step - 1
+
+        def hand_over(self, step):
+            self.step = step
+            raise Replaced
+
+    handover = Handover()
+    try:
+        run(TrainConfig.from_json(config_json), callbacks=[recorder], handover=handover)
+    except Replaced:
+        assert recorder.heard[-1][:2] == ("checkpoint", step)
+    return handover.step

@@ -78,6 +78,17 @@ class TrainerCallback(Protocol):
         """The run is over and every file is written."""
 
 
+class Handover(Protocol):
+    """Who replaces the workers by more or fewer ones, once they have saved what they have."""
+
+    def asked(self) -> bool:
+        """Whether it wants to; asked on every rank in every step. Never waits."""
+
+    def hand_over(self, step: int) -> None:
+        """The checkpoint of `step` is complete. Called on every rank; does not return: the process is ended, or an
+        error is raised at a deadline."""
+
+
 def never() -> bool:
     """Nobody asks the run to stop."""
     return False

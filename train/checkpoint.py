@@ -1,5 +1,8 @@
 """Checkpoints: DeepSpeed's files (dense, one per expert, optimizer) sealed by one small JSON file written last.
 
+In an elastic run the optimizer's state is by name of the parameter instead (`optimizer_files.py`), so that any number
+of ranks can read it.
+
 A checkpoint is the folder `step_NNNNNN`. It counts once `trainer_state.json` is in it; that file lists size and CRC-32
 of every other file, so truncation and bit rot are seen before anything is loaded. `latest` names the newest one. No
 random state is stored: batches and gate noise are functions of (seed, step, rank), so the step is all there is.
@@ -23,6 +26,7 @@ from train.config import TrainConfig
 from train.distributed import World, gather_objects, on_main
 from train.errors import CheckpointError
 from train.files import write_text_atomic
+from train.optimizer_files import load_optimizer, write_optimizer
 
 STATE_FILE = run_files.CHECKPOINT_SEAL
 LATEST_FILE = "latest"
@@ -37,7 +41,7 @@ class TrainerState:
     step: int
     """Optimizer steps done."""
     world_size: int
-    """Ranks that wrote it; the same number must read it."""
+    """Ranks that wrote it; the same number must read it, unless `by_name`."""
     ep_size: int
     """Ranks of one EP group."""
     backend: str
@@ -50,6 +54,10 @@ class TrainerState:
     """SHA-256 of the tokens."""
     files: dict[str, list[int]]
     """[size in bytes, CRC-32] of every file, by path inside the folder."""
+    num_shares: int = 0
+    """Shares of a step's batch; 0: `world_size`."""
+    by_name: bool = False
+    """Whether the optimizer's state is by name of the parameter, for any number of ranks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +87,9 @@ def save_checkpoint(
     folder = root / tag_of(state.step)
     on_main(world, lambda: shutil.rmtree(folder, ignore_errors=True))
     engine.save_checkpoint(str(root), tag=folder.name, save_latest=False)
+    if state.by_name:
+        write_optimizer(engine, folder)
+        on_main(world, lambda: _drop_optimizer_by_rank(folder))
     stamps: dict[str, list[int]] = {}
     for part in gather_objects(world, _stamp_share(folder, world)):
         stamps |= part
@@ -91,6 +102,12 @@ def save_checkpoint(
 
     on_main(world, seal)
     return folder
+
+
+def _drop_optimizer_by_rank(folder: Path) -> None:
+    """What DeepSpeed wrote of the optimizer: the same numbers again, for one number of ranks."""
+    for path in folder.glob("*_optim_states.pt"):
+        path.unlink()
 
 
 def _stamp_share(folder: Path, world: World) -> dict[str, list[int]]:
@@ -187,9 +204,14 @@ def _check_share(folder: Path, state: TrainerState, world: World) -> CheckpointE
 def check_fits(folder: Path, state: TrainerState, *, config: TrainConfig, data_digest: str, world: World) -> None:
     """Raises CheckpointError, naming what differs, unless this run continues the checkpoint with the same numbers."""
     path = str(folder / STATE_FILE)
-    ep_size = config.model.resolve_ep_size(world.world_size)
-    theirs = {"world size": state.world_size, "EP size": state.ep_size, "tokens (SHA-256)": state.data_digest}
-    ours = {"world size": world.world_size, "EP size": ep_size, "tokens (SHA-256)": data_digest}
+    theirs: dict[str, Any] = {"tokens (SHA-256)": state.data_digest}
+    ours: dict[str, Any] = {"tokens (SHA-256)": data_digest}
+    if not state.by_name:
+        theirs = {"world size": state.world_size, "EP size": state.ep_size} | theirs
+        ours = {"world size": world.world_size, "EP size": config.resolve_ep_size(world.world_size)} | ours
+    if state.by_name or config.run.is_elastic:
+        theirs["shares of the batch"] = state.num_shares or state.world_size
+        ours["shares of the batch"] = config.run.num_shares or world.world_size
     if state.config_digest != config.digest():
         theirs |= state.config_identity
         ours |= config.identity()
@@ -204,11 +226,16 @@ def check_fits(folder: Path, state: TrainerState, *, config: TrainConfig, data_d
 
 def load_checkpoint(engine: deepspeed.DeepSpeedEngine, choice: CheckpointChoice) -> None:
     """Put weights, optimizer, schedule and step count of a verified checkpoint into the engine."""
+    by_name = choice.state.by_name
     try:
-        loaded, _ = engine.load_checkpoint(str(choice.folder.parent), tag=choice.folder.name)
+        loaded, _ = engine.load_checkpoint(
+            str(choice.folder.parent), tag=choice.folder.name, load_optimizer_states=not by_name
+        )
     except Exception as error:  # DeepSpeed and torch raise many types for a file they cannot read
         raise CheckpointError(str(choice.folder), f"DeepSpeed cannot load it ({error})") from error
     if loaded is None or engine.global_steps != choice.state.step:
         raise CheckpointError(
             str(choice.folder), f"DeepSpeed loaded step {engine.global_steps}, not {choice.state.step}"
         )
+    if by_name:
+        load_optimizer(engine, choice.folder)

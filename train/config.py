@@ -182,6 +182,9 @@ class RunConfig:
     """Who moves tokens between experts: `stock` DeepSpeed or `ray_deepep`."""
     steps: int = 200
     """Optimizer steps, those before a resume included."""
+    num_shares: int = 0
+    """Shares of a step's batch, one for each rank of an elastic run at its full size: any smaller number of ranks does
+    the same steps, and reads its checkpoints. 0: as many as there are ranks, and their number is fixed."""
     seed: int = 1234
     """Decides initial weights, batches and gate noise."""
     eval_every: int = 50
@@ -220,13 +223,18 @@ class RunConfig:
         check_types(self, "run.")
         _require_at_least(self, "run", 1, "steps", "eval_batches", "keep_checkpoints")
         _require_at_least(self, "run", 0, "seed", "eval_every", "checkpoint_every", "load_every")
-        _require_at_least(self, "run", 0, "sample_tokens", "num_threads")
+        _require_at_least(self, "run", 0, "sample_tokens", "num_threads", "num_shares")
         timeout_ok = 0 < self.dist_timeout_s <= _LONGEST_S
         require(timeout_ok, "run.dist_timeout_s", self.dist_timeout_s, f"must be positive and at most {_LONGEST_S:g}")
         require(bool(self.out_dir), "run.out_dir", self.out_dir, "must name a folder")
         _require_one_of("run.backend", self.backend, BACKENDS)
         _require_one_of("run.on_existing", self.on_existing, ON_EXISTING)
         _require_one_of("run.device", self.device, ("auto", "cpu", "cuda"))
+
+    @property
+    def is_elastic(self) -> bool:
+        """Whether the number of ranks may change between two starts."""
+        return self.num_shares > 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -253,6 +261,20 @@ class TrainConfig:
             self.model.min_capacity,
             f"must be at most micro_batch * seq_len = {num_tokens}",
         )
+
+    def resolve_ep_size(self, world_size: int) -> int:
+        """The EP degree in a job of `world_size` ranks.
+
+        In an elastic run the largest that divides both the number of ranks and that of the experts, and is no larger
+        than the model's. Raises ConfigError when a fixed degree does not fit, or there are more ranks than shares.
+        """
+        if not self.run.is_elastic:
+            return self.model.resolve_ep_size(world_size)
+        shares = self.run.num_shares
+        require(world_size <= shares, "run.num_shares", shares, f"must be at least the world size {world_size}")
+        both = math.gcd(world_size, self.model.num_experts)
+        most = self.model.ep_size or both
+        return max(size for size in range(1, min(both, most) + 1) if both % size == 0)
 
     def to_dict(self) -> dict[str, Any]:
         return dataclasses.asdict(self)

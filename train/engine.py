@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 from pathlib import Path
@@ -11,17 +12,21 @@ import deepspeed
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups, logger
 
+from train.clipping import clip_whole_gradient
 from train.config import TrainConfig
 from train.distributed import World
 from train.errors import ConfigError
 from train.model import MoELanguageModel, init_weights, split_for_weight_decay
+from train.optimizer_files import check_optimizer
 
 _VOCAB_MULTIPLE = 8
 _NEVER = 10**9
 
 
-def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
+def deepspeed_config(config: TrainConfig, *, num_micro_steps: int | None = None) -> dict[str, Any]:
     """DeepSpeed's JSON config for this run; the keys of `run.deepspeed_config`, if given, replace generated ones.
+
+    num_micro_steps: passes of a rank for one step; None: `optim.grad_accum`.
 
     Raises ConfigError when that file cannot be read, contradicts the batch size or asks for what MoE cannot do.
     """
@@ -34,6 +39,9 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
                 rule = f"contradicts this run's {generated[key]}; leave it out or set it to auto"
                 raise ConfigError(f"{config.run.deepspeed_config}: {key}", given, rule)
             user[key] = generated[key]
+        if config.run.is_elastic and "train_batch_size" in user:
+            rule = "must be left out of an elastic run: DeepSpeed's count of it changes with the number of ranks"
+            raise ConfigError(f"{config.run.deepspeed_config}: train_batch_size", user["train_batch_size"], rule)
         for key, section in user.items():
             if isinstance(generated.get(key), dict) and not isinstance(section, dict):
                 raise ConfigError(f"{config.run.deepspeed_config}: {key}", section, "must be a JSON object")
@@ -41,6 +49,8 @@ def deepspeed_config(config: TrainConfig) -> dict[str, Any]:
     stage = generated.get("zero_optimization", {}).get("stage", 0)
     if stage not in (0, 1, 2):
         raise ConfigError("zero_optimization.stage", stage, "DeepSpeed's MoE layer supports 0, 1 and 2")
+    if num_micro_steps is not None:
+        generated["gradient_accumulation_steps"] = num_micro_steps
     return generated
 
 
@@ -85,10 +95,15 @@ def padded_vocab_size(vocab_size: int) -> int:
     return -(-vocab_size // _VOCAB_MULTIPLE) * _VOCAB_MULTIPLE
 
 
-def build_engine(config: TrainConfig, *, vocab_size: int, world: World) -> deepspeed.DeepSpeedEngine:
-    """Model with weights decided by the seed, its optimizer groups, and DeepSpeed around them. Collective."""
-    ds_config = deepspeed_config(config)
-    ep_size = config.model.resolve_ep_size(world.world_size)
+def build_engine(
+    config: TrainConfig, *, vocab_size: int, world: World, num_micro_steps: int
+) -> deepspeed.DeepSpeedEngine:
+    """Model with weights decided by the seed, its optimizer groups, and DeepSpeed around them. Collective.
+
+    num_micro_steps: passes of each rank for one step.
+    """
+    ds_config = deepspeed_config(config, num_micro_steps=num_micro_steps)
+    ep_size = config.resolve_ep_size(world.world_size)
     data_before_expert = bool(ds_config.get("use_data_before_expert_parallelism", False))
     ep_rank = _ep_rank(world, ep_size, data_before_expert)
     model = MoELanguageModel(config.model, vocab_size=padded_vocab_size(vocab_size), ep_size=ep_size)
@@ -103,6 +118,10 @@ def build_engine(config: TrainConfig, *, vocab_size: int, world: World) -> deeps
     if engine.has_moe_layers and groups._get_expert_parallel_rank(name) != ep_rank:
         # Experts would carry another expert's initial weights; a DeepSpeed release with a new rank order would do it.
         raise RuntimeError(f"DeepSpeed put rank {world.rank} at another place of its EP group than {ep_rank}")
+    if config.run.is_elastic:
+        check_optimizer(engine)
+        if not engine.zero_optimization():
+            engine.clip_fp32_gradients = functools.partial(clip_whole_gradient, engine)
     return engine
 
 

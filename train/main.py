@@ -3,6 +3,7 @@
 python -m train.main --preset demo
 torchrun --nproc-per-node 2 -m train.main --preset demo --backend ray_deepep
 python -m train.main --preset demo --ray --workers 2
+python -m train.main --preset demo --ray --workers 2:4
 ray job submit -- python -m train.main --preset demo --workers 2 --out /shared/runs/demo
 python -m train.main --preset demo --data my_texts/ --steps 500 --out runs/mine --resume
 """

@@ -47,6 +47,8 @@ class StepMetrics:
     """Validation cross-entropy, on steps that validate."""
     time_s: float | None = None
     """When the step was done, in seconds since the epoch."""
+    world_size: int | None = None
+    """Ranks that did the step."""
     expert_tokens: list[list[int]] | None = None
     """Tokens that all ranks routed to each expert, before drops, [MoE layers][E]; see `run.load_every`."""
 

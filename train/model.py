@@ -201,6 +201,7 @@ class MoELanguageModel(nn.Module):
 
 
 EXPERT_NAME = re.compile(r"(?<=\.deepspeed_experts\.)\d+(?=\.)")
+"""The number of an expert in a parameter's name; counts from 0 on every rank."""
 
 
 @torch.no_grad()

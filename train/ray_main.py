@@ -4,9 +4,11 @@
     RAY_ADDRESS=HOST:6379 python -m train.ray_main --preset small --workers 8
     ray job submit -- python -m train.ray_main --preset demo --out /shared/runs/demo
     ray-deepep submit train.ray_main --preset demo --out /shared/runs/demo
+    RAY_ADDRESS=HOST:6379 python -m train.ray_main --preset small --workers 4:8
 
 A worker that dies, hangs or raises is named in the log, and training continues from the last checkpoint, with the same
-losses as an undisturbed run. `--inject kill:rank=1,step=7` shows it. SIGTERM, which is how Ray stops a job, ends the
+losses as an undisturbed run. `--inject kill:rank=1,step=7` shows it. With `--workers MIN:MAX` it goes on smaller when a
+node is lost, and grows back. SIGTERM, which is how Ray stops a job, ends the
 run after the step that is being done, with a checkpoint.
 """
 
@@ -24,15 +26,16 @@ import sys
 import time
 import uuid
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from train.cli import add_config_arguments, config_from_args
 from train.config import TrainConfig
 from train.errors import CheckpointError, ConfigError, DataError, TrainingDivergedError
-from train.inject import Injection, injected_file
+from train.inject import injected_file
 from train.ray_jobs import RESULT_PREFIX
+from train.ray_options import RayOptions, add_ray_arguments, ep_sizes_of, options_from_args, with_shares
 from train.timeline import RecoveryTimes, StartTimes, process_started
 
 _KNOCK_S = 10.0
@@ -42,37 +45,6 @@ TRAIN_SETTINGS: Mapping[str, str] = {
     "RAY_TRAIN_ENABLE_PRINT_PATCH": "0",
     "RAY_TRAIN_ENABLE_STATE_TRACKING": "1",
 }
-
-
-@dataclass(frozen=True, kw_only=True)
-class RayOptions:
-    """How a run uses Ray."""
-
-    num_workers: int = 2
-    """Workers, one EP rank each."""
-    cpus_per_worker: float = 1.0
-    """CPUs that Ray sets aside for each."""
-    max_failures: int = 3
-    """How often the workers are started again after a fault."""
-    address: str = ""
-    """The cluster; empty: start a Ray here."""
-    inject: tuple[Injection, ...] = ()
-    """Faults on purpose, one for each attempt from the first on."""
-    num_sms: int | None = None
-    """Multiprocessors of communication kernels; None: the default."""
-    submitted: float = 0.0
-    """When the job was submitted, in seconds since the epoch; 0: when this process began."""
-
-    def __post_init__(self) -> None:
-        if self.num_workers < 1:
-            raise ConfigError("--workers", self.num_workers, "must be at least 1")
-        if not 0 < self.cpus_per_worker < math.inf:
-            raise ConfigError("--cpus-per-worker", self.cpus_per_worker, "must be positive and finite")
-        if self.max_failures < 0:
-            raise ConfigError("--max-failures", self.max_failures, "must be at least 0")
-        for injection in self.inject:
-            if injection.rank >= self.num_workers:
-                raise ConfigError("--inject", injection.rank, f"rank must be less than --workers {self.num_workers}")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -94,12 +66,13 @@ def describe_job(argv: list[str]) -> dict[str, str]:
 
 
 def metadata_of(config: TrainConfig, options: RayOptions) -> dict[str, str]:
-    """What is kept with the job of a run."""
+    """What is kept with the job of a run. Raises ConfigError when the number of workers does not fit."""
+    ep_size = with_shares(config, options).resolve_ep_size(options.num_workers)
     return {
         "preset": config.name,
         "backend": config.run.backend,
-        "num_workers": str(options.num_workers),
-        "ep_size": str(config.model.resolve_ep_size(options.num_workers)),
+        "num_workers": str(options),
+        "ep_size": str(ep_size),
         "out_dir": config.run.out_dir,
     }
 
@@ -113,32 +86,6 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the arguments that `options_from_args` reads."""
-    parser.add_argument("--workers", type=int, default=2, metavar="N", help="workers (default: 2)")
-    parser.add_argument("--cpus-per-worker", type=float, default=1.0, metavar="N", help="CPUs of each (default: 1)")
-    parser.add_argument("--max-failures", type=int, default=3, metavar="N", help="restarts after faults (default: 3)")
-    parser.add_argument(
-        "--address", default=os.environ.get("RAY_ADDRESS", ""), help="Ray cluster (default: RAY_ADDRESS, or a new Ray)"
-    )
-    parser.add_argument(
-        "--inject", nargs="+", default=[], metavar="FAULT", help="faults, one per attempt, e.g. kill:rank=1,step=7"
-    )
-    parser.add_argument("--submitted", type=float, default=0.0, help=argparse.SUPPRESS)
-
-
-def options_from_args(args: argparse.Namespace) -> RayOptions:
-    """The options that parsed arguments ask for. Raises ConfigError naming the first wrong one."""
-    return RayOptions(
-        num_workers=RayOptions.num_workers if args.workers is None else args.workers,
-        cpus_per_worker=args.cpus_per_worker,
-        max_failures=args.max_failures,
-        address=args.address,
-        inject=tuple(Injection.parse(text) for text in args.inject),
-        submitted=args.submitted,
-    )
-
-
 def run_on_ray(config: TrainConfig, *, options: RayOptions | None = None) -> int:
     """Train as `config` says on Ray, print the summary, return the exit status.
 
@@ -146,8 +93,7 @@ def run_on_ray(config: TrainConfig, *, options: RayOptions | None = None) -> int
     can do something about (`train.ray_worker.USER_ERRORS`).
     """
     options = options or RayOptions()
-    config = with_absolute_paths(config)
-    config.model.resolve_ep_size(options.num_workers)
+    config = with_shares(with_absolute_paths(config), options)
     for name, value in TRAIN_SETTINGS.items():
         os.environ.setdefault(name, value)
     import ray.train
@@ -160,7 +106,7 @@ def run_on_ray(config: TrainConfig, *, options: RayOptions | None = None) -> int
     if owned:
         connect(options)
     connected = time.time()
-    if len(ray.nodes()) == 1:
+    if len(ray.nodes()) == 1 and not options.is_elastic:
         # Watches for the loss of nodes, of which a run on one node has none to spare; its process costs seconds.
         os.environ.setdefault("RAY_TRAIN_ENABLE_PREEMPTION_WATCHER", "0")
     try:
@@ -224,18 +170,18 @@ def _knock(address: str) -> None:
 def check_resources(config: TrainConfig, options: RayOptions, cluster: Mapping[str, float]) -> bool:
     """Whether workers get a GPU each. Raises ConfigError where the cluster is too small, instead of waiting for ever.
 
-    cluster: what the whole cluster has, by name of the resource.
+    An elastic run needs room for its least number of workers. cluster: what the whole cluster has, by resource.
     """
-    cpus = options.num_workers * options.cpus_per_worker
+    cpus = options.least_workers * options.cpus_per_worker
     if cluster.get("CPU", 0) < cpus:
         rule = (
             f"needs {cpus:g} CPUs and the cluster has {cluster.get('CPU', 0):g}; use fewer, or lower --cpus-per-worker"
         )
-        raise ConfigError("--workers", options.num_workers, rule)
+        raise ConfigError("--workers", options.least_workers, rule)
     gpus = cluster.get("GPU", 0)
-    if config.run.device == "cuda" and gpus < options.num_workers:
-        raise ConfigError("--workers", options.num_workers, f"needs as many GPUs and the cluster has {gpus:g}")
-    return config.run.device != "cpu" and gpus >= options.num_workers
+    if config.run.device == "cuda" and gpus < options.least_workers:
+        raise ConfigError("--workers", options.least_workers, f"needs as many GPUs and the cluster has {gpus:g}")
+    return config.run.device != "cpu" and gpus >= options.least_workers
 
 
 def make_trainer(config: TrainConfig, options: RayOptions, token: str, *, use_gpu: bool) -> Any:
@@ -243,9 +189,10 @@ def make_trainer(config: TrainConfig, options: RayOptions, token: str, *, use_gp
 
     `token` names the run to who asks it to stop.
     """
-    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train import FailureConfig, RunConfig
     from ray.train.torch import TorchTrainer
 
+    from ray_deepep.cluster import ElasticTrainer
     from train.ray_worker import WorkerJob, train_worker
 
     out_dir = Path(config.run.out_dir)
@@ -254,15 +201,14 @@ def make_trainer(config: TrainConfig, options: RayOptions, token: str, *, use_gp
     config = config.replace(**{"run.progress": False})
     for attempt in range(1, len(options.inject) + 1):
         injected_file(out_dir, attempt).unlink(missing_ok=True)
-    return TorchTrainer(
+    ep_sizes = ep_sizes_of(config, options)
+    trainer = TorchTrainer if ep_sizes is None else partial(ElasticTrainer, ep_sizes=ep_sizes, run_key=token)
+    job = WorkerJob(config=config.to_dict(), token=token, inject=options.inject, is_elastic=options.is_elastic)
+    return trainer(
         train_worker,
-        train_loop_config={"job": WorkerJob(config=config.to_dict(), token=token, inject=options.inject)},
+        train_loop_config={"job": job},
         torch_config=_torch_config(config, options),
-        scaling_config=ScalingConfig(
-            num_workers=options.num_workers,
-            use_gpu=use_gpu,
-            resources_per_worker={"CPU": options.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
-        ),
+        scaling_config=_scaling_config(options, use_gpu=use_gpu),
         run_config=RunConfig(
             name=f"{config.name}-{config.run.backend}-{token}",
             storage_path=str(out_dir / "ray"),
@@ -271,6 +217,18 @@ def make_trainer(config: TrainConfig, options: RayOptions, token: str, *, use_gp
             ),
             worker_runtime_env={"env_vars": env},
         ),
+    )
+
+
+def _scaling_config(options: RayOptions, *, use_gpu: bool) -> Any:
+    from ray.train import ScalingConfig
+
+    workers = (options.least_workers, options.num_workers) if options.is_elastic else options.num_workers
+    return ScalingConfig(
+        num_workers=workers,
+        elastic_resize_monitor_interval_s=options.resize_check_s,
+        use_gpu=use_gpu,
+        resources_per_worker={"CPU": options.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
     )
 
 
@@ -285,11 +243,12 @@ def _torch_config(config: TrainConfig, options: RayOptions) -> Any:
 
     # Beyond the deadline of every collective nothing moves any more. A deadline of the user's own comes first.
     hang_deadline_s = ExpertParallelConfig().hang_deadline_s or timeout_s
-    ep_size = config.model.resolve_ep_size(options.num_workers)
+    ep_sizes = ep_sizes_of(config, options)
     return ExpertParallelConfig(
         comm=CommConfig() if options.num_sms is None else CommConfig(num_sms=options.num_sms),
         timeout_s=timeout_s,
-        ep_size=ep_size,
+        ep_size=config.resolve_ep_size(options.num_workers) if ep_sizes is None else None,
+        ep_sizes=ep_sizes,
         hang_deadline_s=hang_deadline_s,
         fault_log=str(Path(config.run.out_dir) / run_files.FAULTS),
     )
@@ -320,8 +279,10 @@ def _report(config: TrainConfig, options: RayOptions, outcome: Any, *, imported:
     print(format_summary(outcome.summary))
     print(f"time to first step  {times}")
     for number, attempt in enumerate(outcome.attempts[1:], start=1):
-        if number <= len(options.inject):
-            fault = float(injected_file(Path(config.run.out_dir), number).read_text(encoding="utf-8"))
+        time_file = injected_file(Path(config.run.out_dir), number)
+        # A resize may end an attempt before its fault, or leave out the rank that was to suffer it.
+        if number <= len(options.inject) and time_file.exists():
+            fault = float(time_file.read_text(encoding="utf-8"))
             times = RecoveryTimes(fault=fault, **_moments(attempt))
             result["recoveries"].append({"kind": options.inject[number - 1].kind} | dataclasses.asdict(times))
             print(f"{options.inject[number - 1].kind} to training again  {times}")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import torch.distributed as dist
 
 from ray_deepep import job_log
 from ray_deepep.cluster.metrics import RayMetricsSink
+from ray_deepep.cluster.resize import ResizeHandover
 from ray_deepep.cluster.stop import StopWatch
 from ray_deepep.step_telemetry import Sink
 from train.api import CheckpointInfo, TrainSummary, never
@@ -46,6 +46,8 @@ class WorkerJob:
     """Unique to this run: tells its attempts from those of an earlier run in the same folder."""
     inject: tuple[Injection, ...]
     """Faults, one for each attempt from the first on."""
+    is_elastic: bool = False
+    """Whether Ray may ask the workers to make room for more of them."""
 
 
 @dataclass(kw_only=True)
@@ -154,15 +156,20 @@ def train_worker(loop_config: dict[str, WorkerJob]) -> WorkerOutcome | None:
     number = [len(log.attempts) if log else 0]
     dist.broadcast_object_list(number, src=0)
     if log is not None:
-        print(job_log.attempt_line(number[0]), flush=True)
+        num_workers = ray.train.get_context().get_world_size() if job.is_elastic else None
+        print(job_log.attempt_line(number[0], num_workers), flush=True)
     callbacks: list[Any] = [RayReporter(config, log)]
     if number[0] <= len(job.inject):
         time_file = injected_file(out_dir, number[0])
         callbacks.append(FaultInjector(job.inject[number[0] - 1], rank=rank, time_file=time_file))
     try:
-        with StopWatch(job.token) if rank == 0 else nullcontext(never) as stop:
+        with (
+            StopWatch(job.token) if rank == 0 else nullcontext(never) as stop,
+            ResizeHandover(job.token, rank) if job.is_elastic else nullcontext() as handover,
+        ):
             telemetry = TelemetryOptions(sinks=_sinks(config, rank), restarts=number[0] - 1)
-            summary = _train(config_of_attempt(config, number[0]), callbacks, stop, telemetry)
+            wishes = {"stop": stop, "handover": handover}
+            summary = _train(config_of_attempt(config, number[0]), callbacks, telemetry, wishes)
     except USER_ERRORS as error:
         _agree_or_raise(error, rank)
         return WorkerOutcome(summary=None, error=error, attempts=log.attempts) if log else None
@@ -180,17 +187,18 @@ def config_of_attempt(config: TrainConfig, number: int) -> TrainConfig:
 
 
 def _train(
-    config: TrainConfig, callbacks: list[Any], stop: Callable[[], bool], telemetry: TelemetryOptions
+    config: TrainConfig, callbacks: list[Any], telemetry: TelemetryOptions, wishes: dict[str, Any]
 ) -> TrainSummary:
+    """wishes: `stop` and `handover` of `train.trainer.run`."""
     # Imported here: the driver and Ray's controller load this module too, and need no DeepSpeed.
     from train.trainer import run
 
     if config.run.backend == "stock":
-        return run(config, callbacks=callbacks, stop=stop, telemetry=telemetry)
+        return run(config, callbacks=callbacks, telemetry=telemetry, **wishes)
     from ray_deepep.cluster import current
 
     worker = current()
-    return run(config, swap=worker.swap, callbacks=callbacks, progress=worker.progress, stop=stop, telemetry=telemetry)
+    return run(config, swap=worker.swap, callbacks=callbacks, progress=worker.progress, telemetry=telemetry, **wishes)
 
 
 def _sinks(config: TrainConfig, rank: int) -> tuple[Sink, ...]:
@@ -198,7 +206,7 @@ def _sinks(config: TrainConfig, rank: int) -> tuple[Sink, ...]:
     if not config.run.telemetry:
         return ()
     context = ray.train.get_context()
-    ep_size = config.model.resolve_ep_size(context.get_world_size())
+    ep_size = config.resolve_ep_size(context.get_world_size())
     first = rank - rank % ep_size
     return (RayMetricsSink(run=context.get_experiment_name(), rank=rank, ranks=range(first, first + ep_size)),)
 

@@ -87,6 +87,8 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(format="%(message)s")
     try:
         options = options_from_args(args)
+        if options.is_elastic:
+            raise ConfigError("--workers", str(options), "must be a fixed number: the trials of a sweep are compared")
         folder = Path(args.out or "runs/sweep").absolute()
         sweep = _resumed(args, folder) if args.resume else _new(args, folder, options)
         rows = run_sweep(sweep, folder, options=options, at_once=args.at_once, retry_failed=args.retry_failed)

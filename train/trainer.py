@@ -4,12 +4,12 @@
 
 `run(config)` does everything: data, DeepSpeed engine, resume, steps, validation, checkpoints, plot, sample, summary.
 Who wants to hear about it passes callbacks; who brings an all-to-all backend passes `swap`. Every step reseeds torch
-from (seed, step, rank), so a resumed run repeats the interrupted one bit for bit.
+from (seed, step, rank), so a resumed run repeats the interrupted one bit for bit. With `run.num_shares` the number of
+ranks may change from one start to the next (`shares.py`).
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import math
 import sys
@@ -23,10 +23,10 @@ import torch
 from tqdm import tqdm
 
 from train import checkpoint
-from train.api import CheckpointInfo, CommStats, Progress, TrainerCallback, TrainSummary, never
+from train.api import CheckpointInfo, CommStats, Handover, Progress, TrainerCallback, TrainSummary, never
 from train.clock import Clock
 from train.config import TrainConfig
-from train.data import BatchSampler, TokenStore, build_token_store
+from train.data import TokenStore, build_token_store
 from train.distributed import World, cpu_threads, join_world, mean_over_ranks, on_main
 from train.engine import build_engine, quiet_deepspeed
 from train.environment import describe_environment
@@ -36,6 +36,7 @@ from train.files import write_text_atomic
 from train.metrics import MetricsWriter, StepMetrics, run_stats
 from train.run_folder import RunFolder
 from train.sample import sample_tokens
+from train.shares import ShareBatches, seed_for
 from train.stock_comm import StockCommTimer
 from train.telemetry import CommCounts, StepTelemetry, TelemetryOptions, open_telemetry, record_step, take_counts
 
@@ -52,20 +53,24 @@ def run(
     callbacks: Sequence[TrainerCallback] = (),
     progress: Progress | None = None,
     stop: Callable[[], bool] = never,
+    handover: Handover | None = None,
     telemetry: TelemetryOptions | None = None,
 ) -> TrainSummary:
     """Train as `config` says and return the summary (the same on every rank). Collective over the job.
 
     swap: the all-to-all backend already in place, asked for its times; None: this function enables
     `config.run.backend` itself. progress: told where the run is. stop: asked on every rank in every step; once any rank
-    says True, all end after that step, with a checkpoint. telemetry: more places for the numbers of steps. A process
+    says True, all end after that step, with a checkpoint. handover: as `stop`, but the ranks then wait to be replaced.
+    telemetry: more places for the numbers of steps. A process
     group that exists already is used and left alive.
     Raises ConfigError, DataError, CheckpointError, TrainingDivergedError, and what the backend raises.
     """
     quiet_deepspeed()
     with cpu_threads(config.run.num_threads), join_world(config.run) as world, _comm(config, swap) as comm:
         progress = Progress() if progress is None else progress
-        trainer = Trainer(config, world=world, comm=comm, callbacks=callbacks, progress=progress, stop=stop)
+        trainer = Trainer(
+            config, world=world, comm=comm, callbacks=callbacks, progress=progress, stop=stop, handover=handover
+        )
         try:
             trainer.telemetry = open_telemetry(config.run, world.rank, telemetry or TelemetryOptions())
             return trainer.run()
@@ -83,12 +88,6 @@ def _comm(config: TrainConfig, swap: CommStats | None):
     return enable()
 
 
-def seed_for(seed: int, *where: object) -> int:
-    """A 63-bit seed for one place in a run, e.g. `seed_for(1234, "train", step, rank)`."""
-    digest = hashlib.sha256("/".join(map(str, (seed, *where))).encode()).digest()
-    return int.from_bytes(digest[:8], "little") >> 1
-
-
 class Trainer:
     """One run on one rank: built from the config, resumed if asked, then stepped to the end by `run`."""
 
@@ -101,6 +100,7 @@ class Trainer:
         callbacks: Sequence[TrainerCallback],
         progress: Progress,
         stop: Callable[[], bool] = never,
+        handover: Handover | None = None,
     ):
         self.config = config
         self.world = world
@@ -110,7 +110,8 @@ class Trainer:
         self.telemetry: StepTelemetry | None = None
         self._stop_asked = stop
         self._comm_step = CommCounts()
-        self._stopping = False  # the same on all ranks
+        self._handover = handover
+        self._stopping = self._yielding = False  # the same on all ranks
         progress.phase = "setup"
         self._engine = None
         self._writer: MetricsWriter | None = None
@@ -119,22 +120,20 @@ class Trainer:
         self._start_step = 0
         self._steps: list[StepMetrics] = []
         self._load = ExpertLoad(config.run, world)
-        config.model.resolve_ep_size(world.world_size)  # refuse a degree that does not fit before anything is written
+        config.resolve_ep_size(world.world_size)  # refuse a degree that does not fit before anything is written
         on_main(world, lambda: self._folder.prepare(config))
         bar = config.run.progress and world.is_main
         on_main(world, lambda: build_token_store(config.data, self._folder.data, progress=bar))
         self._store = TokenStore(self._folder.data)
-        self._sampler = BatchSampler(
-            store=self._store,
-            seq_len=config.data.seq_len,
-            micro_batch=config.optim.micro_batch,
-            seed=config.run.seed,
-            rank=world.rank,
-            world_size=world.world_size,
-        )
+        self._shares = ShareBatches(config, self._store, world)
         choice = self._folder.choose_checkpoint(config, data_digest=self._store.info.content_digest)
         on_main(world, lambda: self._note_start(choice))
-        self._engine = build_engine(config, vocab_size=self._store.info.vocab_size, world=world)
+        self._engine = build_engine(
+            config,
+            vocab_size=self._store.info.vocab_size,
+            world=world,
+            num_micro_steps=len(self._shares.train_steps),
+        )
         self._resume(choice)
 
     def close(self) -> None:
@@ -147,7 +146,7 @@ class Trainer:
             self._engine.destroy()
 
     def _note_start(self, choice: checkpoint.CheckpointChoice | None) -> None:
-        ep_size = self.config.model.resolve_ep_size(self.world.world_size)
+        ep_size = self.config.resolve_ep_size(self.world.world_size)
         environment = describe_environment(self.world, ep_size=ep_size)
         self._folder.note_start(step=choice.state.step if choice is not None else 0, environment=environment)
 
@@ -177,10 +176,13 @@ class Trainer:
                 if self._due(step, config.run.eval_every):
                     metrics = replace(metrics, val_loss=self._validate())
                 self._record(metrics, bar)
-                if self._stopping or self._due(step, config.run.checkpoint_every):
+                if self._stopping or self._yielding or self._due(step, config.run.checkpoint_every):
                     self._save(step)
                 if self._stopping:
                     break
+                if self._yielding and step < config.run.steps:
+                    self._progress.phase = "handover"
+                    self._handover.hand_over(step)
         return self._finish()
 
     def _due(self, step: int, every: int) -> bool:
@@ -201,7 +203,6 @@ class Trainer:
     def _step(self, step: int) -> StepMetrics:
         optim = self.config.optim
         self._progress.step = step
-        torch.manual_seed(seed_for(self.config.run.seed, "train", step, self.world.rank))
         take_counts(self._comm)
         lr = self._engine.get_lr()[0]
         clock = Clock()
@@ -210,14 +211,15 @@ class Trainer:
         self._progress.phase = "metrics"
         counts = self._comm_step = take_counts(self._comm)
         num_calls = counts.num_dispatch + counts.num_combine
-        # One reduction for all; a wish to stop travels along, so that every rank hears of it in the same step.
-        loss, aux_loss, dispatch_ms, combine_ms, comm_calls, stop = mean_over_ranks(
-            [*local_losses, counts.dispatch_ms, counts.combine_ms, num_calls, float(self._stop_asked())], self.world
+        # One reduction for all; wishes to stop travel along, so that every rank hears of them in the same step.
+        wishes = [float(self._stop_asked()), float(self._handover is not None and self._handover.asked())]
+        loss, aux_loss, dispatch_ms, combine_ms, comm_calls, stop, handover = mean_over_ranks(
+            [*local_losses, counts.dispatch_ms, counts.combine_ms, num_calls, *wishes], self.world
         )
-        self._stopping = stop > 0
+        self._stopping, self._yielding = stop > 0, handover > 0
         if not math.isfinite(loss):
             raise TrainingDivergedError(step, loss)
-        num_tokens = self.world.world_size * optim.micro_batch * optim.grad_accum * self.config.data.seq_len
+        num_tokens = self._shares.num_shares * optim.micro_batch * optim.grad_accum * self.config.data.seq_len
         return StepMetrics(
             step=step,
             loss=loss,
@@ -232,42 +234,41 @@ class Trainer:
             combine_ms=combine_ms,
             comm_calls=comm_calls,
             time_s=time.time(),
+            world_size=self.world.world_size,
             expert_tokens=self._load.take(step),
         )
 
     def _forward_backward_update(self, step: int, clock: Clock) -> list[float]:
         """One optimizer step; returns this rank's language-model and load-balancing loss."""
-        num_micro_steps = self.config.optim.grad_accum
+        num_micro_steps = len(self._shares.train_steps)
         losses = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        for micro_step in range(num_micro_steps):
-            self._progress.phase = "data"
-            batch = self._sampler.train_batch(step, micro_step)
+        self._progress.phase = "data"
+        for micro, batch in self._shares.train(step):
             self._progress.phase = "forward"
             output = self._engine(batch.tokens_BS.to(self.world.device), batch.targets_BS.to(self.world.device))
             clock.lap("forward")
             self._progress.phase = "backward"
-            self._engine.backward(output.total)
+            self._engine.backward(output.total * micro.weight)
             clock.lap("backward")
             self._progress.phase = "optimizer"
             self._engine.step()
             clock.lap("optimizer")
-            losses += torch.stack([output.lm, output.aux]).double() / num_micro_steps
-            self._load.add(output.expert_tokens)
+            losses += torch.stack([output.lm, output.aux]).double() * micro.weight / num_micro_steps
+            if micro.weight:
+                self._load.add(output.expert_tokens)
+            self._progress.phase = "data"
         return losses.tolist()
 
     @torch.no_grad()
     def _validate(self) -> float:
-        config = self.config
         self._progress.phase = "validation"
-        torch.manual_seed(seed_for(config.run.seed, "validation", self.world.rank))
         self._engine.eval()
         total = 0.0
-        for index in range(config.run.eval_batches):
-            batch = self._sampler.val_batch(index)
+        for micro, batch in self._shares.validation():
             output = self._engine.module(batch.tokens_BS.to(self.world.device), batch.targets_BS.to(self.world.device))
-            total += float(output.lm)
+            total += float(output.lm) * micro.weight
         self._engine.train()
-        return mean_over_ranks([total / config.run.eval_batches], self.world)[0]
+        return mean_over_ranks([total / len(self._shares.val_steps)], self.world)[0]
 
     def _record(self, metrics: StepMetrics, bar: tqdm) -> None:
         self._progress.phase = "callbacks"
@@ -290,7 +291,9 @@ class Trainer:
         state = checkpoint.TrainerState(
             step=step,
             world_size=self.world.world_size,
-            ep_size=config.model.resolve_ep_size(self.world.world_size),
+            ep_size=config.resolve_ep_size(self.world.world_size),
+            num_shares=self._shares.num_shares,
+            by_name=config.run.is_elastic,
             backend=config.run.backend,
             config_digest=config.digest(),
             config_identity=config.identity(),
@@ -317,7 +320,7 @@ class Trainer:
             preset=config.name,
             backend=config.run.backend,
             world_size=self.world.world_size,
-            ep_size=config.model.resolve_ep_size(self.world.world_size),
+            ep_size=config.resolve_ep_size(self.world.world_size),
             device=self.world.device.type,
             num_params=self._count_params(),
             resumed_from_step=self._start_step,
@@ -337,7 +340,7 @@ class Trainer:
 
     def _count_params(self) -> int:
         """Parameters of the whole model: this rank's share of experts counts once for each rank of the EP group."""
-        ep_size = self.config.model.resolve_ep_size(self.world.world_size)
+        ep_size = self.config.resolve_ep_size(self.world.world_size)
         return sum(
             p.numel() * (1 if getattr(p, "allreduce", True) else ep_size) for p in self._engine.module.parameters()
         )

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from .actors import ActorRank, bootstrap, teardown
     from .culprit import Culprit, Evidence, RankFault, RankState, RankStatus
     from .decision import decide_culprit, decide_hung
+    from .elastic import ElasticTrainer
     from .exchange import RayExchange, make_rendezvous
     from .expert_parallel import ExpertParallelConfig, WorkerBootstrapError
     from .layout import ep_groups
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
         PlacementRequest,
         decide_placement,
     )
+    from .resize import HandoverError, ResizeHandover
     from .shortage import DomainRoom, PlacementError, PlacementShortage
     from .state import NotBootstrappedError, WorkerState, current
 
@@ -30,8 +32,10 @@ __all__ = [
     "ActorRank",
     "Culprit",
     "DomainRoom",
+    "ElasticTrainer",
     "Evidence",
     "ExpertParallelConfig",
+    "HandoverError",
     "NodeOffer",
     "NotBootstrappedError",
     "Placement",
@@ -43,6 +47,7 @@ __all__ = [
     "RankState",
     "RankStatus",
     "RayExchange",
+    "ResizeHandover",
     "WorkerBootstrapError",
     "WorkerState",
     "bootstrap",
@@ -61,11 +66,13 @@ _NAMES_OF = {
     "actors": ("ActorRank", "bootstrap", "teardown"),
     "culprit": ("Culprit", "Evidence", "RankFault", "RankState", "RankStatus"),
     "decision": ("decide_culprit", "decide_hung"),
+    "elastic": ("ElasticTrainer",),
     "exchange": ("RayExchange", "make_rendezvous"),
     "expert_parallel": ("ExpertParallelConfig", "WorkerBootstrapError"),
     "layout": ("ep_groups",),
     "offer": ("cluster_offer", "find_placement"),
     "placement": ("NodeOffer", "Placement", "PlacementConfig", "PlacementRequest", "decide_placement"),
+    "resize": ("HandoverError", "ResizeHandover"),
     "shortage": ("DomainRoom", "PlacementError", "PlacementShortage"),
     "state": ("NotBootstrappedError", "WorkerState", "current"),
 }

@@ -162,8 +162,8 @@ def _by_process(
     """States as their processes and nodes show them, where the workers themselves do not say."""
     states = dict(states)
     unsure = [rank for rank, state in states.items() if state in (RankState.RUNNING, RankState.UNRESPONSIVE)]
-    for rank, word in zip(unsure, on_nodes(process_state, [processes[rank] for rank in unsure], ANSWER_DEADLINE_S)):
-        states[rank] = _BY_WORD.get(word, states[rank])
+    words = dict(zip(unsure, on_nodes(process_state, [processes[rank] for rank in unsure], ANSWER_DEADLINE_S)))
+    states |= {rank: _BY_WORD[word] for rank, word in words.items() if word in _BY_WORD}
     seen_dead = {
         _blamed(record, group_of(rank, groups), processes)
         for rank, record in records.items()
@@ -172,7 +172,9 @@ def _by_process(
     maybe_dead = [
         rank
         for rank, state in states.items()
-        if state in (RankState.DEAD, RankState.UNRESPONSIVE) or (state is RankState.RUNNING and rank in seen_dead)
+        if state in (RankState.DEAD, RankState.UNRESPONSIVE)
+        # Ray's last poll may be older than the loss of the node, which then answers nothing either.
+        or (state is RankState.RUNNING and (rank in seen_dead or words[rank] is None))
     ]
     lost = lost_nodes({processes[rank].node_id for rank in maybe_dead}, ANSWER_DEADLINE_S)
     return states | {rank: RankState.NODE_LOST for rank in maybe_dead if processes[rank].node_id in lost}

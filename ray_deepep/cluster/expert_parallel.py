@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import os
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ray._common.network_utils import build_address
@@ -22,7 +23,7 @@ from ray.train.v2._internal.exceptions import WorkerGroupStartupFailedError
 
 from .. import env
 from ..config import CommConfig
-from ..errors import BootstrapError, InvalidTypeError
+from ..errors import BootstrapError, InvalidArgumentError, InvalidTypeError
 from ..fields import check_choice, check_duration, check_int, check_positive, check_str, known_fields
 from . import worker
 from .gather import first_error, gather, refuse_shared_gpus
@@ -31,6 +32,7 @@ from .layout import ep_groups
 from .nodes import lost_nodes
 from .placement import PlacementConfig
 from .processes import ProcessId, kill_process, on_nodes
+from .sizes import check_ep_sizes
 
 if TYPE_CHECKING:
     from ..deepspeed import SwapConfig
@@ -59,6 +61,8 @@ class ExpertParallelConfig(TorchConfig):
         comm: settings of the communicators; those of the process that makes the config count, not the workers'.
         ep_size: ranks of one EP group, a divisor of the number of workers; None: all workers are one group. Groups are
             consecutive ranks, as in DeepSpeed, and must be those that the model asks DeepSpeed for.
+        ep_sizes: the EP degree at each number of workers, for runs whose number may change (``ElasticTrainer``); takes
+            the place of ``ep_size``.
         swap: whether to swap DeepSpeed's MoE layers, or how.
         placement: how EP groups are kept inside NVLink domains; None: Ray places the workers as it likes. It also does
             so where ``ScalingConfig`` has a ``label_selector`` or a ``placement_strategy`` other than ``PACK``.
@@ -75,6 +79,7 @@ class ExpertParallelConfig(TorchConfig):
 
     comm: CommConfig = dataclasses.field(default_factory=CommConfig)
     ep_size: int | None = None
+    ep_sizes: Mapping[int, int] | None = None
     swap: bool | SwapConfig = True
     placement: PlacementConfig | None = dataclasses.field(default_factory=PlacementConfig)
     hang_deadline_s: float = dataclasses.field(default_factory=env.hang_deadline_s)
@@ -87,6 +92,8 @@ class ExpertParallelConfig(TorchConfig):
             raise InvalidTypeError("placement", type(self.placement).__name__, "must be a PlacementConfig, or None")
         if self.ep_size is not None:
             check_int("ep_size", self.ep_size, least=1)
+        if self.ep_sizes is not None:
+            check_ep_sizes(self.ep_sizes)
         check_swap(self.swap)
         check_duration("hang_deadline_s", self.hang_deadline_s)
         check_str("fault_log", self.fault_log)
@@ -95,6 +102,17 @@ class ExpertParallelConfig(TorchConfig):
         check_choice("init_method", self.init_method, ("env", "tcp"))
         check_positive("timeout_s", self.timeout_s)
         register_callbacks()
+
+    def ep_size_of(self, num_workers: int) -> int | None:
+        """Ranks of one EP group among ``num_workers``; None: all of them.
+
+        Raises InvalidArgumentError where ``ep_sizes`` does not have that number.
+        """
+        if self.ep_sizes is None:
+            return self.ep_size
+        if num_workers not in self.ep_sizes:
+            raise InvalidArgumentError("ep_sizes", dict(self.ep_sizes), f"has no EP degree for {num_workers} workers")
+        return self.ep_sizes[num_workers]
 
     @property
     def backend_cls(self):
@@ -111,6 +129,7 @@ class ExpertParallelConfig(TorchConfig):
         fields = {
             "comm": dataclasses.asdict(self.comm),
             "ep_size": self.ep_size,
+            "ep_sizes": None if self.ep_sizes is None else {str(n): size for n, size in self.ep_sizes.items()},
             "swap": swap,
             "placement": placement,
             "hang_deadline_s": self.hang_deadline_s,
@@ -149,7 +168,7 @@ class ExpertParallelBackend(_TorchBackend):
 
 def _start(worker_group, config: ExpertParallelConfig) -> None:
     num_workers = len(worker_group)
-    groups = ep_groups(num_workers, config.ep_size)
+    groups = ep_groups(num_workers, config.ep_size_of(num_workers))
     # Alive and answering first: inside a collective, one stopped worker makes all of them silent.
     addresses = _call_all(worker_group, "reach", [(get_address_and_port,)] * num_workers, config)
     address, port = addresses[0]

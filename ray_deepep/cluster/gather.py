@@ -9,9 +9,9 @@ from typing import Any
 
 import ray
 
-from ..communicator import shared_gpus
 from ..config import CommConfig
 from ..errors import BootstrapError, RayDeepEPError, SharedGpuError
+from ..rank_info import shared_gpus
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -48,7 +48,7 @@ class Placer(ControllerCallback, WorkerGroupCallback):
         try:
             self._placement = find_placement(
                 num_workers=worker_group_context.num_workers,
-                ep_size=self._config.ep_size,
+                ep_size=self._config.ep_size_of(worker_group_context.num_workers),
                 resources_per_worker=worker_group_context.resources_per_worker,
                 config=self._config.placement,
             )

@@ -14,7 +14,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from ray.experimental import internal_kv
 
@@ -47,26 +47,29 @@ def _key(run: str) -> bytes:
 
 
 class StopWatch(threading.Thread):
-    """Looks whether a run is to stop, so that the training loop need not ask the network. A context manager."""
+    """Looks whether a run is to stop, so that the training loop need not ask the network. A context manager.
 
-    def __init__(self, run: str) -> None:
+    asked: what it looks at, another wish for the run than to stop.
+    """
+
+    def __init__(self, run: str, asked: Callable[[str], bool] = stop_requested) -> None:
         super().__init__(daemon=True, name="ray_deepep stop watch")
-        self._run = run
+        self._run, self._asked = run, asked
         self._requested, self._ended = threading.Event(), threading.Event()
 
     def __call__(self) -> bool:
-        """Whether the run is to stop. Never waits."""
+        """Whether it was asked. Never waits."""
         return self._requested.is_set()
 
     def run(self) -> None:
         """Until it is asked, or until the watch is left."""
         while not self._ended.wait(_LOOK_EVERY_S):
             try:
-                if stop_requested(self._run):
+                if self._asked(self._run):
                     self._requested.set()
                     return
             except Exception as error:  # a lost control service ends the run by other ways
-                logger.debug("cannot see whether the run is to stop: %s", error)
+                logger.debug("cannot see what is asked of the run: %s", error)
 
     def __enter__(self) -> StopWatch:
         self.start()

@@ -140,7 +140,8 @@ class FaultSupervisor(ControllerCallback, WorkerGroupCallback):
                 logger.debug("rank %d does not say why it left: %s", rank, error)
 
     def _decide(self, statuses: Mapping[int, Any], reports: Mapping[int, HealthReport]) -> Culprit | None:
-        evidence = gather_evidence(self._group, statuses, reports, self._config.ep_size)
+        ep_size = self._config.ep_size_of(len(self._group))
+        evidence = gather_evidence(self._group, statuses, reports, ep_size)
         logger.debug("evidence: %s", evidence.to_json())
         return decide_culprit(evidence.faults, evidence.statuses)
 
