@@ -1,41 +1,51 @@
-"""Expert-parallel Mixture-of-Experts training on Ray: dispatch and combine in a compiled core."""
+"""Expert-parallel Mixture-of-Experts training on Ray: dispatch and combine in a compiled core.
 
-from .autograd import combine, dispatch
-from .buffer import Buffer
-from .communicator import Communicator
-from .config import CommConfig, NvshmemConfig
-from .errors import (
-    BootstrapError,
-    ClosedError,
-    CommFaultError,
-    CudaError,
-    FaultRecord,
-    HeapFullError,
-    HookError,
-    InvalidArgumentError,
-    InvalidTypeError,
-    MismatchError,
-    NvshmemError,
-    RankMaskedError,
-    RayDeepEPError,
-    ReceiveOverflowError,
-    SharedGpuError,
-    TransportUnavailableError,
-)
-from .float8 import Float8Cast, Float8Rows
-from .handle import CombineResult, DeviceCounts, DispatchHandle, DispatchResult, ExpertMajor, Padded, TokenMajor
-from .low_latency import (
-    ExpertBlocks,
-    LayoutRanges,
-    LowLatencyCombineResult,
-    LowLatencyDispatchResult,
-    LowLatencyHandle,
-    LowLatencyStats,
-)
-from .progress import Beacon, Progress
-from .telemetry import CommStats
+Names are loaded when first used: programs that need only a part, such as the log of a job, do not wait for torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
 from .version import __version__
-from .work import Work
+
+if TYPE_CHECKING:
+    from .autograd import combine, dispatch
+    from .buffer import Buffer
+    from .communicator import Communicator
+    from .config import CommConfig, NvshmemConfig
+    from .errors import (
+        BootstrapError,
+        ClosedError,
+        CommFaultError,
+        CudaError,
+        FaultRecord,
+        HeapFullError,
+        HookError,
+        InvalidArgumentError,
+        InvalidTypeError,
+        MismatchError,
+        NvshmemError,
+        RankMaskedError,
+        RayDeepEPError,
+        ReceiveOverflowError,
+        SharedGpuError,
+        TransportUnavailableError,
+    )
+    from .float8 import Float8Cast, Float8Rows
+    from .handle import CombineResult, DeviceCounts, DispatchHandle, DispatchResult, ExpertMajor, Padded, TokenMajor
+    from .low_latency import (
+        ExpertBlocks,
+        LayoutRanges,
+        LowLatencyCombineResult,
+        LowLatencyDispatchResult,
+        LowLatencyHandle,
+        LowLatencyStats,
+    )
+    from .progress import Beacon, Progress
+    from .telemetry import CommStats
+    from .work import Work
 
 __all__ = [
     "Beacon",
@@ -81,3 +91,62 @@ __all__ = [
     "combine",
     "dispatch",
 ]
+
+_NAMES_OF = {
+    "autograd": ("combine", "dispatch"),
+    "buffer": ("Buffer",),
+    "communicator": ("Communicator",),
+    "config": ("CommConfig", "NvshmemConfig"),
+    "errors": (
+        "BootstrapError",
+        "ClosedError",
+        "CommFaultError",
+        "CudaError",
+        "FaultRecord",
+        "HeapFullError",
+        "HookError",
+        "InvalidArgumentError",
+        "InvalidTypeError",
+        "MismatchError",
+        "NvshmemError",
+        "RankMaskedError",
+        "RayDeepEPError",
+        "ReceiveOverflowError",
+        "SharedGpuError",
+        "TransportUnavailableError",
+    ),
+    "float8": ("Float8Cast", "Float8Rows"),
+    "handle": (
+        "CombineResult",
+        "DeviceCounts",
+        "DispatchHandle",
+        "DispatchResult",
+        "ExpertMajor",
+        "Padded",
+        "TokenMajor",
+    ),
+    "low_latency": (
+        "ExpertBlocks",
+        "LayoutRanges",
+        "LowLatencyCombineResult",
+        "LowLatencyDispatchResult",
+        "LowLatencyHandle",
+        "LowLatencyStats",
+    ),
+    "progress": ("Beacon", "Progress"),
+    "telemetry": ("CommStats",),
+    "work": ("Work",),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value  # found here from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

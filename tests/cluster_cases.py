@@ -3,11 +3,11 @@
 Actors cannot import test modules: register this one with ``ray.cloudpickle.register_pickle_by_value``.
 """
 
+import contextlib
+import io
 import json
 import os
 import signal
-import subprocess
-import sys
 import threading
 import time
 import urllib.request
@@ -18,8 +18,9 @@ import ray
 import torch
 import torch.distributed
 
-from ray_deepep import Buffer, CommFaultError
+from ray_deepep import Buffer, CommFaultError, run_files
 from ray_deepep.cluster import current
+from train import ray_main
 
 ROOT = Path(__file__).parents[1]
 TINY = ("--preset", "tiny", "--workers", "2", "--backend", "ray_deepep")
@@ -91,18 +92,22 @@ class FakeWorkerGroup:
 
 
 class Run:
-    """One `python -m train.ray_main` on the cluster of this file."""
+    """One `train.ray_main` on the Ray that this process is connected to: a driver of its own would spend seconds on
+    imports. What drivers print of faults: test_jobs_ray.py and the example."""
 
-    def __init__(self, cluster, out: Path, *arguments: str, **env: str) -> None:
+    def __init__(self, out: Path, *arguments: str) -> None:
         self.out = out
-        command = [sys.executable, "-m", "train.ray_main", *TINY, "--out", str(out), *arguments]
-        environment = os.environ | {"RAY_ADDRESS": cluster["gcs"]} | env
-        begin = time.monotonic()
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=400)
-        self.seconds = time.monotonic() - begin
-        self.status = done.returncode
-        self.text = done.stdout + done.stderr
-        self.faults = [json.loads(line.partition("RAY_DEEPEP_FAULT ")[2]) for line in self.lines("RAY_DEEPEP_FAULT")]
+        before = len(self._noted())
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed), contextlib.redirect_stderr(printed):
+            self.status = ray_main.main([*TINY, "--out", str(out), *arguments])
+        self.text = printed.getvalue()
+        self.faults = self._noted()[before:]
+        """As the run's folder has them."""
+
+    def _noted(self) -> list[dict]:
+        path = self.out / run_files.FAULTS
+        return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
     def lines(self, word: str) -> list[str]:
         return [line for line in self.text.splitlines() if word in line]
@@ -129,9 +134,9 @@ class SharedMemoryWatch:
         self._thread.join()
 
 
-def attempt_details(cluster, name: str) -> list[str]:
+def attempt_details(dashboard: str, name: str) -> list[str]:
     """Status texts of all attempts of Train runs whose name begins with `name`, as the dashboard has them."""
-    with urllib.request.urlopen(f"{cluster['dashboard']}/api/train/v2/runs/v1", timeout=30) as answer:
+    with urllib.request.urlopen(f"{dashboard}/api/train/v2/runs/v1", timeout=30) as answer:
         runs = json.load(answer)["train_runs"]
     attempts = [attempt for run in runs if run["name"].startswith(name) for attempt in run["attempts"]]
     return [attempt["status_detail"] or "" for attempt in attempts]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Iterator
+from pathlib import Path
 
 # Before torch is imported, here and in the processes that tests start.
 os.environ.setdefault("ONEDNN_MAX_CPU_ISA", "AVX512_CORE_FP16")
@@ -22,11 +24,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For ``pytest -n 2 --dist loadgroup``: each file is a group of its own unless it names one.
 
     Those that name one come first: they are the files that start Ray and take longest. Then those with slow tests.
+    Of the former, those on the shared Ray come last, so that it does not run beside Rays of other files.
     """
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
+    sharing_files = {item.path for item in items if "shared_ray" in getattr(item, "fixturenames", ())}
 
-    def order(item: pytest.Item) -> tuple[bool, bool]:
-        return item.get_closest_marker("xdist_group") is None, item.path not in slow_files
+    def order(item: pytest.Item) -> tuple[bool, bool, bool]:
+        ungrouped = item.get_closest_marker("xdist_group") is None
+        return ungrouped, item.path in sharing_files, item.path not in slow_files
 
     items.sort(key=order)
     for item in items:
@@ -48,6 +53,37 @@ def ranks() -> Iterator[Ranks]:
     pools = Ranks()
     yield pools
     pools.close()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SharedRay:
+    """A Ray with 8 CPUs and a dashboard."""
+
+    address: str
+    """``HOST:PORT``, for ``ray.init``."""
+    url: str
+    """Of the dashboard and of job submission."""
+    folder: Path
+    """Ray's own."""
+    shared_memory: frozenset[str]
+    """What was in /dev/shm before."""
+
+
+@pytest.fixture(scope="session")
+def shared_ray() -> Iterator[SharedRay]:
+    """One Ray for all files that need no nodes or settings of their own: its start, and Ray Train's helpers that stay,
+    take seconds. It starts where no code of ours can be found by accident, and runs until the end of the session."""
+    from train.local_ray import LocalRay
+
+    shared_memory = frozenset(os.listdir("/dev/shm"))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONPATH", raising=False)
+        local = LocalRay(num_workers=6)
+        local.__enter__()
+    try:
+        yield SharedRay(address=local.address, url=local.url, folder=local._folder, shared_memory=shared_memory)
+    finally:
+        local.close()
 
 
 @pytest.fixture(params=TRANSPORTS)

@@ -28,7 +28,9 @@ import torch.distributed as dist
 from ray_deepep import Buffer, CommConfig, Communicator, shm
 
 TRANSPORTS = ("reference", "shm")
-PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "ray_deepep", "deepspeed", "pytest"]
+PRELOADED = ["torch", "torch.distributed", "torch._dynamo", "ray_deepep.autograd", "deepspeed", "pytest"]
+PRELOADED += ["ray_deepep.deepspeed.swap", "train.trainer", "train.plots", "deepspeed.module_inject.auto_ep_layer"]
+PRELOADED += ["deepspeed.ops.op_builder.all_ops", "deepspeed.runtime.zero.muon.original_muon", "functorch.compile"]
 """Imported once, for all ranks of all cases; what is not installed is left out."""
 
 

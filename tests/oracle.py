@@ -35,11 +35,11 @@ class World:
     x_given: list[torch.Tensor] | None = None
     """With ``cast``: the rows before they are cast; ``x`` and ``x_scales`` are those that leave."""
 
-    @property
+    @functools.cached_property
     def num_ranks(self) -> int:
         return len(self.x)
 
-    @property
+    @functools.cached_property
     def num_local_experts(self) -> int:
         return self.num_experts // self.num_ranks
 
@@ -56,6 +56,14 @@ class World:
         """Rank that holds an expert."""
         return expert // self.num_local_experts
 
+    def with_rows(self, **rows: list[torch.Tensor]) -> World:
+        """The same with other ``x``, ``x_scales`` or ``x_given``; where rows go is not worked out again."""
+        other = dataclasses.replace(self, **rows)
+        if "arrivals" in self.__dict__:
+            other.__dict__["arrivals"] = self.arrivals
+        return other
+
+    @functools.cached_property
     def routes(self) -> list[tuple[int, int, int, int]]:
         """All routes as (source, token, k, expert)."""
         return [
@@ -83,13 +91,14 @@ class Arrival:
 
 def _arrival(world: World, rank: int) -> Arrival:
     """Rows that land on ``rank``, and where."""
-    routes = [route for route in world.routes() if world.rank_of(route[3]) == rank]
+    routes = [route for route in world.routes if world.rank_of(route[3]) == rank]
     tokens = sorted({(source, token) for source, token, _, _ in routes})
     first_expert = rank * world.num_local_experts
     by_expert = [[r for r in routes if r[3] == first_expert + e] for e in range(world.num_local_experts)]
     slot_of, offsets, num_rows = {}, (), len(tokens)
     if isinstance(world.layout, TokenMajor):
-        slot_of = {(s, t, k): tokens.index((s, t)) for s, t, k, _ in routes}
+        position_of = {token: position for position, token in enumerate(tokens)}
+        slot_of = {(s, t, k): position_of[s, t] for s, t, k, _ in routes}
     elif isinstance(world.layout, ExpertMajor):
         end, starts = 0, []
         for group in by_expert:
@@ -210,7 +219,7 @@ def routes_home(world: World, rank: int, rows: list[torch.Tensor]) -> torch.Tens
     """Expected ``[K, T, H]`` of ``keep_routes`` on source ``rank``."""
     num_tokens, num_topk = world.topk_idx[rank].shape
     out = torch.zeros(num_topk, num_tokens, world.hidden, dtype=rows[0].dtype)
-    for source, token, k, expert in world.routes():
+    for source, token, k, expert in world.routes:
         if source == rank:
             owner = world.rank_of(expert)
             out[k, token] = rows[owner][world.arrivals[owner].slot_of[rank, token, k]]
@@ -220,7 +229,7 @@ def routes_home(world: World, rank: int, rows: list[torch.Tensor]) -> torch.Tens
 def weights_home(world: World, rank: int, weights: list[torch.Tensor]) -> torch.Tensor:
     """Expected ``[T, K]`` of row weights given to combine on all ranks."""
     out = torch.zeros(world.topk_idx[rank].shape)
-    for source, token, k, expert in world.routes():
+    for source, token, k, expert in world.routes:
         if source == rank:
             owner = world.rank_of(expert)
             slot = world.arrivals[owner].slot_of[rank, token, k]

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
+import multiprocessing
 import os
 import pathlib
 import time
+from types import SimpleNamespace
 
 import pytest
-from harness import shm_problem
+import torch.multiprocessing
+from harness import PRELOADED, shm_problem
 
-from benchmarks import deepspeed_layer, dispatch_combine, machine, records, run, table, telemetry, timing
+from benchmarks import deepspeed_layer, dispatch_combine, machine, ranks, records, run, table, telemetry, timing
 
 RUN_FIELDS = {
     "benchmark",
@@ -40,6 +44,14 @@ VARIANT_FIELDS = {"config", "variant"} | TIME_FIELDS
 README = f"# Title\n\n{table.BEGIN}\nold\n{table.END}\n\nmore\n"
 
 needs_core = pytest.mark.skipif(bool(shm_problem()), reason=shm_problem() or "-")
+
+
+@pytest.fixture
+def forked_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks come from the server of other tests, which has DeepSpeed imported; benchmarks themselves spawn them."""
+    multiprocessing.get_context("forkserver").set_forkserver_preload(PRELOADED)
+    start = functools.partial(torch.multiprocessing.start_processes, start_method="forkserver")
+    monkeypatch.setattr(ranks, "mp", SimpleNamespace(spawn=start))
 
 
 def tiny_dispatch_combine(path: pathlib.Path) -> list[records.Record]:
@@ -77,7 +89,7 @@ def test_dispatch_combine_lines(tmp_path: pathlib.Path, capsys: pytest.CaptureFi
 
 
 @needs_core
-def test_deepspeed_layer_lines(tmp_path: pathlib.Path) -> None:
+def test_deepspeed_layer_lines(tmp_path: pathlib.Path, forked_ranks: None) -> None:
     path = tmp_path / "results.jsonl"
     found = tiny_layer(path)
     assert [json.loads(line) for line in path.read_text().splitlines()] == found
@@ -192,7 +204,7 @@ def test_recovery_says_what_it_leaves_out() -> None:
 
 
 @needs_core
-def test_telemetry_lines(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_telemetry_lines(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[str], forked_ranks: None) -> None:
     path = tmp_path / "results.jsonl"
     telemetry.main(["--preset", "tiny", "--steps", "7", "--rounds", "1", "--out", str(path)])
     without, with_it = [json.loads(line) for line in path.read_text().splitlines()]

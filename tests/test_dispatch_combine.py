@@ -24,7 +24,7 @@ from ray_deepep import ExpertMajor, TokenMajor
 
 WORLD_SIZES = (1, 2, 3, 4)
 SEED = 20_260
-NUM_FUZZ_CASES = {"shm": 100, "reference": 40}
+NUM_FUZZ_CASES = {"shm": 60, "reference": 20}
 """The reference's are the first of the same, and take several times as long."""
 
 

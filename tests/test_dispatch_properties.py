@@ -208,7 +208,7 @@ def check_index_add(context: RankContext, transport: str, dtype: torch.dtype) ->
         counts = torch.tensor(result.handle.num_recv_tokens_per_expert)
         local = factors.chunk(world.num_ranks)[rank].repeat_interleave(counts)
         home = buffer.combine((result.x.float() * local[:, None]).to(dtype), result.handle, reduce="expert_order").x
-    routes = sorted((expert, token, k) for source, token, k, expert in world.routes() if source == rank)
+    routes = sorted((expert, token, k) for source, token, k, expert in world.routes if source == rank)
     experts, tokens, _ = torch.tensor(routes).T
     rows = (x[tokens].float() * factors[experts, None]).to(dtype)
     assert_same("index_add", home, torch.zeros_like(x).index_add(0, tokens, rows))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
 
@@ -23,6 +24,7 @@ from cases import (
     layout_id,
     make_buffer,
     make_world,
+    some_modes,
 )
 from harness import RankContext, Ranks, shm_problem
 from test_autograd import check_gradients
@@ -44,8 +46,13 @@ def world_id(world: tuple[int, int]) -> str:
     return f"{num_ranks // size}x{size}"
 
 
-@pytest.mark.parametrize("world", WORLDS, ids=world_id)
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_id)
+# Six ranks for the widest and for rows with scales beside them; how many nodes there are is nothing to a dtype.
+WORLDS_AND_DTYPES = [(w, d) for w, d in itertools.product(WORLDS, DTYPES) if w[0] == 4 or d in (torch.float32, FLOAT8)]
+
+
+@pytest.mark.parametrize(
+    ("world", "dtype"), WORLDS_AND_DTYPES, ids=[f"{dtype_id(d)}-{world_id(w)}" for w, d in WORLDS_AND_DTYPES]
+)
 @pytest.mark.parametrize("layout", LAYOUTS, ids=layout_id)
 def test_layouts_and_dtypes(ranks: Ranks, layout: object, dtype: torch.dtype, world: tuple[int, int]) -> None:
     num_ranks, size = world
@@ -131,7 +138,7 @@ def test_eight_ranks(ranks: Ranks, size: int, layout: object) -> None:
 
 def check_fuzz(context: RankContext, transport: str, seed: int) -> None:
     generator = random.Random(seed)
-    for number in range(40):
+    for number in range(16):
         case = fuzz_case(generator, context.num_ranks)
         modes = generator.sample(all_modes(case.layout == TokenMajor()), k=2)
         try:
@@ -149,7 +156,7 @@ def test_fuzz(ranks: Ranks, world: tuple[int, int]) -> None:
 @pytest.mark.parametrize("layout", (ExpertMajor(8), PADDED), ids=layout_id)
 def test_combine_experts(ranks: Ranks, layout: object) -> None:
     case = Case(seed=SEED, num_tokens=(9, 0, 7, 2), num_experts=12, layout=layout, dtype=torch.bfloat16)
-    ranks.run(4, check_same_bits, "shm/2", case)
+    ranks.run(4, check_same_bits, "shm/2", case, some_modes(token_major=False))
 
 
 @pytest.mark.parametrize("reduce", ("exact", "fast", "expert_order"))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import shutil
@@ -19,12 +18,13 @@ import pytest
 
 pytest.importorskip("ray", reason="jobs need Ray")
 
+from cluster_cases import attempt_details
 from harness import shm_problem
 
+from ray_deepep import run_files
 from ray_deepep.cli import main
 from ray_deepep.cluster.jobs import JobClient
 from ray_deepep.dashboard import ANNOTATIONS, PANELS
-from train.local_ray import LocalRay
 from train.metrics import read_metrics
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -32,28 +32,13 @@ pytestmark = pytest.mark.xdist_group("ray")
 ROOT = Path(__file__).parents[1]
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Cluster:
-    url: str
-    folder: Path
-    """Ray's own."""
-    shared_memory: frozenset[str]
-    """What was in /dev/shm before."""
-
-
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory):
-    """A Ray of this file's own, started where no code of ours can be found by accident."""
-    before, path = os.getcwd(), os.environ.pop("PYTHONPATH", None)
-    shared_memory = frozenset(os.listdir("/dev/shm"))
-    try:
-        with LocalRay(num_workers=2) as local:
-            os.chdir(tmp_path_factory.mktemp("elsewhere"))
-            yield Cluster(url=local.url, folder=local._folder, shared_memory=shared_memory)
-    finally:
-        os.chdir(before)
-        if path is not None:
-            os.environ["PYTHONPATH"] = path
+def cluster(shared_ray, tmp_path_factory):
+    """The shared Ray, asked from a folder in which no code of ours can be found by accident."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("PYTHONPATH", raising=False)
+        patch.chdir(tmp_path_factory.mktemp("elsewhere"))
+        yield shared_ray
 
 
 def ray_deepep(capsys, command: str, url: str, *arguments: str) -> tuple[int, str, str]:
@@ -172,11 +157,11 @@ def prometheus(cluster, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def run(cluster, prometheus, out):
-    """A run by module name that has lost a worker to SIGKILL, was restarted and trains again; its state then."""
+    """A run by module name in which a worker raised, that was restarted and trains again; its state then."""
     if shm_problem():
         pytest.skip(shm_problem())
     words = ["train.main", "--preset", "tiny", "--workers", "2", "--backend", "ray_deepep", "--steps", "100000"]
-    words += ["--out", str(out), "--inject", "kill:rank=1,step=40"]
+    words += ["--out", str(out), "--inject", "raise:rank=1,step=40"]
     words += ["--set", "run.checkpoint_every=20", "run.eval_every=0"]
     before = os.getcwd()
     os.chdir(ROOT)
@@ -191,12 +176,17 @@ def run(cluster, prometheus, out):
 @pytest.mark.slow
 @pytest.mark.timeout(600)
 def test_a_run_is_followed_through_a_fault(cluster, run, out, capsys):
-    assert (run.num_faults, run.last_fault["cause"], run.last_fault["rank"]) == (1, "died", 1)
+    assert (run.num_faults, run.last_fault["cause"], run.last_fault["rank"]) == (1, "raised", 1)
+    beacon = run.last_fault["beacons"]["1"]
+    assert (beacon["step"], beacon["phase"]) == (40, "callbacks")
+    (noted,) = (out / run_files.FAULTS).read_text().splitlines()
+    assert json.loads(noted) == run.last_fault
+    assert any("InjectedError" in detail for detail in attempt_details(cluster.url, "tiny-ray_deepep"))
     assert run.num_steps == 100000 and run.loss < 6 and run.tokens_per_s > 0
     described = {"preset": "tiny", "backend": "ray_deepep", "num_workers": "2", "ep_size": "2", "out_dir": str(out)}
     assert described.items() <= run.metadata.items()
     _, text, _ = ray_deepep(capsys, "status", cluster.url)
-    assert any(line.split()[:2] == ["hit", "training"] and "rank 1 died" in line for line in text.splitlines())
+    assert any(line.split()[:2] == ["hit", "training"] and "rank 1 raised" in line for line in text.splitlines())
     assert workers_of(out)
 
 
@@ -214,7 +204,7 @@ def test_every_panel_of_the_board_has_data(run, prometheus):
         assert time.monotonic() < end, f"no data: {queries}"
         time.sleep(1.0)
     (fault,) = ask(prometheus, "max by (run, rank, cause) (ray_deepep_faults_total)")
-    assert (fault["metric"]["rank"], fault["metric"]["cause"], fault["value"][1]) == ("1", "died", "1")
+    assert (fault["metric"]["rank"], fault["metric"]["cause"], fault["value"][1]) == ("1", "raised", "1")
 
 
 @pytest.mark.slow

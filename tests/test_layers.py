@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import pathlib
 import re
+import subprocess
+import sys
 
 import pytest
 
@@ -156,6 +159,35 @@ def test_environment_is_read_in_one_file(path: pathlib.Path) -> None:
         read = isinstance(node, ast.Call) and text.startswith(("os.getenv(", "os.environ.get("))
         read |= isinstance(node, ast.Subscript) and isinstance(node.ctx, ast.Load) and text.startswith("os.environ[")
         assert not read, f"{path}:{node.lineno} reads the environment: {text}; that belongs to env.py"
+
+
+@pytest.mark.parametrize("package", ("ray_deepep", "ray_deepep.cluster"))
+def test_names_loaded_when_first_used_are_those_that_tools_see(package: str) -> None:
+    if package == "ray_deepep.cluster":
+        pytest.importorskip("ray", reason="ray_deepep.cluster needs Ray")
+    module = importlib.import_module(package)
+    blocks = [node for node in ast.parse(pathlib.Path(module.__file__).read_text()).body if isinstance(node, ast.If)]
+    seen = {node.module: {alias.name for alias in node.names} for node in blocks[0].body}
+    assert seen == {name: set(names) for name, names in module._NAMES_OF.items()}
+    assert set(module.__all__) - {"__version__"} == set().union(*seen.values()) <= set(dir(module))
+    for name in module.__all__:
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError, match=r"has no attribute 'no_such_name'"):
+        _ = module.no_such_name
+
+
+def test_what_needs_no_torch_does_not_wait_for_it() -> None:
+    """Nor actors for Ray Train: seconds of every such start."""
+    pytest.importorskip("ray", reason="ray_deepep.cluster needs Ray")
+    program = """
+import sys
+import ray_deepep.job_log, ray_deepep.cluster.jobs, train.demo, train.report
+print("torch" in sys.modules)
+from ray_deepep.cluster import bootstrap, current
+print("torch" in sys.modules, "ray.train" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert done.stdout.split() == ["False", "True", "False"], done.stderr
 
 
 @pytest.mark.parametrize("folder", sorted(CPP_MAY_INCLUDE))

@@ -17,9 +17,12 @@ pytest.importorskip("deepspeed", reason="trials train with DeepSpeed")
 
 import ray
 
-from train import sweep
+from train import ray_sweep, sweep
+from train.config import TrainConfig
 from train.ray_main import RayOptions
 from train.ray_sweep import max_at_once
+from train.sweep_results import DONE, FAILED, Row, read_row, trial_folder, write_result
+from train.sweep_space import Trial
 
 pytestmark = pytest.mark.xdist_group("ray")
 
@@ -28,11 +31,10 @@ DEADLINE_S = 240.0
 
 
 @pytest.fixture(scope="module")
-def cluster():
-    """A Ray of this file's own; gives its address."""
-    system = {"prestart_worker_first_driver": False}
-    ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _system_config=system)
-    yield ray.get_runtime_context().gcs_address
+def cluster(shared_ray):
+    """Address of the shared Ray, to which this process is connected."""
+    ray.init(address=shared_ray.address, log_to_driver=False)
+    yield shared_ray.address
     ray.shutdown()
 
 
@@ -52,7 +54,7 @@ def test_a_sweep_goes_on_after_its_driver_was_killed(
     out = tmp_path / "sweep"
     # The tiny model has four experts, so five choices are too many: that trial fails.
     arguments = ["--preset", "tiny", "--steps", "4", "--workers", "1", "--at-once", "1", "--out", str(out)]
-    command = [sys.executable, "-m", "train.sweep", *arguments, "--param", "topk=1,5,2", "--address", cluster]
+    command = [sys.executable, "-m", "train.sweep", *arguments, "--param", "topk=5,2", "--address", cluster]
     with open(tmp_path / "driver.log", "w") as log:
         driver = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log, start_new_session=True)
     try:
@@ -61,18 +63,38 @@ def test_a_sweep_goes_on_after_its_driver_was_killed(
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
     first = (out / "trials" / "000" / "trial.json").stat().st_mtime_ns
-    assert not (out / "trials" / "002" / "trial.json").exists()
+    assert not (out / "trials" / "001" / "trial.json").exists()
 
     assert sweep.main(["--resume", "--workers", "1", "--at-once", "1", "--out", str(out)]) == 0
     printed = capsys.readouterr().out
     assert (out / "trials" / "000" / "trial.json").stat().st_mtime_ns == first, "a trial that had ended ran again"
     with open(out / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [row["status"] for row in rows] == ["done", "failed", "done"]
-    assert rows[1]["error"].startswith("ConfigError: model.num_topk = 5: must be at most num_experts=4")
-    assert all(float(row["val_loss"]) > 0 for row in (rows[0], rows[2]))
-    assert rows[1]["error"] in printed
+    assert [row["status"] for row in rows] == ["failed", "done"]
+    assert rows[0]["error"].startswith("ConfigError: model.num_topk = 5: must be at most num_experts=4")
+    assert float(rows[1]["val_loss"]) > 0
+    assert rows[0]["error"] in printed
     assert (out / "sweep.png").is_file() and (out / "loss.png").is_file()
+
+
+@pytest.mark.parametrize(("more", "expected"), (([], [2]), (["--retry-failed"], [1, 2])))
+def test_a_resumed_sweep_runs_what_has_not_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: list[str], expected: list[int]
+) -> None:
+    """Of a trial that is done, one that failed and one that was broken off."""
+    out, ran = tmp_path / "sweep", []
+
+    def run_trials(base: TrainConfig, trials: list[Trial], **_: object) -> list[Row]:
+        ran.append([trial.index for trial in trials])
+        return [read_row(trial, trial_folder(out, trial)) for trial in trials]
+
+    monkeypatch.setattr(ray_sweep, "run_trials", run_trials)
+    arguments = ["--workers", "1", "--out", str(out)]
+    sweep.main(["--preset", "tiny", "--param", "topk=1,2,3", *arguments])
+    write_result(out / "trials" / "000", status=DONE, metrics={"val_loss": 1.0})
+    write_result(out / "trials" / "001", status=FAILED, error="it broke")
+    assert sweep.main(["--resume", *more, *arguments]) == 0
+    assert ran == [[0, 1, 2], expected]
 
 
 @pytest.mark.parametrize(
@@ -92,5 +114,5 @@ def test_as_many_trials_as_fit(cluster: dict[str, float], workers: int, use_gpu:
 def test_a_cluster_that_is_too_small(cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "sweep"
     assert sweep.main(["--preset", "tiny", "--param", "workers=1,64", "--out", str(out)]) == 2
-    assert "needs 64 CPUs and the cluster has 4" in capsys.readouterr().err
+    assert "needs 64 CPUs and the cluster has 8" in capsys.readouterr().err
     assert not (out / "sweep.json").exists()

@@ -24,6 +24,7 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ray_deepep import job_log
 from train.config import BACKENDS
 from train.errors import ConfigError, DataError
 from train.local_ray import LocalRay, LocalRayError
@@ -181,8 +182,6 @@ def _ray(options: DemoOptions) -> Iterator[tuple[JobRunner, str]]:
 
 def run_backend(options: DemoOptions, backend: str, runner: JobRunner) -> dict:
     """Submit one backend's job, show its progress, return its result."""
-    from ray_deepep import job_log  # with torch, which takes seconds: not before arguments are checked
-
     command = options.entrypoint(backend, here=runner.head_is_here)
     log_path = options.out / f"job-{backend}.log"
     print(f"\n{backend}: submitted as a Ray job; its log: {log_path}")

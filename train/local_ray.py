@@ -44,6 +44,7 @@ class LocalRay:
 
     Attributes:
         url: of the dashboard and of job submission.
+        address: for ``ray.init`` in a process of this machine.
         notes: what the user should know about this start, such as a port that was busy.
 
     Raises LocalRayError when Ray does not start, with the end of its log.
@@ -51,6 +52,7 @@ class LocalRay:
 
     def __init__(self, *, num_workers: int) -> None:
         self.notes: list[str] = []
+        self.address = ""
         self._num_workers = num_workers
         self._watchdog: subprocess.Popen | None = None
         self._set_environment()
@@ -136,6 +138,7 @@ class LocalRay:
 
     def _head_command(self, dashboard_port: int) -> list[str]:
         free = _free_ports(3)
+        self.address = f"127.0.0.1:{free[0]}"
         options = {
             "port": free[0],
             "ray-client-server-port": free[1],

@@ -33,7 +33,7 @@ class JobRunner:
     """
 
     def __init__(self, url: str | None, *, local: bool) -> None:
-        # Late, since it brings torch and Ray: programs that only need RESULT_PREFIX from here do not wait for them.
+        # Late, since it brings Ray: programs that only need RESULT_PREFIX from here do not wait for them.
         from ray_deepep import InvalidArgumentError
         from ray_deepep.cluster.jobs import JobClient
 

@@ -9,13 +9,10 @@ import argparse
 import sys
 from pathlib import Path
 
-import torch.distributed as dist
-
 from train.api import CheckpointInfo, TrainSummary
 from train.config import TrainConfig
 from train.errors import ConfigError, DataError
 from train.metrics import RunStats, StepMetrics, read_metrics, run_stats
-from train.plots import plot_losses
 
 
 def format_summary(summary: TrainSummary) -> str:
@@ -52,6 +49,8 @@ class SummaryPrinter:
 
     def on_end(self, summary: TrainSummary) -> None:
         """Print the table once."""
+        import torch.distributed as dist  # here alone: who prints a table of runs that have ended needs no torch
+
         if dist.get_rank() == 0:
             print(format_summary(summary), flush=True)
 
@@ -123,6 +122,8 @@ def compare_runs(paths: list[Path], *, plot: Path | None = None) -> str:
             label = f"{label} ({path})"
         runs[label] = steps
     if plot is not None:
+        from train.plots import plot_losses  # matplotlib takes most of a second: not of those who only print
+
         plot_losses(runs, plot, title=" against ".join(runs))
     return format_comparison({label: run_stats(steps) for label, steps in runs.items()})
 

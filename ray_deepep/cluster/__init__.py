@@ -1,23 +1,32 @@
-"""ray_deepep on Ray: Ray Train runs, raw actors, and faults that name their culprit. The only part that imports ray."""
+"""ray_deepep on Ray: Ray Train runs, raw actors, and faults that name their culprit. The only part that imports ray.
 
-from .actors import ActorRank, bootstrap, teardown
-from .culprit import Culprit, Evidence, RankFault, RankState, RankStatus
-from .decision import decide_culprit, decide_hung
-from .elastic import ElasticTrainer
-from .exchange import RayExchange, make_rendezvous
-from .expert_parallel import ExpertParallelConfig, WorkerBootstrapError
-from .layout import ep_groups
-from .offer import cluster_offer, find_placement
-from .placement import (
-    NodeOffer,
-    Placement,
-    PlacementConfig,
-    PlacementRequest,
-    decide_placement,
-)
-from .resize import HandoverError, ResizeHandover
-from .shortage import DomainRoom, PlacementError, PlacementShortage
-from .state import NotBootstrappedError, WorkerState, current
+Names are loaded when first used: what submits a job or asks for its state needs neither torch nor Ray Train.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .actors import ActorRank, bootstrap, teardown
+    from .culprit import Culprit, Evidence, RankFault, RankState, RankStatus
+    from .decision import decide_culprit, decide_hung
+    from .elastic import ElasticTrainer
+    from .exchange import RayExchange, make_rendezvous
+    from .expert_parallel import ExpertParallelConfig, WorkerBootstrapError
+    from .layout import ep_groups
+    from .offer import cluster_offer, find_placement
+    from .placement import (
+        NodeOffer,
+        Placement,
+        PlacementConfig,
+        PlacementRequest,
+        decide_placement,
+    )
+    from .resize import HandoverError, ResizeHandover
+    from .shortage import DomainRoom, PlacementError, PlacementShortage
+    from .state import NotBootstrappedError, WorkerState, current
 
 __all__ = [
     "ActorRank",
@@ -52,3 +61,31 @@ __all__ = [
     "make_rendezvous",
     "teardown",
 ]
+
+_NAMES_OF = {
+    "actors": ("ActorRank", "bootstrap", "teardown"),
+    "culprit": ("Culprit", "Evidence", "RankFault", "RankState", "RankStatus"),
+    "decision": ("decide_culprit", "decide_hung"),
+    "elastic": ("ElasticTrainer",),
+    "exchange": ("RayExchange", "make_rendezvous"),
+    "expert_parallel": ("ExpertParallelConfig", "WorkerBootstrapError"),
+    "layout": ("ep_groups",),
+    "offer": ("cluster_offer", "find_placement"),
+    "placement": ("NodeOffer", "Placement", "PlacementConfig", "PlacementRequest", "decide_placement"),
+    "resize": ("HandoverError", "ResizeHandover"),
+    "shortage": ("DomainRoom", "PlacementError", "PlacementShortage"),
+    "state": ("NotBootstrappedError", "WorkerState", "current"),
+}
+_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
+    globals()[name] = value  # found here from now on
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,12 +15,12 @@ import dataclasses
 import datetime
 import json
 import os
+import socket
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import ray
 import torch.distributed as dist
-from ray.train._internal.utils import get_address_and_port
 
 from ..bounded import NoReturnError, call_within
 from ..communicator import Communicator
@@ -33,7 +33,6 @@ from .gather import Answers, first_error, gather, one_line, refuse_shared_gpus
 from .layout import ep_groups, group_of
 from .processes import ProcessId, on_nodes, own_process, process_state
 from .state import WorkerState, drop_state, keep_state
-from .worker import WorkerStart
 
 if TYPE_CHECKING:
     from ..deepspeed import SwapConfig
@@ -254,7 +253,9 @@ def _join(actor: Any, rendezvous: ray.actor.ActorHandle, spec: _JoinSpec) -> Act
         rank=communicator.rank,
         ranks=ranks,
         process=process,
-        **dataclasses.asdict(WorkerStart.of(communicator)),
+        transport=communicator.transport,
+        transport_reason=communicator.transport_reason,
+        gpu=communicator.gpu,
     )
 
 
@@ -285,7 +286,7 @@ def _init_process_group(world: RayExchange, spec: _JoinSpec) -> None:
     if dist.is_initialized():
         rule = "must be None in an actor whose torch.distributed is initialised already"
         raise InvalidArgumentError("process_group", spec.process_group, rule)
-    offer = get_address_and_port() if spec.world_rank == 0 else ("", 0)
+    offer = _free_address() if spec.world_rank == 0 else ("", 0)
     address, port = json.loads(world("address", json.dumps(offer).encode())[0])
     os.environ |= {
         "MASTER_ADDR": address,
@@ -308,3 +309,12 @@ def _init_process_group(world: RayExchange, spec: _JoinSpec) -> None:
         )
     except NoReturnError:
         raise BootstrapError("process_group", [], deadline_s, groups.STORE_OF_RANK_0.format(address, port)) from None
+
+
+def _free_address() -> tuple[str, int]:
+    """This node's address as others see it, and a port that is free. Ray Train has the same, and takes seconds to
+    import, which actors would spend for this alone."""
+    address = ray.util.get_node_ip_address()
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.bind(("", 0))
+        return address, probe.getsockname()[1]
