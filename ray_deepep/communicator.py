@@ -319,7 +319,7 @@ class Communicator:
                 num_ranks=self.num_ranks,
                 device=cuda.gpu_index(),
                 config=self.config,
-                gone=lambda: [rank for rank in others if self._domain.core_domain.peer_is_gone(rank)],
+                gone=lambda: [rank for rank in others if self.peer_is_gone(rank)],
             )
         except BaseException:
             self._domain.close()

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from .domains import Domains
+from .symm_pool import BLOCK_BYTES
 from .transport import BufferGeometry, DomainGeometry
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def cuda_domain_geometry(geometry: BufferGeometry, num_nodes: int, zone_bytes: i
     inside = {
         "num_experts": geometry.num_experts // num_nodes,
         "max_tokens": num_nodes * part_tokens(geometry),
-        "symm_bytes": geometry.symm_bytes + zone_bytes,
+        # The heap gives out whole blocks.
+        "symm_bytes": geometry.symm_bytes + zone_bytes + BLOCK_BYTES,
         "low_latency_max_tokens": 0,
     }
     return DomainGeometry(**{**dataclasses.asdict(geometry), **inside}, num_parts=num_nodes)

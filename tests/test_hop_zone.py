@@ -7,9 +7,10 @@ import itertools
 import pytest
 from harness import error_of
 
-from ray_deepep import nvshmem
+from ray_deepep import nvshmem, shm
 from ray_deepep.domains import Domains
 from ray_deepep.hop_zone import cuda_domain_geometry, hop_sizes, part_tokens
+from ray_deepep.symm_pool import SymmPool
 from ray_deepep.transport import BufferGeometry
 
 
@@ -25,7 +26,7 @@ def test_parts_are_whole_chunks(max_tokens: int, room: int) -> None:
 def test_the_buffer_inside_a_node() -> None:
     inside = cuda_domain_geometry(geometry(symm_bytes=1024, max_capacity=7), 2, zone_bytes=10_240)
     assert (inside.num_experts, inside.max_tokens, inside.num_parts) == (8, 256, 2)
-    assert (inside.symm_bytes, inside.max_capacity, inside.hidden) == (11_264, 7, 256)
+    assert (inside.symm_bytes, inside.max_capacity, inside.hidden) == (11_264 + 512, 7, 256)
 
 
 @pytest.fixture
@@ -34,6 +35,20 @@ def core():
         return nvshmem.load()
     except (ImportError, OSError) as error:
         pytest.skip(f"no NVSHMEM core: {error}")
+
+
+def test_the_zone_fits_the_heap(core) -> None:
+    """Also where the user has none of it, and whatever the zone's bytes."""
+    for max_tokens in (1, 64, 65, 200):
+        wanted = geometry(max_tokens=max_tokens, num_topk=1)
+        num_bytes = core.hop_zone_bytes(hop_sizes(core, wanted, Domains(rank=0, num_ranks=2, domain_size=1)))
+        SymmPool(512, cuda_domain_geometry(wanted, 2, num_bytes).symm_bytes).take(num_bytes)
+
+
+def test_arguments_are_taken(core) -> None:
+    words = {"x": 1, "x_scales": 0, "topk_idx": 2, "topk_weights": 0, "locations": 0, "capacity": 0, "cached": True}
+    core.HopDispatchArgs(**words, dtype=shm._load().DType.BFLOAT16)
+    core.HopCall(operation="combine", sequence=3, signature=2**32 - 1, num_tokens=5, num_topk=2, num_sms=8)
 
 
 @pytest.mark.parametrize("num_nodes", (2, 3, 64))
