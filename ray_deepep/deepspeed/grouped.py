@@ -71,9 +71,10 @@ class GroupedExperts:
         if rows.device.type == "cuda":
             if rows.dtype != torch.bfloat16:
                 return f"rows are {rows.dtype}; GPUs have grouped products of bfloat16"
-            odd = [p.shape for p in self._experts[0].parameters() if p.dim() == 2 and p.shape[1] * 2 % _ALIGNMENT]
+            weights = [p.shape for p in self._experts[0].parameters() if p.dim() == 2]
+            odd = [shape for shape in weights if any(size * 2 % _ALIGNMENT for size in shape)]
             if odd:
-                return f"a weight of shape {tuple(odd[0])} has rows of no multiple of {_ALIGNMENT} bytes"
+                return f"a weight of shape {tuple(odd[0])} has rows or columns of no multiple of {_ALIGNMENT} bytes"
         return ""
 
 
