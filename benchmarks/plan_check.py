@@ -173,7 +173,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--transport", choices=("shm", "cuda"), default="shm")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="rank counts (default 2 4)")
-    parser.add_argument("--rounds", type=int, default=15, help="times each case is measured (default 15)")
+    parser.add_argument("--rounds", type=int, default=60, help="times each case is measured (default 60)")
     add_options(parser, RESULTS_PATH)
     args = parser.parse_args(argv)
     for num_ranks in args.ranks:
