@@ -5,9 +5,9 @@ Names are loaded when first used: programs that need only a part, such as the lo
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
 
+from .lazy_names import lazy_getattr
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -137,15 +137,7 @@ _NAMES_OF = {
     "telemetry": ("CommStats",),
     "work": ("Work",),
 }
-_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value  # found here from now on
-    return value
+__getattr__ = lazy_getattr(__name__, _NAMES_OF)
 
 
 def __dir__() -> list[str]:

@@ -47,7 +47,8 @@ def choose_transport(wanted: str, peers: Sequence[RankInfo], domain_size: int | 
         problem = f"{num_nodes} nodes need a torch process group on every rank"
     no_cuda = problem or _cuda_problem(peers)
     if wanted in ("cuda", "nvshmem") and no_cuda:
-        raise TransportUnavailableError(f"transport {wanted}: {no_cuda}")
+        advice = "transport auto takes what serves all ranks, ray-deepep doctor says what a machine lacks"
+        raise TransportUnavailableError(f"transport {wanted}: {no_cuda}; {advice}")
     if wanted == "nvshmem":
         between = f"; NVSHMEM between {num_nodes} nodes" if num_nodes > 1 else ""
         return "cuda", f"asked for, on NVSHMEM's symmetric heap{between}"

@@ -29,6 +29,7 @@ CPP_MAY_INCLUDE = {
 PYTHON_LAYERS = [
     {
         "version",
+        "lazy_names",
         "errors",
         "env",
         "fields",

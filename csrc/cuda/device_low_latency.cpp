@@ -10,11 +10,6 @@ namespace {
 
 constexpr int kMaxExperts = 8192;  // blocks count them in shared memory
 
-template <typename T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
 uint32_t hash_of(const int32_t* fields, int count) {
     uint32_t hash = 2166136261u;
     for (int i = 0; i < count; ++i) hash = (hash ^ static_cast<uint32_t>(fields[i])) * 16777619u;

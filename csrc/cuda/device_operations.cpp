@@ -6,14 +6,6 @@
 #include "cuda/device_buffer.h"
 
 namespace ray_deepep {
-namespace {
-
-template <typename T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 int64_t DeviceBuffer::offset_in_heap(uintptr_t address) const {
     const uintptr_t first = symm_address();

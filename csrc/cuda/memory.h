@@ -4,6 +4,7 @@
 #include <cuda_runtime_api.h>
 
 #include <cstddef>
+#include <cstdint>
 #include <memory>
 
 #include "cuda/check.h"
@@ -21,6 +22,12 @@ template <typename T>
 using DeviceMemory = std::unique_ptr<T, FreeDevice>;
 template <typename T>
 using HostMemory = std::unique_ptr<T, FreeHost>;
+
+// Addresses come from Python as numbers.
+template <typename T>
+T* pointer(uintptr_t address) {
+    return reinterpret_cast<T*>(address);
+}
 
 // Memory of the current GPU, not initialised.
 template <typename T>

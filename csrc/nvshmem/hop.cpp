@@ -5,14 +5,6 @@
 #include "cuda/check.h"
 
 namespace ray_deepep {
-namespace {
-
-template <typename T>
-T* pointer(uintptr_t address) {
-    return reinterpret_cast<T*>(address);
-}
-
-}  // namespace
 
 Hop::Hop(const HopSizes& sizes, const std::vector<int>& pes, uintptr_t zone, const HopFaultWords& faults)
     : sizes_(sizes), layout_(make_hop_layout(sizes)) {

@@ -13,7 +13,7 @@
 namespace ray_deepep {
 
 inline constexpr int kHopThreads = 512;
-inline constexpr int kHopChunk = 64;  // tokens of one item of work
+inline constexpr int kHopChunk = kChunkTokens;  // tokens of one item of work
 
 __device__ inline bool has_failed(const HopFrame& f) { return load_volatile(&f.control->failed) != 0; }
 

@@ -5,8 +5,9 @@ Names are loaded when first used: what submits a job or asks for its state needs
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from ..lazy_names import lazy_getattr
 
 if TYPE_CHECKING:
     from .actors import ActorRank, bootstrap, teardown
@@ -76,15 +77,7 @@ _NAMES_OF = {
     "shortage": ("DomainRoom", "PlacementError", "PlacementShortage"),
     "state": ("NotBootstrappedError", "WorkerState", "current"),
 }
-_MODULE_OF = {name: module for module, names in _NAMES_OF.items() for name in names}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _MODULE_OF:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f".{_MODULE_OF[name]}", __name__), name)
-    globals()[name] = value  # found here from now on
-    return value
+__getattr__ = lazy_getattr(__name__, _NAMES_OF)
 
 
 def __dir__() -> list[str]:

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..lazy_names import lazy_getattr
+
 if TYPE_CHECKING:
     from .config import SwapConfig
     from .swap import Swap, attach, enable
@@ -15,13 +17,4 @@ if TYPE_CHECKING:
 __all__ = ["Swap", "SwapConfig", "attach", "enable"]
 
 
-def __getattr__(name: str) -> object:
-    if name not in __all__:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name == "SwapConfig":
-        from .config import SwapConfig
-
-        return SwapConfig
-    from . import swap
-
-    return getattr(swap, name)
+__getattr__ = lazy_getattr(__name__, {"config": ("SwapConfig",), "swap": ("Swap", "attach", "enable")})

@@ -19,7 +19,7 @@ from harness import RankContext, RankPool, Ranks, error_of
 from test_cuda_core import fuzz_case
 from test_cuda_nvshmem import problem
 
-from ray_deepep import CommFaultError, ExpertMajor, Float8Cast, InvalidArgumentError, MismatchError, TokenMajor
+from ray_deepep import Buffer, CommFaultError, ExpertMajor, Float8Cast, InvalidArgumentError, MismatchError, TokenMajor
 
 pytestmark = pytest.mark.skipif(bool(problem()), reason=problem())
 SEED = 505
@@ -108,8 +108,6 @@ def refuses(context: RankContext) -> None:
 
 
 def context_buffer(comm):
-    from ray_deepep import Buffer
-
     return Buffer(comm, num_experts=4, hidden=64, num_topk=2, max_tokens=8)
 
 
