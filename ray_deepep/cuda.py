@@ -94,6 +94,7 @@ class CudaTransport:
                 deadline_s=domain.config.deadline_s,
             ),
         )
+        self._first_rank = domain.peers[0].rank
         self._pool = SymmPool(self._buffer.symm_address, self._buffer.symm_bytes)
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
@@ -136,6 +137,7 @@ class CudaTransport:
                 num_recv_tokens_per_expert=None,
                 expert_offsets=None,
                 counts=plan.memory,
+                first_rank=self._first_rank,
                 plan=plan,
             )
         found = self._buffer.wait_counts()
@@ -153,14 +155,16 @@ class CudaTransport:
             num_recv_tokens_per_expert=tuple(found.expert_count),
             expert_offsets=tuple(found.expert_offset) if isinstance(request.layout, ExpertMajor) else (),
             counts=plan.memory,
+            first_rank=self._first_rank,
             plan=plan,
         )
 
     def _raise_overflow(self, request: DispatchRequest, found, room: int) -> None:
+        rank = self._first_rank + found.overflow_rank
         if self._geometry.max_rows is not None:
-            raise ReceiveOverflowError(found.overflow_rank, found.overflow_rows, room, "max_rows")
+            raise ReceiveOverflowError(rank, found.overflow_rows, room, "max_rows")
         # Only an alignment that buffers have no room for brings more than the worst case.
-        rule = f"needs {found.overflow_rows} rows on rank {found.overflow_rank}, more than the buffer's {room}"
+        rule = f"needs {found.overflow_rows} rows on rank {rank}, more than the buffer's {room}"
         raise InvalidArgumentError("layout", request.layout, rule)
 
     def _cached_dispatch(self, request: DispatchRequest, num_sms: int, stream: int) -> DispatchOutput:
@@ -177,6 +181,7 @@ class CudaTransport:
             num_recv_tokens_per_expert=handle.num_recv_tokens_per_expert,
             expert_offsets=handle.expert_offsets,
             counts=plan.memory,
+            first_rank=self._first_rank,
             plan=plan,
         )
 

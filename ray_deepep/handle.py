@@ -106,6 +106,8 @@ class DispatchHandle:
     counts: torch.Tensor
     """int32, begins with: R; S; 0 or 1 + the first rank that overflowed; rows which that rank needs;
     ``num_recv_tokens_per_expert``; ``expert_offsets``. Read them through ``device_counts``."""
+    first_rank: int
+    """Which rank ``counts`` calls 0: over several nodes of GPUs, the node's first."""
     plan: Any
     """The transport's own plan; opaque."""
     check_faults: Callable[[], None]
@@ -151,7 +153,7 @@ class DispatchHandle:
         """Raise if the dispatch brought more rows than ``max_recv_tokens``. Nothing to do without ``max_recv_tokens``.
 
         Waits for the current stream, so call it once per step rather than after each dispatch. On GPUs every rank
-        learns of an overflow anywhere; on CPUs only the ranks that overflowed do.
+        of the node learns of an overflow; on CPUs only the ranks that overflowed do.
 
         Raises:
             ReceiveOverflowError: naming the rank, the rows that it needed and those it had.
@@ -163,7 +165,7 @@ class DispatchHandle:
         # After a fault the counts are not written.
         self.check_faults()
         if overflowed:
-            raise ReceiveOverflowError(overflowed - 1, needed, self.max_recv_tokens)
+            raise ReceiveOverflowError(self.first_rank + overflowed - 1, needed, self.max_recv_tokens)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

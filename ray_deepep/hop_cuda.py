@@ -8,11 +8,12 @@ dispatch inside the node, in one part for each node.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 import time
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -132,20 +133,14 @@ class CudaHopTransport:
             else None,
             part_tokens=(part_tokens(self._geometry),) * self._comm.domains.num_nodes,
         )
-        try:
+        with self._experts_of_all_nodes():
             output = self._domain.dispatch(inner)
-        except InvalidArgumentError as error:
-            if error.argument != "topk_idx":
-                raise
-            # The node counts its own experts.
-            rule = f"must be in [-1, {self._geometry.num_experts})"
-            raise InvalidArgumentError("topk_idx", error.value, rule) from None
         handle = make_handle(
             inner,
             output,
             num_ranks=self._comm.domains.domain_size,
             num_local_experts=self._geometry.num_experts // self._comm.num_ranks,
-            check_faults=self._domain.check,
+            check_faults=self.check,
             owner=0,
         )
         plan = CudaHopPlan(
@@ -159,6 +154,7 @@ class CudaHopTransport:
 
     def _cached_dispatch(self, request: DispatchRequest) -> DispatchOutput:
         plan: CudaHopPlan = request.handle.plan
+        self._use_plan(plan)
         self._send(request, plan.topk_idx, cached=True, plan=plan.sequence)
         inner = dataclasses.replace(self._landed(request), handle=plan.domain_handle)
         return dataclasses.replace(self._domain.dispatch(inner), plan=plan)
@@ -213,16 +209,23 @@ class CudaHopTransport:
             self._zone.hop.give_routes_back(
                 call, plan.landed_idx.data_ptr(), routes.data_ptr(), home.data_ptr(), dtype.itemsize, stream
             )
-        rows = home[: handle.num_tokens]
-        reduce = reduce_exact if request.reduce == "exact" else reduce_expert_order
-        total = reduce(rows, plan.topk_idx, plan.topk_weights if request.weighted else None)
-        if request.bias is not None:
-            total += request.bias.float()
-        kept = None
-        if request.keep_routes:
-            kept = torch.where(plan.topk_idx.unsqueeze(-1) >= 0, rows, 0).transpose(0, 1).contiguous()
+            # Within the launches of the operation: the next but one writes to the same rows.
+            total, kept = self._reduce_routes(request, home[: handle.num_tokens])
         back = None if weights is None else self._weights_home(weights, handle, request.num_sms)
         return CombineOutput(x=total.to(dtype), topk_weights=back, routes=kept)
+
+    def _reduce_routes(self, request: CombineRequest, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Sums ``[T, H]`` float32, and ``[K, T, H]`` if asked to keep the routes' rows; ``rows``: ``[T, K, H]``."""
+        plan: CudaHopPlan = request.handle.plan
+        # An expert out of range, which the handle reports, has no row.
+        topk_idx = torch.where(plan.topk_idx < self._geometry.num_experts, plan.topk_idx, -1)
+        reduce = reduce_exact if request.reduce == "exact" else reduce_expert_order
+        total = reduce(rows, topk_idx, plan.topk_weights if request.weighted else None)
+        if request.bias is not None:
+            total += request.bias.float()
+        if not request.keep_routes:
+            return total, None
+        return total, torch.where(topk_idx.unsqueeze(-1) >= 0, rows, 0).transpose(0, 1).contiguous()
 
     def combine_weights(self, topk_weights: torch.Tensor, handle: DispatchHandle, num_sms: int | None) -> torch.Tensor:
         """See :meth:`Transport.combine_weights`."""
@@ -262,7 +265,19 @@ class CudaHopTransport:
 
     def check(self) -> None:
         """See :meth:`Transport.check`."""
-        self._domain.check()
+        with self._experts_of_all_nodes():
+            self._domain.check()
+
+    @contextlib.contextmanager
+    def _experts_of_all_nodes(self) -> Iterator[None]:
+        """A node counts its own experts; users count all."""
+        try:
+            yield
+        except InvalidArgumentError as error:
+            if error.argument != "topk_idx":
+                raise
+            rule = f"must be in [-1, {self._geometry.num_experts})"
+            raise InvalidArgumentError("topk_idx", error.value, rule) from None
 
     def fault_record(self) -> FaultRecord | None:
         """See :meth:`Transport.fault_record`."""
@@ -303,7 +318,6 @@ class CudaHopTransport:
             dtype=self._dtypes[request.x.dtype],
             cached=cached,
         )
-        self._domain.check()
         with self._domain.launching() as stream:
             self._zone.hop.dispatch(call, args, stream)
 
@@ -316,10 +330,15 @@ class CudaHopTransport:
     def _call_along(self, handle: DispatchHandle, operation: str, num_sms: int | None, **asked: object) -> Any:
         """The next operation, along a plan."""
         plan: CudaHopPlan = handle.plan
-        # The plan may have been made on another stream.
-        plan.landed_idx.record_stream(torch.cuda.current_stream(self.device))
+        self._use_plan(plan)
         sizes = (handle.num_tokens, handle.num_topk)
         return self._call(operation, num_sms, sizes=sizes, plan=plan.sequence, **asked)
+
+    def _use_plan(self, plan: CudaHopPlan) -> None:
+        """Its tensors may have been made on another stream."""
+        stream = torch.cuda.current_stream(self.device)
+        for tensor in (plan.topk_idx, plan.topk_weights, plan.landed_idx):
+            tensor.record_stream(stream)
 
     def _call(self, operation: str, num_sms: int | None, *, sizes: tuple[int, int], **asked: object) -> Any:
         """The next operation, of T tokens and K; what is ``asked`` must be the same on all ranks."""
@@ -340,8 +359,12 @@ class CudaHopTransport:
             raise InvalidArgumentError("stream", "captured in a CUDA graph", "must not be, over several nodes")
 
     def _domain_fault(self, record: FaultRecord) -> FaultRecord:
+        board = self._comm.fault_board
+        if record.cause == "timeout" and record.peer >= 0:
+            # Several ranks come to their deadlines at once: the first to speak finds by this whom others wait for.
+            board.show_wait(record.peer)
         if record.cause in ("timeout", "aborted"):
-            self._comm.fault_board.wait_found(_GRACE_S)
+            board.wait_found(_GRACE_S)
         return self._comm.mark_fault(record)
 
 

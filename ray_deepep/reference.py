@@ -225,10 +225,9 @@ def _scatter(values: torch.Tensor, plan: ReferencePlan) -> torch.Tensor:
 
 
 def spelled_out(request: DispatchRequest) -> DispatchRequest:
-    """With int64 ids and with weights."""
-    topk_idx, topk_weights = request.topk_idx.to(torch.int64), request.topk_weights
-    if topk_weights is None:
-        topk_weights = torch.ones(topk_idx.shape, device=topk_idx.device)
+    """With int64 ids and with weights, both copies: plans keep them, and callers may overwrite theirs."""
+    topk_idx, given = request.topk_idx.to(torch.int64, copy=True), request.topk_weights
+    topk_weights = torch.ones(topk_idx.shape, device=topk_idx.device) if given is None else given.clone()
     return dataclasses.replace(request, topk_idx=topk_idx, topk_weights=topk_weights)
 
 

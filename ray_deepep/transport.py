@@ -114,6 +114,8 @@ class DispatchOutput:
     counts: torch.Tensor
     """As ``DispatchHandle.counts``."""
     plan: Any
+    first_rank: int = 0
+    """As ``DispatchHandle.first_rank``."""
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -236,6 +238,7 @@ def make_handle(
         topk_weights=request.topk_weights,
         recv_topk_weights=output.topk_weights,
         counts=output.counts,
+        first_rank=output.first_rank,
         plan=output.plan,
         check_faults=check_faults,
         owner=owner,

@@ -27,11 +27,13 @@ def refuse(*_: object) -> None:
 @pytest.fixture
 def worker():
     """A process that looks like a worker of Ray's."""
-    code = "import time; time.sleep(60)"
-    process = subprocess.Popen([sys.executable, "-c", code, "ray::Worker"])
+    code = "import time; print(flush=True); time.sleep(60)"
+    process = subprocess.Popen([sys.executable, "-c", code, "ray::Worker"], stdout=subprocess.PIPE)
+    process.stdout.readline()  # the arguments of a process that is just being started are not in /proc yet
     yield process
     process.kill()
     process.wait()
+    process.stdout.close()
 
 
 def test_a_worker_is_killed_and_a_stranger_is_not(worker):

@@ -21,6 +21,7 @@ import cluster_cases
 import ray
 from cluster_cases import FakeWorkerGroup, Run, SharedMemoryWatch, attempt_details, new_actor
 from ray.train import RunConfig
+from ray.train._internal.utils import get_address_and_port
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
 from ray.train.v2._internal.execution.worker_group.poll import WorkerGroupPollStatus, WorkerStatus
 from train_cases import losses, tiny, train
@@ -242,8 +243,10 @@ def test_config_refuses_bad_fields(fields, error):
 
 
 def test_a_worker_that_does_not_answer_is_named_at_start(actors):
-    busy = actors[1].sleep.remote(5.0)
     group = FakeWorkerGroup(actors[:2])
+    # Rank 0 would else spend the three seconds on importing Ray Train.
+    ray.get([group.execute_single_async(rank, get_address_and_port) for rank in range(2)], timeout=120)
+    busy = actors[1].sleep.remote(5.0)
     with pytest.raises(WorkerBootstrapError, match="rank 1 did not reach 'reach' within 3 s") as info:
         ExpertParallelBackend().on_start(group, ExpertParallelConfig(comm=SHORT, swap=False))
     assert info.value.missing == [1]

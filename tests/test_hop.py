@@ -31,6 +31,7 @@ from test_autograd import check_gradients
 from test_combine_experts import check_same_bits
 from test_communicator import check_close, check_several_communicators, check_subgroups
 from test_dispatch_combine import fuzz_case
+from test_dispatch_properties import check_plan_keeps_its_own
 
 from ray_deepep import Buffer, ExpertMajor, Float8Cast, HeapFullError, TokenMajor
 
@@ -73,6 +74,11 @@ def test_layouts_and_dtypes(ranks: Ranks, layout: object, dtype: torch.dtype, wo
 def test_num_topk(ranks: Ranks, num_topk: int, layout: object) -> None:
     case = Case(seed=SEED, num_tokens=(7, 0, 3, 5), num_experts=36, num_topk=num_topk, layout=layout)
     ranks.run(4, check_case, "shm/2", case)
+
+
+@pytest.mark.parametrize("layout", (TokenMajor(), ExpertMajor(4), PADDED), ids=layout_id)
+def test_plan_keeps_its_own(ranks: Ranks, layout: object) -> None:
+    ranks.run(2, check_plan_keeps_its_own, "shm/1", layout)
 
 
 @pytest.mark.parametrize("layout", (TokenMajor(), ExpertMajor(8), PADDED), ids=layout_id)

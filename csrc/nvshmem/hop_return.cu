@@ -99,7 +99,9 @@ __global__ void __launch_bounds__(kHopThreads) hop_sum_kernel(const __grid_const
     for (int64_t token = (int64_t{blockIdx.x} * kHopThreads + threadIdx.x) / 32; token < f.num_tokens; token += step) {
         int node = -1;
         const int64_t route = token * f.num_topk + lane;
-        if (lane < f.num_topk && p.topk_idx[route] >= 0) {
+        // An expert out of range, which the dispatch has reported, is none.
+        if (lane < f.num_topk && p.topk_idx[route] >= 0 &&
+            p.topk_idx[route] < int64_t{f.num_nodes} * f.num_node_experts) {
             node = static_cast<int>(p.topk_idx[route] / f.num_node_experts);
         }
         if (p.out_weights != nullptr && lane < f.num_topk) {

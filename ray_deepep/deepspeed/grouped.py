@@ -228,13 +228,22 @@ class _GroupedLinear(torch.autograd.Function):
         grad_x = F.grouped_mm(grad, stacked(weights), offs=ends) if ctx.needs_input_grad[0] else None
         grad_weights: Sequence[torch.Tensor | None] = [None] * count
         if any(ctx.needs_input_grad[2 : 2 + count]):
-            grad_weights = F.grouped_mm(grad.t(), x, offs=ends).unbind()
+            grad_weights = _products_by_expert(grad.t(), x, ends).unbind()
         grad_biases: Sequence[torch.Tensor | None] = [None] * count if ctx.with_bias else []
         if ctx.with_bias and any(ctx.needs_input_grad[2 + count :]):
             # Sums of rows are a product with ones; eight columns, for alignment.
             ones = grad.new_ones(grad.shape[0], 8)
-            grad_biases = F.grouped_mm(grad.t(), ones, offs=ends)[..., 0].contiguous().unbind()
+            grad_biases = _products_by_expert(grad.t(), ones, ends)[..., 0].contiguous().unbind()
         return grad_x, None, *grad_weights, *grad_biases
+
+
+def _products_by_expert(columns: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    """``[L, O, I]`` from ``[O, S]`` and ``[S, I]``: a product for each expert, over its own rows."""
+    products = F.grouped_mm(columns, rows, offs=ends)
+    if products.is_cuda and torch.cuda.get_device_capability(products.device)[0] >= 10:
+        # There the product of no rows is left as the memory was (pytorch/pytorch#172439).
+        products.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0)
+    return products
 
 
 def _expert_of_row(ends: torch.Tensor, num_rows: int) -> torch.Tensor:

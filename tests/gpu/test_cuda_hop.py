@@ -99,7 +99,7 @@ def refuses(context: RankContext) -> None:
         topk_idx[3, 1] = 4 if context.rank == 0 else 1
         if context.rank == 0:
             error = error_of(InvalidArgumentError, lambda: buffer.dispatch(x, topk_idx))
-            assert str(error) == "topk_idx: must be in [-1, 4); got 4"
+            assert str(error) == "topk_idx: must be in [-1, 4); got '4'"
         else:
             buffer.dispatch(x, topk_idx)
         topk_idx.zero_()
