@@ -412,21 +412,21 @@ def test_faults_are_named_until_no_retry_is_left(cluster, failed):
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
-def test_faults_do_not_change_the_losses(failed, undisturbed, watch):
-    """The run that failed, taken up again, ends with the numbers of an undisturbed one."""
-    run = Run(failed.out, "--resume")
-    assert (run.status, run.faults) == (0, []), run.text
-    assert losses(run.out) == losses(undisturbed)
-    assert [step for step, *_ in losses(run.out)] == list(range(1, 9))
+def test_faults_do_not_change_the_losses(failed, undisturbed, ranks, watch):
+    """The run that failed, taken up again without Ray, ends with the numbers of an undisturbed one."""
+    again = tiny(failed.out, **{"run.backend": "ray_deepep", "run.on_existing": "resume"})
+    ranks.run(2, train, again.to_json(), deadline_s=120)
+    assert losses(failed.out) == losses(undisturbed)
+    assert [step for step, *_ in losses(failed.out)] == list(range(1, 9))
     assert not [name for name in watch.names if "deepep" in name]
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(400)
 def test_an_error_of_the_user_is_not_retried(cluster, undisturbed, failed):
-    """Workers refuse the folder; with `failed` there is a record of attempts to ask."""
+    """A worker refuses the folder; with `failed` there is a record of attempts to ask."""
     before = len(attempt_details(cluster.url, "tiny-ray_deepep"))
-    run = Run(undisturbed)
+    run = Run(undisturbed, "--workers", "1")
     assert run.status == 2
     assert run.lines("holds checkpoints"), run.text
     assert run.faults == []

@@ -17,12 +17,12 @@ import ray
 from cluster_cases import FakeWorkerGroup
 from ray.cluster_utils import Cluster
 from ray.train import FailureConfig, RunConfig, ScalingConfig
-from ray.train.torch import TorchTrainer
 from ray.util.placement_group import placement_group, placement_group_table, remove_placement_group
 
 from ray_deepep import CommConfig, SharedGpuError
 from ray_deepep.cluster import (
     ExpertParallelConfig,
+    ExpertParallelTrainer,
     PlacementConfig,
     PlacementError,
     cluster_offer,
@@ -118,7 +118,7 @@ def test_workers_on_the_same_gpu_are_refused(nodes):
 def trainer(
     folder, num_workers: int, *, function=placement_cases.note_place, max_failures=0, wants=SLOT, job=None, **config
 ):
-    return TorchTrainer(
+    return ExpertParallelTrainer(
         function,
         train_loop_config={"folder": str(folder)} | (job or {}),
         torch_config=ExpertParallelConfig(

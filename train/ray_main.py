@@ -190,9 +190,8 @@ def make_trainer(config: TrainConfig, options: RayOptions, token: str, *, use_gp
     `token` names the run to who asks it to stop.
     """
     from ray.train import FailureConfig, RunConfig
-    from ray.train.torch import TorchTrainer
 
-    from ray_deepep.cluster import ElasticTrainer
+    from ray_deepep.cluster import ElasticTrainer, ExpertParallelTrainer
     from train.ray_worker import WorkerJob, train_worker
 
     out_dir = Path(config.run.out_dir)
@@ -202,7 +201,9 @@ def make_trainer(config: TrainConfig, options: RayOptions, token: str, *, use_gp
     for attempt in range(1, len(options.inject) + 1):
         injected_file(out_dir, attempt).unlink(missing_ok=True)
     ep_sizes = ep_sizes_of(config, options)
-    trainer = TorchTrainer if ep_sizes is None else partial(ElasticTrainer, ep_sizes=ep_sizes, run_key=token)
+    trainer = ExpertParallelTrainer
+    if ep_sizes is not None:
+        trainer = partial(ElasticTrainer, ep_sizes=ep_sizes, run_key=token)
     job = WorkerJob(config=config.to_dict(), token=token, inject=options.inject, is_elastic=options.is_elastic)
     return trainer(
         train_worker,

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .resize import HandoverError, ResizeHandover
     from .shortage import DomainRoom, PlacementError, PlacementShortage
     from .state import NotBootstrappedError, WorkerState, current
+    from .trainer import ExpertParallelTrainer
 
 __all__ = [
     "ActorRank",
@@ -36,6 +37,7 @@ __all__ = [
     "ElasticTrainer",
     "Evidence",
     "ExpertParallelConfig",
+    "ExpertParallelTrainer",
     "HandoverError",
     "NodeOffer",
     "NotBootstrappedError",
@@ -76,6 +78,7 @@ _NAMES_OF = {
     "resize": ("HandoverError", "ResizeHandover"),
     "shortage": ("DomainRoom", "PlacementError", "PlacementShortage"),
     "state": ("NotBootstrappedError", "WorkerState", "current"),
+    "trainer": ("ExpertParallelTrainer",),
 }
 __getattr__ = lazy_getattr(__name__, _NAMES_OF)
 

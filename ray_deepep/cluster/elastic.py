@@ -16,7 +16,6 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from ray.train.torch import TorchTrainer
 from ray.train.v2._internal.execution.controller.state import ReschedulingState
 from ray.train.v2._internal.execution.scaling_policy import (
     NoopDecision,
@@ -31,6 +30,7 @@ from .placer import WorkerPlacementError
 from .resize import forget_resize, request_resize, resize_answered
 from .shortage import PlacementShortage
 from .sizes import check_ep_sizes, choose_size, without_workers
+from .trainer import ExpertParallelTrainer
 
 _POLL_S = 0.5
 _TELL_EVERY_S = 10.0
@@ -151,7 +151,7 @@ class ElasticPolicy(ScalingPolicy):
         return max(self._ep_sizes)
 
 
-class ElasticTrainer(TorchTrainer):
+class ElasticTrainer(ExpertParallelTrainer):
     """A ``TorchTrainer`` under :class:`ElasticPolicy`.
 
     Args (besides those of ``TorchTrainer``; ``scaling_config`` has ``num_workers=(min, max)``):
