@@ -100,7 +100,9 @@ class Build(build_ext):
     def build_extensions(self) -> None:
         """All objects in one go, so that no compiler idles between cores; then each core is linked."""
         depends = {header for ext in self.extensions for header in ext.depends}
-        newest_header = max(os.path.getmtime(ROOT / header) for header in [*depends, "setup.py"])
+        newest_header = max(
+            os.path.getmtime(ROOT / header) for header in [*depends, "setup.py", "ray_deepep/version.py"]
+        )
         outdated = []
         # CUDA sources take longest, so they go first.
         every = {source for ext in self.extensions for source in ext.sources}

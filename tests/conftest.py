@@ -86,6 +86,19 @@ def shared_ray() -> Iterator[SharedRay]:
         local.close()
 
 
+@pytest.fixture(scope="module")
+def connected_ray(shared_ray: SharedRay) -> Iterator[SharedRay]:
+    """``shared_ray``, with this process connected to it; actors find ``cluster_cases``, which they cannot import."""
+    import cluster_cases
+    import ray
+
+    ray.cloudpickle.register_pickle_by_value(cluster_cases)
+    ray.init(address=shared_ray.address, log_to_driver=False)
+    yield shared_ray
+    ray.shutdown()
+    ray.cloudpickle.unregister_pickle_by_value(cluster_cases)
+
+
 @pytest.fixture(params=TRANSPORTS)
 def transport(request: pytest.FixtureRequest) -> str:
     """Each transport in turn; skipped with the reason where it cannot run."""

@@ -1,4 +1,4 @@
-"""The examples that need two processes alone run as a reader would run them. Those on Ray: test_cluster_ray.py."""
+"""The examples that need two processes alone run as a reader would run them. Those on Ray: test_train_ray.py."""
 
 from __future__ import annotations
 

@@ -100,6 +100,8 @@ def check_overflow(context: RankContext, transport: str, layout: Layout, room: i
         if rank == 0:
             error = error_of(ReceiveOverflowError, cut.handle.check)
             assert (error.rank, error.needed, error.room) == (0, needed, room)
+            of_a_node = dataclasses.replace(cut.handle, first_rank=4)
+            assert error_of(ReceiveOverflowError, of_a_node.check).rank == 4
         else:
             cut.handle.check()
         whole.handle.check()

@@ -19,7 +19,16 @@ from harness import RankContext, RankPool, Ranks, error_of
 from test_cuda_core import fuzz_case
 from test_cuda_nvshmem import problem
 
-from ray_deepep import Buffer, CommFaultError, ExpertMajor, Float8Cast, InvalidArgumentError, MismatchError, TokenMajor
+from ray_deepep import (
+    Buffer,
+    CommFaultError,
+    ExpertMajor,
+    Float8Cast,
+    InvalidArgumentError,
+    MismatchError,
+    ReceiveOverflowError,
+    TokenMajor,
+)
 
 pytestmark = pytest.mark.skipif(bool(problem()), reason=problem())
 SEED = 505
@@ -107,6 +116,33 @@ def refuses(context: RankContext) -> None:
         error_of((MismatchError, CommFaultError), lambda: dispatch_twice(buffer, x, topk_idx, alignment))
 
 
+def reports_after_the_fact(context: RankContext) -> None:
+    """Fixed shapes: what a handle reports later is in the communicator's ranks and experts, and stops nobody."""
+    device = device_cases.use_gpu(context.rank)
+    comm = context.new_communicator("nvshmem/1", deadline_s=DEADLINE_S)
+    with comm, context_buffer(comm) as buffer:
+        x, topk_idx = torch.randn(8, 64, device=device), torch.full((8, 2), -1, device=device)
+        topk_idx[:, 0] = 2  # on rank 1
+        result = buffer.dispatch(x, topk_idx, max_recv_tokens=4)
+        if context.rank == 1:
+            error = error_of(ReceiveOverflowError, result.handle.check)
+            assert (error.rank, error.needed, error.room) == (1, 16, 4)
+        else:
+            result.handle.check()
+        want = x.clone()
+        if context.rank == 0:
+            topk_idx[3, 0], want[3] = 900, 0
+        result = buffer.dispatch(x, topk_idx, max_recv_tokens=16)
+        rows = buffer.dispatch(x, handle=result.handle).x
+        assert torch.equal(buffer.combine(rows, result.handle).x, want)
+        if context.rank == 0:
+            error = error_of(InvalidArgumentError, result.handle.check)
+            assert str(error) == "topk_idx: must be in [-1, 4); got '900'"
+        else:
+            result.handle.check()
+        assert torch.equal(buffer.combine(rows, result.handle).x, want)
+
+
 def context_buffer(comm):
     return Buffer(comm, num_experts=4, hidden=64, num_topk=2, max_tokens=8)
 
@@ -121,6 +157,10 @@ def dispatch_twice(buffer, x: torch.Tensor, topk_idx: torch.Tensor, alignment: i
 def test_bad_input() -> None:
     with RankPool(2) as pool:
         pool.run(refuses, deadline_s=120.0)
+
+
+def test_reports_after_the_fact(ranks: Ranks) -> None:
+    ranks.run(2, reports_after_the_fact, deadline_s=120.0)
 
 
 def lost(context: RankContext, how: int) -> tuple[int, float]:
