@@ -32,7 +32,7 @@ def cluster(connected_ray):
 
 @pytest.fixture(scope="module")
 def undisturbed(ranks, tmp_path_factory) -> Path:
-    """The folder of the same run on two processes without Ray. Undisturbed runs on Ray: test_demo.py."""
+    """The folder of the same run on two processes without Ray. Undisturbed runs on Ray: test_demo_ray.py."""
     out = tmp_path_factory.mktemp("runs") / "undisturbed"
     ranks.run(2, train, tiny(out, **{"run.backend": "ray_deepep"}).to_json(), deadline_s=120)
     return out
