@@ -10,9 +10,13 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from .nccl_baselines import nccl_problem
+
 NUM_WARMUP = 5
 FLUSH_BYTES = 256 << 20
 """Written before each call: several times the L2."""
+BUSY_CYCLES = 1_500_000
+"""Almost a millisecond, in which the host gets ahead of the GPU."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -38,7 +42,8 @@ class Timing:
     """The GPU has nothing to do when the call is made: what the host needs before its launches shows. Of the rank with
     the largest median."""
     queued: Quantiles
-    """The GPU is busy until all is launched (unless the call itself waits for it). Of the rank with the largest."""
+    """The GPU is busy until all is launched (unless the call itself waits for it), and ranks that have a GPU each begin
+    together. Of the rank with the largest."""
     host: Quantiles
     """From call to return on the host, GPU idle before. Of the rank with the largest."""
     idle_medians: list[float]
@@ -64,11 +69,20 @@ def make_flush() -> torch.Tensor:
 
 
 class Stopwatch:
-    """Times calls that all ranks make together. Ranks meet before each through the host."""
+    """Times calls that all ranks make together. Ranks meet before each through the host. Making one is collective."""
 
     def __init__(self, num_rounds: int) -> None:
         self.num_rounds = num_rounds
         self.flush = make_flush()
+        self.met = torch.zeros(1, device="cuda")
+        self.group = None
+        if not nccl_problem(dist.get_world_size()):
+            self.group = dist.new_group(backend="nccl")
+
+    def _meet_on_gpus(self) -> None:
+        """Hosts leave a barrier up to 100 us apart, which a peer's kernel would spend waiting."""
+        if self.group is not None:
+            dist.all_reduce(self.met, group=self.group)
 
     def measure(self, call: Callable[[], object]) -> Timing:
         """Time ``call``; the same answer on every rank."""
@@ -95,8 +109,9 @@ class Stopwatch:
             torch.cuda.synchronize()
             dist.barrier()
             if not idle:
-                # About 100 us: the host launches meanwhile, and ranks that left the barrier late catch up.
                 self.flush.zero_()
+                torch.cuda._sleep(BUSY_CYCLES)
+                self._meet_on_gpus()
             start.record()
             before = time.perf_counter()
             result = call()

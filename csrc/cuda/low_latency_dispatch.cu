@@ -77,9 +77,9 @@ __device__ void stage_cast(const Params& p, uint32_t sequence, int64_t token, in
     std::byte* to = area_rows(p.peers, p.peers.rank, sequence) + token * hidden + first;
     float* scales = area_scales(p.peers, p.peers.rank, sequence) + (token * hidden + first) / 128;
     switch (p.from) {
-        case DType::kFloat32: return cast_row<float>(from, to, scales, count, p.power_of_two);
-        case DType::kBFloat16: return cast_row<__nv_bfloat16>(from, to, scales, count, p.power_of_two);
-        default: return cast_row<__half>(from, to, scales, count, p.power_of_two);
+        case DType::kFloat32: return cast_row<float, 2>(from, to, scales, count, p.power_of_two);
+        case DType::kBFloat16: return cast_row<__nv_bfloat16, 2>(from, to, scales, count, p.power_of_two);
+        default: return cast_row<__half, 2>(from, to, scales, count, p.power_of_two);
     }
 }
 

@@ -85,16 +85,21 @@ __device__ inline void find_sources(const Peers& peers, const Publication& publi
 }
 
 __device__ inline bool rows_ready(const Peers& peers, int source, int64_t row, uint32_t sequence) {
-    const uint32_t seen = load_acquire(&peers.ready_flags(peers.rank, source)[row / kReadyRows]);
+    const uint32_t seen = load_acquire(peers.ready_flag(peers.rank, source, row / kReadyRows));
     return static_cast<int32_t>(seen - sequence) >= 0;
 }
 
-// One thread: wait until a source has staged this row.
+// One thread: wait until a source has staged this row. Hundreds of warps wait at a time, on a few flags: they leave
+// pauses, for what they poll is written, and rows are staged, through the same caches.
 __device__ inline bool wait_rows_ready(const Peers& peers, const Publication& publication, int source, int64_t row,
                                        uint32_t sequence) {
-    const uint32_t* flag = &peers.ready_flags(peers.rank, source)[row / kReadyRows];
-    return poll(peers, WaitFor{Phase::kStaged, publication.operation, source, sequence},
-                [&] { return load_acquire(flag); });
+    constexpr unsigned kPause_ns = 200;
+    const uint32_t* flag = peers.ready_flag(peers.rank, source, row / kReadyRows);
+    return poll(peers, WaitFor{Phase::kStaged, publication.operation, source, sequence}, [&] {
+        const uint32_t seen = load_acquire(flag);
+        if (static_cast<int32_t>(seen - sequence) < 0) __nanosleep(kPause_ns);
+        return seen;
+    });
 }
 
 // Whole block, last thing in a kernel. The last block tells peers that their rows are no longer read here, and waits

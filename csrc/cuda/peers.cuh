@@ -74,9 +74,10 @@ struct Peers {
     RAY_DEEPEP_DEVICE AreaHeader* header(int peer, uint32_t sequence) const {
         return in_area<AreaHeader>(peer, sequence, layout.area.header_at);
     }
-    // Flags in the memory of `reader` about rows of `source`.
-    RAY_DEEPEP_DEVICE uint32_t* ready_flags(int reader, int source) const {
-        return reinterpret_cast<uint32_t*>(segments[reader] + layout.ready_at) + source * layout.num_ready_flags;
+    // The flag in the memory of `reader` about a piece of rows of `source`.
+    RAY_DEEPEP_DEVICE uint32_t* ready_flag(int reader, int source, int64_t piece) const {
+        const int64_t flag = source * layout.num_ready_flags + piece;
+        return reinterpret_cast<uint32_t*>(segments[reader] + layout.ready_at + flag * kReadyFlagBytes);
     }
 };
 

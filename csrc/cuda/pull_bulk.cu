@@ -9,8 +9,8 @@ namespace {
 
 constexpr int kStages = 3;
 constexpr int kMaxPiece = 14336;  // bytes of one stage: a row of 7,168 two-byte elements
-constexpr int kMaxWarps = 10;     // that pull; rows of kMaxPiece leave room for five
-constexpr int kStagingWarps = 10;
+constexpr int kMaxWarps = 8;      // that pull; rows of kMaxPiece leave room for five
+constexpr int kStagingWarps = 16;
 constexpr int kSharedBytes = 219 << 10;  // of 227 KiB; the kernel has 7 KiB of its own, and may grow
 
 int64_t piece_bytes(const PullParams& p) { return p.row_bytes < kMaxPiece ? p.row_bytes : kMaxPiece; }

@@ -48,7 +48,7 @@ SegmentLayout make_segment_layout(const DeviceSizes& sizes) {
     layout.num_ready_flags = sizes.num_ready_flags();
     layout.signals_at = segment.take(kMaxRanks * 8);
     layout.done_at = segment.take(kMaxRanks * 8);
-    layout.ready_at = segment.take(sizes.num_ranks * layout.num_ready_flags * 4);
+    layout.ready_at = segment.take(sizes.num_ranks * layout.num_ready_flags * kReadyFlagBytes);
     layout.area_at[0] = segment.take(area.bytes);
     layout.area_at[1] = segment.take(area.bytes);
     layout.symm_bytes = sizes.symm_bytes;

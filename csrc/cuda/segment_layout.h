@@ -12,6 +12,8 @@ namespace ray_deepep {
 inline constexpr int kChunkTokens = 64;
 // Rows that do not live in the heap are staged while peers read those that are there already, so many at a time.
 inline constexpr int kReadyRows = 32;
+// Of each flag about such a piece of rows: a sector of its own, so that polls of one do not delay the next one's store.
+inline constexpr int kReadyFlagBytes = 32;
 inline constexpr int kMaxRanks = 64;
 // Sources are ranks, or (part, rank) where a rank's tokens come in parts; see Geometry in common/plan.h.
 inline constexpr int kMaxSources = 256;
@@ -54,7 +56,7 @@ struct AreaLayout {
 struct SegmentLayout {
     int64_t signals_at = 0;   // uint64 [kMaxRanks], written by peers: sequence << 32 | signature
     int64_t done_at = 0;      // uint64 [kMaxRanks], written by peers: sequence << 32, their reading is over
-    int64_t ready_at = 0;     // uint32 [N, F], written by peers: sequence in which these rows of theirs were staged
+    int64_t ready_at = 0;     // [N, F] flags, written by peers: sequence in which these rows of theirs were staged
     int64_t area_at[2] = {};  // used by turns
     int64_t symm_at = 0;      // tensors of the user's
     int64_t symm_bytes = 0;
