@@ -10,7 +10,7 @@
 namespace ray_deepep {
 
 inline constexpr int kCombineThreads = 512;
-inline constexpr int kCopyingWarps = 8;  // that stage token-major rows, whose readers can start early
+inline constexpr int kCopyingWarps = 12;  // that stage token-major rows, whose readers can start early
 
 // One route of a token, in lane k.
 struct Route {
@@ -114,14 +114,15 @@ __device__ void stage_sum(const CombineParams& p, uint32_t sequence, int64_t row
 // Not inlined, for its registers; the ring comes back by value, to stay in registers too. Rows that peers will read:
 // per-rank sums, in the segments of all other sources by turns; else every filled slot.
 template <typename T, bool kFast>
-__device__ __noinline__ PieceRing stage_combine(const CombineParams& p, uint32_t sequence, PieceRing ring) {
+__device__ __noinline__ PieceRing stage_combine(const CombineParams& p, uint32_t sequence, StagedRows* shared,
+                                                PieceRing ring) {
     const DevicePlan& plan = p.plan;
     const int rank = p.peers.rank, num_ranks = p.peers.num_ranks, others = num_ranks - 1;
     const int num_sources = p.peers.num_sources(), turns = p.peers.layout.num_parts * others;
     if (!p.by_rank) {
         const int64_t pieces = (p.staging.num_rows + kReadyRows - 1) / kReadyRows;
         stage_rows(
-            p.peers, p.staging, sequence, pieces, [](int64_t i) { return i; },
+            p.peers, p.staging, sequence, pieces, shared, [](int64_t i) { return i; },
             [&](int64_t row) {
                 if (plan.slot_row[row] < 0 || plan.recv_source[plan.slot_row[row]] == rank) return;
                 stage_row(p.peers, p.staging, sequence, row);
@@ -139,7 +140,8 @@ __device__ __noinline__ PieceRing stage_combine(const CombineParams& p, uint32_t
         const int64_t piece = start / kReadyRows + i / turns;
         return start < end && piece <= (end - 1) / kReadyRows ? piece : -1;
     };
-    stage_rows(p.peers, p.staging, sequence, (most / kReadyRows + 2) * int64_t{turns}, piece_at, [&](int64_t row) {
+    const int64_t pieces = (most / kReadyRows + 2) * int64_t{turns};
+    stage_rows(p.peers, p.staging, sequence, pieces, shared, piece_at, [&](int64_t row) {
         if (row >= plan.source_start[num_sources] || plan.recv_source[row] == rank) return;
         if constexpr (kFast) {
             return stage_sum<T>(p, sequence, row, ring);
@@ -216,11 +218,13 @@ template <typename T, bool kFast>
 __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __grid_constant__ CombineParams p) {
     extern __shared__ __align__(128) uint4 room[];
     __shared__ Sources sources;
+    __shared__ StagedRows staged;
     __shared__ uint64_t barriers[kCombineThreads / 32 * kRingDepth];
     PieceRing ring(room, barriers);
+    init_staged_rows(&staged);
     const uint32_t sequence = begin_operation(p.peers, p.publication);
     const int staging = p.staging.num_warps * 32;
-    if (threadIdx.x >= kCombineThreads - staging) ring = stage_combine<T, kFast>(p, sequence, ring);
+    if (threadIdx.x >= kCombineThreads - staging) ring = stage_combine<T, kFast>(p, sequence, &staged, ring);
     if (threadIdx.x < 32) {
         find_sources(p.peers, p.publication, sequence, p.own_rows, nullptr, p.plan.source_start, &sources);
     }

@@ -50,13 +50,13 @@ __device__ inline uint32_t full_signature(const LowLatencyStep& step, uint32_t p
     return step.signature ^ (plan_sequence * 0x9e3779b1u);
 }
 
-__device__ inline uint32_t load_acquire_gpu(const uint32_t* address) {
-    uint32_t value;
-    asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(address) : "memory");
+__device__ inline uint64_t load_acquire_gpu(const uint64_t* address) {
+    uint64_t value;
+    asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(value) : "l"(address) : "memory");
     return value;
 }
-__device__ inline void store_release_gpu(uint32_t* address, uint32_t value) {
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(address), "r"(value) : "memory");
+__device__ inline void store_release_gpu(uint64_t* address, uint64_t value) {
+    asm volatile("st.release.gpu.global.u64 [%0], %1;" ::"l"(address), "l"(value) : "memory");
 }
 
 // Adds 1; what was released to the old value is seen after.
@@ -96,16 +96,17 @@ __device__ inline void write_headers(const LowLatencyPeers& peers, const LowLate
 
 // Whole block, when all it sends is written. The last block tells every peer; to those that are masked it says that
 // they are left out.
-__device__ inline void finish_send(const LowLatencyPeers& peers, const LowLatencyStart& start) {
+__device__ inline void finish_send(const LowLatencyPeers& peers, const LowLatencyStart& start, uint32_t signature) {
+    // Those masked meanwhile too. Read here: after the last block is known, it would be one more trip.
+    const uint64_t masked = start.masked | load_volatile64(&peers.device->masked);
     if (!last_block(&peers.device->send_blocks, true)) return;
     if (!start.failed) {
-        const uint64_t masked = start.masked | load_volatile64(&peers.device->masked);
         for (int peer = threadIdx.x; peer < peers.num_ranks; peer += blockDim.x) {
             if ((masked & bit_of(peer)) != 0) {
                 store_release(in_segment<uint32_t>(peers, peer, peers.layout.left_at) + peers.rank, start.sequence);
             } else {
                 store_release(in_segment<uint64_t>(peers, peer, peers.layout.signals_at) + peers.rank,
-                              uint64_t{start.sequence});
+                              uint64_t{signature} << 32 | start.sequence);
             }
         }
         if (threadIdx.x == 0) peers.device->sent = start.sequence;
@@ -189,34 +190,36 @@ struct PeerWait {
         *fault = gone ? LowLatencyFault::kGone : LowLatencyFault::kTimeout;
         return true;
     }
-    __device__ Arrival run(uint64_t* waited_ns) const {
-        const auto* signal = in_segment<uint64_t>(peers, peers.rank, peers.layout.signals_at) + peer;
-        const auto here = [&](uint32_t* seen) {
-            *seen = static_cast<uint32_t>(load_acquire(signal));
-            return static_cast<int32_t>(*seen - sequence) >= 0;
+    // `signal`: the last one that was seen.
+    __device__ Arrival run(uint64_t* signal, uint64_t* waited_ns) const {
+        const auto* from = in_segment<uint64_t>(peers, peers.rank, peers.layout.signals_at) + peer;
+        const auto here = [&] {
+            *signal = load_acquire(from);
+            return static_cast<int32_t>(static_cast<uint32_t>(*signal) - sequence) >= 0;
         };
-        uint32_t seen = 0;
         *waited_ns = 0;
-        if (here(&seen)) return Arrival::kHere;
+        if (here()) return Arrival::kHere;
         for (uint32_t round = 1;; ++round) {
             Arrival outcome;
             LowLatencyFault fault;
             const bool stopped = round % 64 == 0 && stop(&outcome, &fault);
             // Also after the decision to stop: a peer that ended well signalled before the host could see it gone.
             if (stopped) __threadfence_system();
-            const bool came = here(&seen);
+            const bool came = here();
             if (!came && !stopped) continue;
             *waited_ns = global_time_ns() - start_ns;
             if (came) return Arrival::kHere;
             if (fault != LowLatencyFault::kNone) {
-                report_fault(peers, step, fault, peer, sequence, seen, *waited_ns);
+                report_fault(peers, step, fault, peer, sequence, static_cast<uint32_t>(*signal), *waited_ns);
             }
             if (outcome == Arrival::kAbsent) give_up(peers, peer);
             return outcome;
         }
     }
-    // What came must be what this rank takes part in.
-    __device__ bool agrees(uint32_t signature) const {
+    // What came must be what this rank takes part in. The signal of this very operation says so itself; from a peer
+    // that is ahead, the header does.
+    __device__ bool agrees(uint64_t signal, uint32_t signature) const {
+        if (signal == (uint64_t{signature} << 32 | sequence)) return true;
         const MailHeader* header = mail_header(peers, peer, sequence);
         const uint32_t of = load_volatile(&header->sequence);
         if (of != sequence || (load_volatile64(&header->masked) & bit_of(peers.rank)) != 0) {
@@ -234,30 +237,39 @@ struct PeerWait {
 __device__ inline void decide_arrivals(const LowLatencyPeers& peers, const LowLatencyStep& step,
                                        const LowLatencyStart& start, uint32_t signature) {
     constexpr unsigned kAllLanes = 0xffffffffu;
+    constexpr int kPeersOfLane = kMaxRanks / 32;
     const int lane = threadIdx.x % 32;
-    const uint32_t sequence = start.sequence;
+    const uint32_t sequence = start.sequence, turn = sequence % kLowLatencyTurns;
     const uint64_t start_ns = global_time_ns(), masked = start.masked;
-    uint64_t absent = masked;
+    uint64_t absent = masked, waited_ns[kPeersOfLane] = {};
     bool ok = !start.failed;
-    for (int peer = lane; ok && peer < peers.num_ranks; peer += 32) {
-        if ((masked & bit_of(peer)) != 0) continue;
+#pragma unroll
+    for (int i = 0; i < kPeersOfLane; ++i) {
+        const int peer = lane + i * 32;
+        if (!ok || peer >= peers.num_ranks || (masked & bit_of(peer)) != 0) continue;
         const PeerWait wait{peers, step, peer, sequence, masked, start_ns};
-        uint64_t waited_ns = 0;
-        const Arrival arrival = wait.run(&waited_ns);
+        uint64_t signal = 0;
+        const Arrival arrival = wait.run(&signal, &waited_ns[i]);
         if (arrival == Arrival::kAbsent) absent |= bit_of(peer);
-        ok = arrival == Arrival::kAbsent || (arrival == Arrival::kHere && wait.agrees(signature));
-        // A rank does not wait for itself: its other blocks only have not finished.
-        if (peer != peers.rank) step.wait_ns[peer] += static_cast<int64_t>(waited_ns);
+        ok = arrival == Arrival::kAbsent || (arrival == Arrival::kHere && wait.agrees(signal, signature));
     }
     ok = __all_sync(kAllLanes, ok) != 0;
-    // What other lanes have seen, lane 0 releases.
-    __threadfence();
     const uint32_t low = __reduce_or_sync(kAllLanes, static_cast<uint32_t>(absent));
     const uint32_t high = __reduce_or_sync(kAllLanes, static_cast<uint32_t>(absent >> 32));
-    if (lane != 0 || !ok) return;
-    const uint32_t turn = sequence % kLowLatencyTurns;
-    *reinterpret_cast<volatile uint64_t*>(&peers.device->absent[turn]) = uint64_t{high} << 32 | low;
-    store_release_gpu(&peers.device->decided[turn], sequence);
+    // What other lanes have seen, lane 0 releases.
+    __syncwarp();
+    if (lane == 0 && ok) {
+        const uint64_t all_absent = uint64_t{high} << 32 | low;
+        const bool more = all_absent != masked;
+        if (more) *reinterpret_cast<volatile uint64_t*>(&peers.device->absent[turn]) = all_absent;
+        store_release_gpu(&peers.device->decided[turn], uint64_t{sequence} << 1 | (more ? 1 : 0));
+    }
+    // A rank does not wait for itself: its other blocks only have not finished.
+#pragma unroll
+    for (int i = 0; i < kPeersOfLane; ++i) {
+        const int peer = lane + i * 32;
+        if (waited_ns[i] != 0 && peer != peers.rank) step.wait_ns[peer] += static_cast<int64_t>(waited_ns[i]);
+    }
 }
 
 struct Arrivals {
@@ -269,15 +281,16 @@ struct Arrivals {
 __device__ inline Arrivals await_arrivals(const LowLatencyPeers& peers, const LowLatencyStep& step,
                                           const LowLatencyStart& start, uint32_t signature) {
     __shared__ Arrivals found;
-    const uint32_t sequence = start.sequence;
+    const uint32_t sequence = start.sequence, turn = sequence % kLowLatencyTurns;
     if (blockIdx.x == 0 && threadIdx.x < 32) decide_arrivals(peers, step, start, signature);
     if (threadIdx.x == 0) {
         constexpr uint64_t kGrace_ns = 1'000'000'000;
-        const uint32_t turn = sequence % kLowLatencyTurns;
         const uint64_t start_ns = global_time_ns();
-        found.ok = false;
+        found = {start.masked, false};
         for (uint32_t round = 1;; ++round) {
-            found.ok = load_acquire_gpu(&peers.device->decided[turn]) == sequence;
+            const uint64_t decided = load_acquire_gpu(&peers.device->decided[turn]);
+            found.ok = decided >> 1 == sequence;
+            if (found.ok && (decided & 1) != 0) found.absent = load_volatile64(&peers.device->absent[turn]);
             if (found.ok) break;
             if (round % 16 != 0) continue;
             if (load_volatile(&peers.device->failed) != 0) break;
@@ -286,27 +299,27 @@ __device__ inline Arrivals await_arrivals(const LowLatencyPeers& peers, const Lo
             // The block that looks does not run: more blocks were launched than fit the GPU.
             report_fault(peers, step, LowLatencyFault::kTimeout, peers.rank, sequence, 0, elapsed);
         }
-        found.absent = load_volatile64(&peers.device->absent[turn]);
     }
     __syncthreads();
     return found;
 }
 
 // Whole block, last thing in a receive. Peers that masked this rank did not wait for its reads: had they begun to
-// overwrite what it read?
-__device__ inline void finish_receive(const LowLatencyPeers& peers, const LowLatencyStep& step, uint32_t sequence,
-                                      const Arrivals& arrivals) {
-    if (!last_block(&peers.device->receive_blocks, false)) return;
-    for (int peer = threadIdx.x; arrivals.ok && peer < peers.num_ranks; peer += blockDim.x) {
+// overwrite what it read? Each block asks after its own reads, beside counting itself finished.
+__device__ inline void finish_receive(const LowLatencyPeers& peers, const LowLatencyStep& step,
+                                      const LowLatencyStart& start, const Arrivals& arrivals) {
+    const uint32_t sequence = start.sequence, sent = threadIdx.x == 0 ? load_volatile(&peers.device->sent) : 0;
+    __syncthreads();
+    for (int peer = blockDim.x - 1 - threadIdx.x; arrivals.ok && peer < peers.num_ranks; peer += blockDim.x) {
         if ((arrivals.absent & bit_of(peer)) != 0) continue;
         const uint32_t left = load_acquire(in_segment<uint32_t>(peers, peers.rank, peers.layout.left_at) + peer);
         if (left == 0 || static_cast<int32_t>(left - sequence) < kLowLatencyTurns - 1) continue;
         report_fault(peers, step, LowLatencyFault::kLeftBehind, peer, sequence, left, 0);
     }
-    __syncthreads();
-    if (threadIdx.x != 0) return;
+    if (threadIdx.x != 0 || add_acquire(&peers.device->receive_blocks) != gridDim.x - 1) return;
     peers.device->receive_blocks = 0;
-    const bool was_sent = static_cast<int32_t>(load_volatile(&peers.device->sent) - sequence) >= 0;
+    // What this launch sent itself may not have been noted yet when this block looked.
+    const bool was_sent = step.sends ? !start.failed : static_cast<int32_t>(sent - sequence) >= 0;
     if (was_sent) peers.device->received = sequence;
 }
 

@@ -129,39 +129,76 @@ __device__ void each_piece(int count, int row_vectors, Body body) {
     }
 }
 
-// Rows for the sources, at (source, token), or (source, token, turn of the route among those of this rank).
+// Of a token that came: the row of this lane's route here, and its weight.
+struct TokenSlot {
+    int slot = -1;
+    float weight = 1.0f;
+    __device__ TokenSlot(const Params& p, int64_t token) {
+        const int lane = threadIdx.x % 32;
+        if (lane >= p.step.num_topk) return;
+        slot = p.plan.slot[token * p.step.num_topk + lane];
+        weight = p.plan.weight[token * p.step.num_topk + lane];
+    }
+};
+
+// One piece of what goes home for a token that came, at (source, token), or (source, token, turn of the route among
+// those of this rank).
+template <typename T>
+__device__ void stage_piece(const Params& p, std::byte* staged, int64_t token, const PieceRange& range,
+                            const TokenSlot& of) {
+    const int64_t row_bytes = p.peers.hidden * sizeof(T);
+    unsigned here = __ballot_sync(kAllLanes, of.slot != -1);
+    if (here == 0) return;
+    if (!p.exact) {
+        Rows rows;
+        rows.row = of.slot >= 0 ? p.rows + of.slot * row_bytes : nullptr;
+        rows.weight = of.weight;
+        sum_rows<T>(rows, true, range).store(staged + token * row_bytes, range);
+        return;
+    }
+    for (int turn = 0; here != 0; ++turn, here &= here - 1) {
+        const int from = __shfl_sync(kAllLanes, of.slot, __ffs(here) - 1);
+        Piece<T> v;
+#pragma unroll
+        for (auto& vector : v) vector.bits = make_uint4(0, 0, 0, 0);
+        if (from >= 0) load_piece<T>(p.rows + from * row_bytes, range, v);
+        store_piece<T>(staged + (token * p.max_routes_here + turn) * row_bytes, range, v);
+    }
+}
+
+// token_of(i): the i-th of `count` tokens to stage. Those that did not come have no routes.
+template <typename T, typename TokenOf>
+__device__ void stage_tokens(const Params& p, uint32_t sequence, int count, TokenOf token_of) {
+    const int row_vectors = static_cast<int>(p.peers.hidden * sizeof(T) / 16);
+    const int pieces = (row_vectors + kPieceVectors - 1) / kPieceVectors, items = count * pieces;
+    const int step = gridDim.x * kLowLatencyWarps;
+    std::byte* staged = area_rows(p.peers, p.peers.rank, sequence);
+    int item = threadIdx.x / 32 * gridDim.x + blockIdx.x;
+    if (item >= items) return;
+    TokenSlot next(p, token_of(item / pieces));
+    for (; item < items; item += step) {
+        const TokenSlot of = next;
+        if (item + step < items) next = TokenSlot(p, token_of((item + step) / pieces));
+        stage_piece<T>(p, staged, token_of(item / pieces), PieceRange(item % pieces, row_vectors), of);
+    }
+}
+
+// A launch that sends and receives adds up its own tokens' rows while peers' are on their way. Each piece of them is
+// read by the warp that wrote it.
+__device__ bool stages_own_late(const Params& p) { return p.step.sends && p.step.receives && !p.exact; }
+
 template <typename T>
 __device__ void stage_home(const Params& p, uint32_t sequence) {
-    const LowLatencyPeers& peers = p.peers;
-    const int lane = threadIdx.x % 32, row_vectors = static_cast<int>(peers.hidden * sizeof(T) / 16);
-    const int64_t row_bytes = peers.hidden * sizeof(T);
-    std::byte* staged = area_rows(peers, peers.rank, sequence);
-    // Tokens that did not come have no routes.
-    const int tokens = peers.num_ranks * static_cast<int>(peers.max_tokens);
-    each_piece(tokens, row_vectors, [&](int64_t token, const PieceRange& range) {
-        int slot = -1;
-        Rows rows;
-        if (lane < p.step.num_topk) {
-            const int64_t at = token * p.step.num_topk + lane;
-            slot = p.plan.slot[at];
-            rows.weight = p.plan.weight[at];
-        }
-        unsigned here = __ballot_sync(kAllLanes, slot != -1);
-        if (here == 0) return;
-        if (!p.exact) {
-            rows.row = slot >= 0 ? p.rows + slot * row_bytes : nullptr;
-            sum_rows<T>(rows, true, range).store(staged + token * row_bytes, range);
-            return;
-        }
-        for (int turn = 0; here != 0; ++turn, here &= here - 1) {
-            const int from = __shfl_sync(kAllLanes, slot, __ffs(here) - 1);
-            Piece<T> v;
-#pragma unroll
-            for (auto& vector : v) vector.bits = make_uint4(0, 0, 0, 0);
-            if (from >= 0) load_piece<T>(p.rows + from * row_bytes, range, v);
-            store_piece<T>(staged + (token * p.max_routes_here + turn) * row_bytes, range, v);
-        }
-    });
+    const int max_tokens = static_cast<int>(p.peers.max_tokens), own = p.peers.rank * max_tokens;
+    const int left_out = stages_own_late(p) ? max_tokens : 0;
+    stage_tokens<T>(p, sequence, p.peers.num_ranks * max_tokens - left_out,
+                    [&](int i) { return i < own ? i : i + left_out; });
+}
+
+template <typename T>
+__device__ void stage_own(const Params& p, uint32_t sequence) {
+    const int own = p.peers.rank * static_cast<int>(p.peers.max_tokens);
+    stage_tokens<T>(p, sequence, p.step.num_tokens, [&](int i) { return own + i; });
 }
 
 // A token of this rank, and this lane's route of it.
@@ -216,6 +253,7 @@ __device__ void receive(const Params& p, const LowLatencyStart& start, uint32_t 
     const int row_vectors = static_cast<int>(peers.hidden * sizeof(T) / 16);
     // Of the first token, before the wait.
     const TokenRoute first = route_of(p, first_row(row_vectors));
+    if (stages_own_late(p) && !start.failed) stage_own<T>(p, start.sequence);
     const Arrivals arrivals = await_arrivals(peers, p.step, start, full_signature(p.step, plan_sequence));
     if (arrivals.ok) {
         // A rank whose rows this rank left out at dispatch has sent nothing that belongs to this plan.
@@ -228,7 +266,7 @@ __device__ void receive(const Params& p, const LowLatencyStart& start, uint32_t 
         });
         write_absent(peers, p.step, absent, blockIdx.x == gridDim.x - 1);
     }
-    finish_receive(peers, p.step, start.sequence, arrivals);
+    finish_receive(peers, p.step, start, arrivals);
 }
 
 template <typename T>
@@ -240,7 +278,7 @@ __global__ void __launch_bounds__(kLowLatencyThreads) low_latency_combine_kernel
             if (blockIdx.x == 0) write_headers(p.peers, p.step, start, plan_sequence);
             stage_home<T>(p, start.sequence);
         }
-        finish_send(p.peers, start);
+        finish_send(p.peers, start, full_signature(p.step, plan_sequence));
     }
     if (p.step.receives) receive<T>(p, start, plan_sequence);
 }

@@ -55,43 +55,51 @@ __device__ void push_routing(const Params& p, const LowLatencyStart& start) {
     }
 }
 
-__device__ void copy_vectors(const uint4* from, uint4* to, int vectors) {
-    constexpr int kWidth = kPieceVectors / 32;
-    uint4 v[kWidth];
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-        const int i = threadIdx.x % 32 + j * 32;
-        if (i < vectors) v[j] = __ldcg(&from[i]);
+// Whether anybody reads this token's row from the area: other ranks and, where it is asked for, this one. Whole warp.
+__device__ bool is_read(const Params& p, int64_t token) {
+    const int lane = threadIdx.x % 32;
+    bool needed = false;
+    if (lane < p.step.num_topk) {
+        const int64_t route = token * p.step.num_topk + lane;
+        const int64_t expert = p.wide_idx ? static_cast<const int64_t*>(p.topk_idx)[route]
+                                          : static_cast<const int32_t*>(p.topk_idx)[route];
+        needed = expert >= 0 && (p.stage_own || expert / p.peers.num_local_experts != p.peers.rank);
     }
-#pragma unroll
-    for (int j = 0; j < kWidth; ++j) {
-        const int i = threadIdx.x % 32 + j * 32;
-        if (i < vectors) to[i] = v[j];
-    }
+    return __any_sync(kAllLanes, needed) != 0;
 }
 
+// The row is on its way while the routing is looked at.
+template <typename T>
 __device__ void stage_cast(const Params& p, uint32_t sequence, int64_t token, int piece) {
     const int64_t hidden = p.peers.hidden, first = int64_t{piece} * kCastElements;
-    const int64_t count = min(hidden - first, int64_t{kCastElements});
-    const std::byte* from = p.x + (token * hidden + first) * element_size(p.from);
-    std::byte* to = area_rows(p.peers, p.peers.rank, sequence) + token * hidden + first;
-    float* scales = area_scales(p.peers, p.peers.rank, sequence) + (token * hidden + first) / 128;
-    switch (p.from) {
-        case DType::kFloat32: return cast_row<float, 2>(from, to, scales, count, p.power_of_two);
-        case DType::kBFloat16: return cast_row<__nv_bfloat16, 2>(from, to, scales, count, p.power_of_two);
-        default: return cast_row<__half, 2>(from, to, scales, count, p.power_of_two);
-    }
+    const int64_t blocks = min(hidden - first, int64_t{kCastElements}) / 128;
+    CastPiece<T> data;
+    data.load(p.x + (token * hidden + first) * sizeof(T), 0, blocks);
+    if (!is_read(p, token)) return;
+    data.store(area_rows(p.peers, p.peers.rank, sequence) + token * hidden + first,
+               area_scales(p.peers, p.peers.rank, sequence) + (token * hidden + first) / 128, 0, blocks,
+               p.power_of_two);
 }
 
 __device__ void stage_copy(const Params& p, uint32_t sequence, int64_t token, int piece) {
-    const int vectors = static_cast<int>(p.row_bytes / 16) - piece * kPieceVectors;
-    const int64_t at = token * p.row_bytes + int64_t{piece} * kPieceVectors * 16;
-    copy_vectors(reinterpret_cast<const uint4*>(p.x + at),
-                 reinterpret_cast<uint4*>(area_rows(p.peers, p.peers.rank, sequence) + at), vectors);
+    constexpr int kWidth = kPieceVectors / 32;
+    const int lane = threadIdx.x % 32, vectors = static_cast<int>(p.row_bytes / 16) - piece * kPieceVectors;
+    const int64_t at = token * p.row_bytes + int64_t{piece} * kPieceVectors * 16, num_scales = p.peers.hidden / 128;
+    const auto* from = reinterpret_cast<const uint4*>(p.x + at);
+    auto* to = reinterpret_cast<uint4*>(area_rows(p.peers, p.peers.rank, sequence) + at);
+    uint4 v[kWidth];
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+        if (lane + j * 32 < vectors) v[j] = __ldcg(&from[lane + j * 32]);
+    }
+    if (!is_read(p, token)) return;
+#pragma unroll
+    for (int j = 0; j < kWidth; ++j) {
+        if (lane + j * 32 < vectors) to[lane + j * 32] = v[j];
+    }
     if (piece > 0 || p.x_scales == nullptr) return;
-    const int64_t num_scales = p.peers.hidden / 128;
     float* scales = area_scales(p.peers, p.peers.rank, sequence) + token * num_scales;
-    for (int64_t i = threadIdx.x % 32; i < num_scales; i += 32) scales[i] = p.x_scales[token * num_scales + i];
+    for (int64_t i = lane; i < num_scales; i += 32) scales[i] = p.x_scales[token * num_scales + i];
 }
 
 __device__ int num_pieces(const Params& p, bool cast) {
@@ -99,22 +107,43 @@ __device__ int num_pieces(const Params& p, bool cast) {
     return static_cast<int>((size + piece - 1) / piece);
 }
 
-// Rows that are read from the area: other ranks' and, where it is asked for, this rank's.
 __device__ void stage_rows(const Params& p, uint32_t sequence) {
-    const int pieces = num_pieces(p, p.cast), items = p.step.num_tokens * pieces, lane = threadIdx.x % 32;
+    const int pieces = num_pieces(p, p.cast), items = p.step.num_tokens * pieces;
     for (int item = threadIdx.x / 32 * gridDim.x + blockIdx.x; item < items; item += gridDim.x * kLowLatencyWarps) {
-        const int token = item / pieces;
-        bool needed = false;
-        if (lane < p.step.num_topk) {
-            const int64_t route = int64_t{token} * p.step.num_topk + lane;
-            const int64_t expert = p.wide_idx ? static_cast<const int64_t*>(p.topk_idx)[route]
-                                              : static_cast<const int32_t*>(p.topk_idx)[route];
-            needed = expert >= 0 && (p.stage_own || expert / p.peers.num_local_experts != p.peers.rank);
+        const int token = item / pieces, piece = item % pieces;
+        if (!p.cast) {
+            stage_copy(p, sequence, token, piece);
+        } else if (p.from == DType::kFloat32) {
+            stage_cast<float>(p, sequence, token, piece);
+        } else if (p.from == DType::kBFloat16) {
+            stage_cast<__nv_bfloat16>(p, sequence, token, piece);
+        } else {
+            stage_cast<__half>(p, sequence, token, piece);
         }
-        if (__any_sync(kAllLanes, needed) == 0) continue;
-        p.cast ? stage_cast(p, sequence, token, item % pieces) : stage_copy(p, sequence, token, item % pieces);
     }
 }
+
+// Scales of a row, all of them on their way before the first is stored.
+struct RowScales {
+    static constexpr int kWidth = 4;  // of a lane: rows of 16,384 elements; longer ones load the rest late
+    float values[kWidth];
+    const float* from;
+    int count;
+
+    __device__ RowScales(const float* scales, int count) : from(scales), count(count) {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) values[j] = lane + j * 32 < count ? __ldcg(&from[lane + j * 32]) : 0.0f;
+    }
+    __device__ void store(float* to) const {
+        const int lane = threadIdx.x % 32;
+#pragma unroll
+        for (int j = 0; j < kWidth; ++j) {
+            if (lane + j * 32 < count) to[lane + j * 32] = values[j];
+        }
+        for (int i = lane + kWidth * 32; i < count; i += 32) to[i] = __ldcg(&from[i]);
+    }
+};
 
 // One warp: a piece of one token's row, read once, to all its places here.
 __device__ void pull_piece(const Params& p, uint32_t sequence, int source, int token, int piece, const int* slots) {
@@ -128,14 +157,14 @@ __device__ void pull_piece(const Params& p, uint32_t sequence, int source, int t
     const int vectors = static_cast<int>(p.row_bytes / 16) - piece * kPieceVectors;
     const int64_t offset = int64_t{piece} * kPieceVectors * 16;
     const auto* from = reinterpret_cast<const uint4*>(rows + token * p.row_bytes + offset);
-    const int num_scales = p.out_scales != nullptr && piece == 0 ? static_cast<int>(p.peers.hidden / 128) : 0;
-    const float* scales = num_scales == 0 ? nullptr : (in_place ? p.x_scales : area_scales(p.peers, source, sequence));
     uint4 v[kWidth];
 #pragma unroll
     for (int j = 0; j < kWidth; ++j) {
         if (lane + j * 32 < vectors) v[j] = __ldcg(&from[lane + j * 32]);
     }
-    const float scale = lane < num_scales ? __ldcg(&scales[int64_t{token} * num_scales + lane]) : 0.0f;
+    const int num_scales = p.out_scales != nullptr && piece == 0 ? static_cast<int>(p.peers.hidden / 128) : 0;
+    const float* all = in_place ? p.x_scales : area_scales(p.peers, source, sequence);
+    const RowScales scales(all + int64_t{token} * num_scales, num_scales);
     for (; wanted != 0; wanted &= wanted - 1) {
         const int64_t to = __shfl_sync(kAllLanes, slot, __ffs(wanted) - 1);
         auto* row = reinterpret_cast<uint4*>(p.out + to * p.row_bytes + offset);
@@ -143,20 +172,32 @@ __device__ void pull_piece(const Params& p, uint32_t sequence, int source, int t
         for (int j = 0; j < kWidth; ++j) {
             if (lane + j * 32 < vectors) row[lane + j * 32] = v[j];
         }
-        float* out_scales = p.out_scales + to * num_scales;
-        if (lane < num_scales) out_scales[lane] = scale;
-        for (int i = lane + 32; i < num_scales; i += 32) {
-            out_scales[i] = __ldcg(&scales[int64_t{token} * num_scales + i]);
-        }
+        scales.store(p.out_scales + to * num_scales);
     }
 }
 
-__device__ void pull_range(const Params& p, uint32_t sequence, const Places& places, const TokenRange& range) {
-    const int pieces = num_pieces(p, false), chunk = max(1, kPlacedRoutes / p.step.num_topk);
+// Tokens whose routes a block places at a time.
+__device__ int tokens_at_a_time(const Params& p) { return max(1, kPlacedRoutes / p.step.num_topk); }
+
+// The first warp's routes of the range, before they can be placed.
+__device__ PlacedRoute load_first_routes(const Params& p, uint32_t sequence, const Places& places,
+                                         const TokenRange& range) {
+    if (threadIdx.x >= 32) return PlacedRoute{};
+    const int tokens = min(tokens_at_a_time(p), range.last - range.first);
+    return load_route(p, sequence, places, range.first, 0, tokens * p.step.num_topk);
+}
+
+__device__ void pull_range(const Params& p, uint32_t sequence, const Places& places, const TokenRange& range,
+                           PlacedRoute route) {
+    const int pieces = num_pieces(p, false), chunk = tokens_at_a_time(p);
     for (int first = range.first; first < range.last; first += chunk) {
         const int last = min(first + chunk, range.last);
         __syncthreads();
-        if (threadIdx.x < 32) place_routes(p, sequence, places, first, last);
+        if (threadIdx.x < 32) {
+            if (first > range.first)
+                route = load_route(p, sequence, places, first, 0, (last - first) * p.step.num_topk);
+            place_routes(p, sequence, places, first, last, route);
+        }
         __syncthreads();
         const int items = (last - first) * pieces;
         for (int item = threadIdx.x / 32; item < items; item += kLowLatencyWarps) {
@@ -183,14 +224,28 @@ __device__ void clear_padding(const Params& p, const Places& places) {
     }
 }
 
-// What combine needs of this rank's own routing.
-__device__ void keep_plan(const Params& p, uint32_t sequence, uint64_t absent, const Places& places) {
+// This rank's own routing, of which combine needs a copy: the thread's first route, loaded early.
+struct OwnRoute {
+    int expert = -1;
+    float weight = 0.0f;
+    __device__ OwnRoute(const Params& p, uint32_t sequence, int route) {
+        if (route >= p.step.num_tokens * p.step.num_topk) return;
+        const std::byte* mail = mailbox(p.peers, p.peers.rank, p.peers.rank, sequence);
+        expert = __ldcg(reinterpret_cast<const int32_t*>(mail + p.peers.layout.topk_idx_at) + route);
+        weight = __ldcg(reinterpret_cast<const float*>(mail + p.peers.layout.topk_weights_at) + route);
+    }
+};
+
+__device__ int first_own_route() { return static_cast<int>(blockIdx.x * blockDim.x + threadIdx.x); }
+
+// What combine needs to know; `own` is of the thread's first route.
+__device__ void keep_plan(const Params& p, uint32_t sequence, uint64_t absent, const Places& places, OwnRoute own) {
     const LowLatencyPeers& peers = p.peers;
-    const std::byte* mail = mailbox(peers, peers.rank, peers.rank, sequence);
-    const int routes = p.step.num_tokens * p.step.num_topk;
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < routes; i += gridDim.x * blockDim.x) {
-        p.plan.send_expert[i] = __ldcg(reinterpret_cast<const int32_t*>(mail + peers.layout.topk_idx_at) + i);
-        p.plan.send_weight[i] = __ldcg(reinterpret_cast<const float*>(mail + peers.layout.topk_weights_at) + i);
+    const int routes = p.step.num_tokens * p.step.num_topk, step = gridDim.x * blockDim.x;
+    for (int i = first_own_route(); i < routes; i += step) {
+        p.plan.send_expert[i] = own.expert;
+        p.plan.send_weight[i] = own.weight;
+        own = OwnRoute(p, sequence, i + step);
     }
     const int room = static_cast<int>(peers.max_tokens) * p.step.num_topk;
     for (int rank = blockIdx.x; rank < peers.num_ranks; rank += gridDim.x) {
@@ -203,32 +258,36 @@ __device__ void keep_plan(const Params& p, uint32_t sequence, uint64_t absent, c
     p.plan.sequence[2] = static_cast<uint32_t>(absent >> 32);
 }
 
+// Loads go out as soon as their addresses are known: a trip to memory costs more than all that is done with what comes.
 __device__ void receive(const Params& p, const LowLatencyStart& start, int* shared) {
     const uint32_t sequence = start.sequence;
     const Places places(shared, p.peers);
     clear_places(p, places);
     const Arrivals arrivals = await_arrivals(p.peers, p.step, start, full_signature(p.step, 0));
     if (arrivals.ok) {
-        EarlyRoutes early;
+        EarlyRoutes early, next;
         load_early(p, sequence, 0, early);
+        if (p.peers.num_ranks > 1) load_early(p, sequence, 1, next);
+        const OwnRoute own(p, sequence, first_own_route());
         find_starts(p, sequence, arrivals.absent, places);
         const TokenRange range(places.starts[p.peers.num_ranks]);
-        count_routes(p, sequence, places, range, early);
+        const PlacedRoute first = load_first_routes(p, sequence, places, range);
+        count_routes(p, sequence, places, range, early, next);
         if (p.alignment != 0) {
             if (threadIdx.x < 32) find_offsets(p, places);
             __syncthreads();
         }
-        pull_range(p, sequence, places, range);
+        pull_range(p, sequence, places, range, first);
         const bool chosen = blockIdx.x == gridDim.x - 1;
         if (chosen) write_counts(p, places);
         write_absent(p.peers, p.step, arrivals.absent, chosen);
-        keep_plan(p, sequence, arrivals.absent, places);
+        keep_plan(p, sequence, arrivals.absent, places, own);
         clear_padding(p, places);
     }
-    finish_receive(p.peers, p.step, sequence, arrivals);
+    finish_receive(p.peers, p.step, start, arrivals);
 }
 
-__global__ void __launch_bounds__(kLowLatencyThreads) low_latency_dispatch_kernel(const __grid_constant__ Params p) {
+__global__ void __launch_bounds__(kLowLatencyThreads, 2) low_latency_dispatch_kernel(const __grid_constant__ Params p) {
     extern __shared__ int shared[];
     const LowLatencyStart start = start_low_latency(p.peers, p.step);
     if (p.step.sends) {
@@ -236,7 +295,7 @@ __global__ void __launch_bounds__(kLowLatencyThreads) low_latency_dispatch_kerne
             push_routing(p, start);
             stage_rows(p, start.sequence);
         }
-        finish_send(p.peers, start);
+        finish_send(p.peers, start, full_signature(p.step, 0));
     }
     if (p.step.receives) receive(p, start, shared);
 }

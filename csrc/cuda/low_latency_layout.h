@@ -31,7 +31,7 @@ struct DeviceLowLatencySizes {
 
 struct LowLatencyLayout {
     // Arrays by the peer that writes them.
-    int64_t signals_at = 0;   // uint64: sequence of its last sent operation
+    int64_t signals_at = 0;   // uint64: signature << 32 | sequence of its last sent operation
     int64_t left_at = 0;      // uint32: its last operation that it sent without this rank; 0: none
     int64_t masks_at = 0;     // uint64: ranks that it has masked, a bit each
     int64_t admitted_at = 0;  // uint64: how often it let this rank in again, then (low half) its last operation by then

@@ -15,10 +15,11 @@ namespace ray_deepep {
 // In this rank's device memory; sequence numbers live here, so that a captured graph can be replayed.
 struct LowLatencyDeviceState {
     uint64_t masked;  // ranks that are not waited for, a bit each
-    // By turn: what the block that looked for the signals found, for the others.
+    // By turn: what the block that looked for the signals found, for the others. `decided` is the operation's sequence
+    // number << 1; 1 is added where ranks are absent beyond those masked when it began: `absent` then says which.
     uint64_t absent[kLowLatencyTurns];
-    uint32_t decided[kLowLatencyTurns];  // sequence of the operation that `absent` is about
-    uint32_t sent;                       // last operation sent, and received
+    uint64_t decided[kLowLatencyTurns];
+    uint32_t sent;  // last operation sent, and received
     uint32_t received;
     uint32_t send_blocks;  // finished blocks of the send in flight, and of the receive
     uint32_t receive_blocks;

@@ -96,9 +96,10 @@ __device__ inline void find_starts(const LowLatencyDispatchParams& p, uint32_t s
     __syncthreads();
 }
 
-// Counts all routes to this rank's experts, and those that came before this block's range; `early` is of source 0.
+// Counts all routes to this rank's experts, and those that came before this block's range; `early` and `next` are of
+// sources 0 and 1.
 __device__ inline void count_routes(const LowLatencyDispatchParams& p, uint32_t sequence, const Places& places,
-                                    const TokenRange& range, EarlyRoutes early) {
+                                    const TokenRange& range, EarlyRoutes early, EarlyRoutes next) {
     const LowLatencyPeers& peers = p.peers;
     const int num_local = peers.num_local_experts, first_expert = peers.rank * num_local, num_topk = p.step.num_topk;
     for (int source = 0; source < peers.num_ranks; ++source) {
@@ -110,8 +111,6 @@ __device__ inline void count_routes(const LowLatencyDispatchParams& p, uint32_t 
             atomicAdd(&places.arrived[local * peers.num_ranks + source], 1);
             if (i < before) atomicAdd(&places.next[local], 1);
         };
-        EarlyRoutes next;
-        if (source + 1 < peers.num_ranks) load_early(p, sequence, source + 1, next);
 #pragma unroll
         for (int j = 0; j < kEarly; ++j) count(threadIdx.x + j * kLowLatencyThreads, early.experts[j]);
         const int32_t* experts = mail_experts(peers, source, sequence);
@@ -119,6 +118,7 @@ __device__ inline void count_routes(const LowLatencyDispatchParams& p, uint32_t 
             count(i, __ldcg(&experts[i]));
         }
         early = next;
+        if (source + 2 < peers.num_ranks) load_early(p, sequence, source + 2, next);
     }
     __syncthreads();
 }
@@ -182,37 +182,48 @@ __device__ inline int source_of(const LowLatencyPeers& peers, const Places& plac
     return source;
 }
 
-// One warp: rows of the output for the routes of tokens [first, last), in order, into places.slots and the plan.
-__device__ inline void place_routes(const LowLatencyDispatchParams& p, uint32_t sequence, const Places& places,
-                                    int first, int last) {
+// A route to place, in a lane.
+struct PlacedRoute {
+    int local = -1;   // expert among those of this rank; outside of them: not for it
+    int64_t at = -1;  // place in the plan; -1: no route
+    float weight = 0.0f;
+};
+
+// Whole warp: the lane's route of `routes` from `first` (a token) on, beginning with `begin`.
+__device__ inline PlacedRoute load_route(const LowLatencyDispatchParams& p, uint32_t sequence, const Places& places,
+                                         int first, int begin, int routes) {
     const LowLatencyPeers& peers = p.peers;
-    const int num_topk = p.step.num_topk, num_local = peers.num_local_experts, lane = threadIdx.x % 32;
-    const int routes = (last - first) * num_topk;
+    const int num_topk = p.step.num_topk, i = begin + static_cast<int>(threadIdx.x % 32);
+    PlacedRoute found;
+    if (i >= routes) return found;
+    const int token = first + i / num_topk, source = source_of(peers, places, token);
+    const int route = (token - places.starts[source]) * num_topk + i % num_topk;
+    const std::byte* mail = mailbox(peers, peers.rank, source, sequence);
+    const int expert = __ldcg(reinterpret_cast<const int32_t*>(mail + peers.layout.topk_idx_at) + route);
+    found.weight = __ldcg(reinterpret_cast<const float*>(mail + peers.layout.topk_weights_at) + route);
+    found.local = expert - peers.rank * peers.num_local_experts;
+    found.at = source * peers.max_tokens * num_topk + route;
+    return found;
+}
+
+// One warp: rows of the output for the routes of tokens [first, last), in order, into places.slots and the plan.
+// `route`: of each lane, the first ones.
+__device__ inline void place_routes(const LowLatencyDispatchParams& p, uint32_t sequence, const Places& places,
+                                    int first, int last, PlacedRoute route) {
+    const int lane = threadIdx.x % 32, routes = (last - first) * p.step.num_topk;
     for (int begin = 0; begin < routes; begin += 32) {
-        const int i = begin + lane;
-        int local = -1;
-        int64_t at = 0;
-        float weight = 0.0f;
-        if (i < routes) {
-            const int token = first + i / num_topk, source = source_of(peers, places, token);
-            const int route = (token - places.starts[source]) * num_topk + i % num_topk;
-            const std::byte* mail = mailbox(peers, peers.rank, source, sequence);
-            local = __ldcg(reinterpret_cast<const int32_t*>(mail + peers.layout.topk_idx_at) + route) -
-                    peers.rank * num_local;
-            weight = __ldcg(reinterpret_cast<const float*>(mail + peers.layout.topk_weights_at) + route);
-            at = source * peers.max_tokens * num_topk + route;
-        }
-        const bool mine = local >= 0 && local < num_local;
-        const int position = take_ticket(places.next, local, mine);
+        if (begin > 0) route = load_route(p, sequence, places, first, begin, routes);
+        const bool mine = route.local >= 0 && route.local < p.peers.num_local_experts;
+        const int position = take_ticket(places.next, route.local, mine);
         int slot = -1;
         if (mine) {
-            slot = places.offsets[local] + position;
+            slot = places.offsets[route.local] + position;
             if (slot >= p.num_rows) slot = -2;
         }
-        if (i >= routes) continue;
-        places.slots[i] = slot;
-        p.plan.slot[at] = slot;
-        p.plan.weight[at] = weight;
+        if (route.at < 0) continue;
+        places.slots[begin + lane] = slot;
+        p.plan.slot[route.at] = slot;
+        p.plan.weight[route.at] = route.weight;
     }
 }
 

@@ -45,7 +45,7 @@ struct Sources {
 };
 
 // Named barriers of a block; 0 is __syncthreads().
-enum class BlockBarrier : int { kSources = 1, kStaging = 2, kLateSources = 3 };
+enum class BlockBarrier : int { kSources = 1, kLateSources = 2 };
 
 // Threads of whole warps, `threads` of them in all.
 __device__ inline void sync_warps(BlockBarrier barrier, int threads) {

@@ -11,11 +11,12 @@ namespace {
 
 // Shared memory of a block: one chunk's routing, and the places found for it.
 struct Chunk {
-    int* experts;   // [kChunkTokens, K]
-    int* slots;     // [kChunkTokens, K]
-    int* rows;      // [kChunkTokens, K] sent: token row at the destination; received: [kChunkTokens]
-    int* firsts;    // [kChunkTokens, K] sent: first k of the token that goes to the same rank
-    int* counters;  // [E + N]
+    int* experts;    // [kChunkTokens, K]
+    int* slots;      // [kChunkTokens, K]
+    int* rows;       // [kChunkTokens, K] sent: token row at the destination; received: [kChunkTokens]
+    int* firsts;     // [kChunkTokens, K] sent: first k of the token that goes to the same rank
+    float* weights;  // [kChunkTokens, K]
+    int* counters;   // [E + N]
     int first_token;
     int tokens;
     int routes;
@@ -25,20 +26,35 @@ __device__ int padded_slot(const PlanParams& p, int source, int local_expert, in
     return static_cast<int>((int64_t{source} * p.peers.num_local_experts + local_expert) * p.plan.capacity + location);
 }
 
-__device__ void load_experts(const PlanParams& p, uint32_t sequence, int rank, const Chunk& c) {
-    const auto* topk_idx = p.peers.in_area<const int32_t>(rank, sequence, p.peers.layout.area.topk_idx_at) +
-                           int64_t{c.first_token} * p.plan.num_topk;
-    for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) c.experts[i] = topk_idx[i];
+// As many as a chunk can have, so that nobody waits for the number of tokens first; areas have whole chunks.
+__device__ void load_routing(const PlanParams& p, uint32_t sequence, int rank, const Chunk& c) {
+    const AreaLayout& area = p.peers.layout.area;
+    const int64_t first_route = int64_t{c.first_token} * p.plan.num_topk;
+    const auto* topk_idx = p.peers.in_area<const int32_t>(rank, sequence, area.topk_idx_at) + first_route;
+    const auto* weights = p.peers.in_area<const float>(rank, sequence, area.topk_weights_at) + first_route;
+#pragma unroll 4
+    for (int i = threadIdx.x; i < kChunkTokens * p.plan.num_topk; i += kPlanThreads) {
+        c.experts[i] = topk_idx[i];
+        c.weights[i] = weights[i];
+    }
+}
+
+// Of one chunk: what came before it.
+struct Earlier {
+    const int32_t* experts;  // [E] routes
+    const int32_t* ranks;    // [N] token rows
+};
+
+__device__ Earlier earlier_chunks(const PlanParams& p, uint32_t sequence, int rank, int chunk) {
+    const Peers& peers = p.peers;
+    const AreaLayout& area = peers.layout.area;
+    return Earlier{peers.in_area<const int32_t>(rank, sequence, area.chunk_expert_at) + chunk * peers.num_experts,
+                   peers.in_area<const int32_t>(rank, sequence, area.chunk_rank_at) + chunk * peers.num_ranks};
 }
 
 // First output row of this chunk's routes to each expert of `sums`, into c.counters.
-__device__ void start_experts(const PlanParams& p, uint32_t sequence, int rank, int chunk, const ExpertSums& sums,
-                              const Chunk& c) {
-    const auto* earlier = p.peers.in_area<const int32_t>(rank, sequence, p.peers.layout.area.chunk_expert_at) +
-                          int64_t{chunk} * p.peers.num_experts + sums.first;
-    for (int e = threadIdx.x; e < sums.count; e += kPlanThreads) {
-        c.counters[e] = sums.starts[e] + sums.before[e] + earlier[e];
-    }
+__device__ void start_experts(const ExpertSums& sums, const Chunk& c) {
+    for (int e = threadIdx.x; e < sums.count; e += kPlanThreads) c.counters[e] = sums.starts[e] + sums.before[e];
 }
 
 // Token rows of a received chunk, in c.rows: two warps, a lane per token.
@@ -72,13 +88,13 @@ __device__ void list_received(const PlanParams& p, uint32_t sequence, int rank, 
     const int num_topk = p.plan.num_topk, num_local = peers.num_local_experts, first_expert = peers.rank * num_local;
     const bool expert_major = p.plan.layout == LayoutKind::kExpertMajor;
     const bool token_major = p.plan.layout == LayoutKind::kTokenMajor;
+    const Earlier earlier = earlier_chunks(p, sequence, rank, chunk);
+    const int first_row = rows_before(p, sequence, source, peers.rank) + earlier.ranks[peers.rank];
     if (expert_major) {
-        sum_experts(p, sequence, source, sums);
-        start_experts(p, sequence, rank, chunk, sums, c);
+        sum_experts(p, sequence, source, earlier.experts, sums);
+        start_experts(sums, c);
     }
-    const int earlier =
-        peers.in_area<const int32_t>(rank, sequence, area.chunk_rank_at)[chunk * peers.num_ranks + peers.rank];
-    number_received(p, rank, rows_before(p, sequence, source, peers.rank) + earlier, c);
+    number_received(p, rank, first_row, c);
     __syncthreads();
     for (int step = 0; expert_major && threadIdx.x < 32 && step < c.routes; step += 32) {
         const int i = step + threadIdx.x, local = i < c.routes ? c.experts[i] - first_expert : -1;
@@ -87,7 +103,6 @@ __device__ void list_received(const PlanParams& p, uint32_t sequence, int rank, 
     }
     __syncthreads();
     const int64_t first_route = int64_t{c.first_token} * num_topk;
-    const auto* weights = peers.in_area<const float>(rank, sequence, area.topk_weights_at) + first_route;
     const auto* locations = peers.in_area<const int32_t>(rank, sequence, area.locations_at) + first_route;
     for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) {
         const int row = c.rows[i / num_topk], local = c.experts[i] - first_expert;
@@ -98,7 +113,7 @@ __device__ void list_received(const PlanParams& p, uint32_t sequence, int rank, 
         if (active && expert_major) slot = c.slots[i];
         if (active && p.plan.layout == LayoutKind::kPadded) slot = padded_slot(p, source, local, locations[i]);
         if (slot >= p.plan.max_rows) slot = -1;
-        const float weight = active ? weights[i] : 0.0f;
+        const float weight = active ? c.weights[i] : 0.0f;
         p.plan.recv_slot[route] = slot;
         p.plan.recv_weight[route] = weight;
         if (slot >= 0) p.plan.slot_row[slot] = row;
@@ -134,13 +149,13 @@ __device__ void list_sent(const PlanParams& p, uint32_t sequence, int chunk, con
     const bool expert_major = p.plan.layout == LayoutKind::kExpertMajor;
     const int source = peers.source(chunk, peers.rank);
     int* rank_counters = c.counters + peers.num_experts;
-    if (expert_major) {
-        sum_experts(p, sequence, source, sums);
-        start_experts(p, sequence, peers.rank, chunk, sums, c);
-    }
+    const Earlier earlier = earlier_chunks(p, sequence, peers.rank, chunk);
     for (int r = threadIdx.x; r < peers.num_ranks; r += kPlanThreads) {
-        const auto* earlier = peers.in_area<const int32_t>(peers.rank, sequence, area.chunk_rank_at);
-        rank_counters[r] = rows_before(p, sequence, source, r) + earlier[chunk * peers.num_ranks + r];
+        rank_counters[r] = rows_before(p, sequence, source, r) + earlier.ranks[r];
+    }
+    if (expert_major) {
+        sum_experts(p, sequence, source, earlier.experts, sums);
+        start_experts(sums, c);
     }
     find_firsts(p, c);
     __syncthreads();
@@ -157,7 +172,6 @@ __device__ void list_sent(const PlanParams& p, uint32_t sequence, int chunk, con
     }
     __syncthreads();
     const int64_t first_route = int64_t{c.first_token} * num_topk;
-    const auto* weights = peers.in_area<const float>(peers.rank, sequence, area.topk_weights_at) + first_route;
     const auto* locations = peers.in_area<const int32_t>(peers.rank, sequence, area.locations_at) + first_route;
     for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) {
         int expert = c.experts[i], row = -1, slot = -1;
@@ -171,7 +185,7 @@ __device__ void list_sent(const PlanParams& p, uint32_t sequence, int chunk, con
         p.plan.send_expert[first_route + i] = expert;
         p.plan.send_row[first_route + i] = row;
         p.plan.send_slot[first_route + i] = slot;
-        p.plan.send_weight[first_route + i] = expert >= 0 ? weights[i] : 0.0f;
+        p.plan.send_weight[first_route + i] = expert >= 0 ? c.weights[i] : 0.0f;
     }
 }
 
@@ -193,12 +207,12 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
     local.first = peers.rank * num_local;
     local.count = num_local;
     if (blockIdx.x == 0) {
-        sum_experts(p, sequence, 0, all);
+        sum_experts(p, sequence, 0, nullptr, all);
         return write_counts(p, sequence, all);
     }
     const int fill_blocks = num_fill_blocks(p.plan);
     if (blockIdx.x <= fill_blocks) {
-        sum_experts(p, sequence, 0, local);
+        sum_experts(p, sequence, 0, nullptr, local);
         return fill_rest(p, sequence, blockIdx.x - 1, local);
     }
     const int num_chunks = static_cast<int>(peers.layout.num_chunks), item = blockIdx.x - 1 - fill_blocks;
@@ -209,14 +223,15 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
             chunk_room + room,
             chunk_room + 2 * room,
             chunk_room + 3 * room,
-            chunk_room + 4 * room,
+            reinterpret_cast<float*>(chunk_room + 4 * room),
+            chunk_room + 5 * room,
             chunk * kChunkTokens,
             0,
             0};
+    load_routing(p, sequence, rank, c);
     c.tokens = min(kChunkTokens, peers.header(rank, sequence)->num_tokens - c.first_token);
     if (c.tokens <= 0) return;
     c.routes = c.tokens * p.plan.num_topk;
-    load_experts(p, sequence, rank, c);
     __syncthreads();
     if (sent) return list_sent(p, sequence, chunk, all, c);
     list_received(p, sequence, rank, chunk, local, c);
@@ -227,7 +242,7 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
 void launch_plan(const PlanParams& params, cudaStream_t stream) {
     const Peers& peers = params.peers;
     const int chunks = static_cast<int>((peers.num_ranks + 1) * peers.layout.num_chunks);
-    const int ints = 4 * kChunkTokens * params.plan.num_topk + 4 * peers.num_experts + 2 * peers.num_ranks;
+    const int ints = 5 * kChunkTokens * params.plan.num_topk + 4 * peers.num_experts + 2 * peers.num_ranks;
     const size_t shared = ints * sizeof(int);
     if (shared > 48 << 10) {
         check_cuda(

@@ -21,16 +21,17 @@ struct ExpertSums {
     int count;
     int* totals;  // [count] routes
     int* starts;  // [count] first output row at the expert's rank
-    int* before;  // [count] routes from sources before `source`
+    int* before;  // [count] routes from sources before `source`, and from earlier chunks of it
     int* ends;    // [N] output rows of each of the ranks, expert-major
 };
 
-// Whole block.
-__device__ inline void sum_experts(const PlanParams& p, uint32_t sequence, int source, const ExpertSums& sums) {
+// Whole block. `earlier`: [E] routes to each expert in the chunks before one of the source's; null: none.
+__device__ inline void sum_experts(const PlanParams& p, uint32_t sequence, int source, const int32_t* earlier,
+                                   const ExpertSums& sums) {
     const Peers& peers = p.peers;
     const int num_local = peers.num_local_experts, lane = threadIdx.x % 32;
     for (int e = threadIdx.x; e < sums.count; e += kPlanThreads) {
-        int total = 0, before = 0;
+        int total = 0, before = earlier == nullptr ? 0 : earlier[sums.first + e];
         for (int part = 0; part < peers.layout.num_parts; ++part) {
 #pragma unroll 8
             for (int other = 0; other < peers.num_ranks; ++other) {

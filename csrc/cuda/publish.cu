@@ -6,7 +6,7 @@
 namespace ray_deepep {
 namespace {
 
-constexpr int kThreads = 512;
+constexpr int kThreads = 384;  // a column of 256 experts and a few ranks each, and registers for many loads
 
 // Counts of one chunk of tokens, by destination rank and by expert. `experts` is [kChunkTokens * K] in shared memory.
 __device__ void publish_chunk(const PublishParams& p, uint32_t sequence, int chunk, int* experts, int* rank_count,
@@ -59,25 +59,36 @@ __device__ void publish_chunk(const PublishParams& p, uint32_t sequence, int chu
     for (int i = threadIdx.x; i < peers.num_experts; i += blockDim.x) chunk_expert[i] = expert_count[i];
 }
 
-// Counts per chunk become sums over the chunks before, of one part; by the last block, whose view of the others' counts
-// is complete.
-__device__ void sum_chunks(int32_t* counts, int32_t* totals, int num_chunks, int columns) {
-    constexpr int kTile = 32;  // loads in flight
-    for (int column = threadIdx.x; column < columns; column += kThreads) {
-        int base = 0;
-        for (int first = 0; first < num_chunks; first += kTile) {
-            int count[kTile];
+// Counts of one column, chunk by chunk, become sums over the chunks before, of one part; by the last block, whose view
+// of the others' counts is complete.
+__device__ int sum_chunks(int32_t* counts, int num_chunks, int columns) {
+    constexpr int kTile = 64;  // loads in flight
+    int base = 0;
+    for (int first = 0; first < num_chunks; first += kTile) {
+        int count[kTile];
 #pragma unroll
-            for (int i = 0; i < kTile; ++i) {
-                count[i] = first + i < num_chunks ? __ldcg(&counts[(first + i) * columns + column]) : 0;
-            }
+        for (int i = 0; i < kTile; ++i) count[i] = first + i < num_chunks ? __ldcg(&counts[(first + i) * columns]) : 0;
 #pragma unroll
-            for (int i = 0; i < kTile; ++i) {
-                if (first + i < num_chunks) counts[(first + i) * columns + column] = base;
-                base += count[i];
-            }
+        for (int i = 0; i < kTile; ++i) {
+            if (first + i < num_chunks) counts[(first + i) * columns] = base;
+            base += count[i];
         }
-        totals[column] = base;
+    }
+    return base;
+}
+
+// Experts' columns and ranks', side by side.
+__device__ void sum_part(const PublishParams& p, uint32_t sequence, int part, int first_chunk, int num_chunks) {
+    const Peers& peers = p.peers;
+    const AreaLayout& area = peers.layout.area;
+    const auto at = [&](int64_t offset) { return peers.in_area<int32_t>(peers.rank, sequence, offset); };
+    for (int i = threadIdx.x; i < peers.num_experts + peers.num_ranks; i += kThreads) {
+        const bool of_expert = i < peers.num_experts;
+        const int columns = of_expert ? peers.num_experts : peers.num_ranks;
+        const int column = of_expert ? i : i - peers.num_experts;
+        int32_t* counts = at(of_expert ? area.chunk_expert_at : area.chunk_rank_at) + first_chunk * columns + column;
+        at(of_expert ? area.expert_total_at : area.rank_total_at)[part * columns + column] =
+            sum_chunks(counts, num_chunks, columns);
     }
 }
 
@@ -104,18 +115,10 @@ __global__ void __launch_bounds__(kThreads) publish_kernel(const __grid_constant
     if (threadIdx.x == 0) peers.control->publish_blocks = 0;
     if (failed) return;
     __threadfence();
-    if (p.has_routing) {
-        const AreaLayout& area = peers.layout.area;
-        const auto at = [&](int64_t offset) { return peers.in_area<int32_t>(peers.rank, sequence, offset); };
-        const int part_chunks = peers.layout.part_chunks;
-        for (int part = 0; part < peers.layout.num_parts; ++part) {
-            const int first = part * part_chunks,
-                      chunks = max(0, min(part_chunks, static_cast<int>(gridDim.x) - first));
-            sum_chunks(at(area.chunk_expert_at) + first * peers.num_experts,
-                       at(area.expert_total_at) + part * peers.num_experts, chunks, peers.num_experts);
-            sum_chunks(at(area.chunk_rank_at) + first * peers.num_ranks,
-                       at(area.rank_total_at) + part * peers.num_ranks, chunks, peers.num_ranks);
-        }
+    const int part_chunks = peers.layout.part_chunks;
+    for (int part = 0; p.has_routing && part < peers.layout.num_parts; ++part) {
+        const int first = part * part_chunks;
+        sum_part(p, sequence, part, first, max(0, min(part_chunks, static_cast<int>(gridDim.x) - first)));
     }
     __syncthreads();
     if (threadIdx.x == 0) peers.control->sequence = sequence;

@@ -55,10 +55,11 @@ __device__ inline bool learn_sources(const PullParams& p, uint32_t sequence, Sou
     return sources->ok;
 }
 
-__device__ inline void stage_dispatch(const PullParams& p, uint32_t sequence) {
+// Not inlined, for the registers of those that pull.
+__device__ __noinline__ static void stage_dispatch(const PullParams& p, uint32_t sequence, StagedRows* shared) {
     const int64_t pieces = (p.staging.num_rows + kReadyRows - 1) / kReadyRows;
     stage_rows(
-        p.peers, p.staging, sequence, pieces, [](int64_t i) { return i; },
+        p.peers, p.staging, sequence, pieces, shared, [](int64_t i) { return i; },
         [&](int64_t row) { stage_row(p.peers, p.staging, sequence, row); });
 }
 

@@ -227,15 +227,17 @@ __global__ void __launch_bounds__((kMaxWarps + kStagingWarps) * 32, 1)
     pull_bulk_kernel(const __grid_constant__ PullParams p) {
     extern __shared__ __align__(128) std::byte shared[];
     __shared__ Sources sources;
+    __shared__ StagedRows staged;
     __shared__ WarpShared warps[kMaxWarps];
     const int local = threadIdx.x / 32, warp = blockIdx.x * p.num_warps + local;
     if (local < p.num_warps && threadIdx.x % 32 == 0) {
         for (uint64_t& barrier : warps[local].barriers) init_barrier(shared_address(&barrier));
         fence_barrier_init();
     }
+    init_staged_rows(&staged);
     const uint32_t sequence = begin_operation(p.peers, p.publication);
     if (is_staging_warp(p.staging)) {
-        stage_dispatch(p, sequence);
+        stage_dispatch(p, sequence, &staged);
     } else {
         if (learn_sources(p, sequence, &sources)) {
             const int64_t size = kStages * stage_bytes(p, min(p.row_bytes, int64_t{kMaxPiece}));

@@ -97,10 +97,12 @@ template <typename T>
 __global__ void __launch_bounds__((kWarps + kStagingWarps) * 32)
     pull_vector_kernel(const __grid_constant__ PullParams p) {
     __shared__ Sources sources;
+    __shared__ StagedRows staged;
+    init_staged_rows(&staged);
     const uint32_t sequence = begin_operation(p.peers, p.publication);
     const int local = threadIdx.x / 32;
     if (is_staging_warp(p.staging)) {
-        stage_dispatch(p, sequence);
+        stage_dispatch(p, sequence, &staged);
     } else {
         if (learn_sources(p, sequence, &sources)) {
             pull_rows<T>(p, sources, sequence, blockIdx.x * p.num_warps + local, gridDim.x * p.num_warps);

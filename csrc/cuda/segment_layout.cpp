@@ -23,7 +23,8 @@ SegmentLayout make_segment_layout(const DeviceSizes& sizes) {
                             "must be " + std::to_string(sizes.num_parts) + " parts of whole chunks of " +
                                 std::to_string(kChunkTokens) + " tokens");
     }
-    const int64_t routes = sizes.max_tokens * sizes.num_topk;
+    // Whole chunks: the plan loads a chunk before it knows how many tokens there are.
+    const int64_t routes = sizes.num_chunks() * kChunkTokens * sizes.num_topk;
     Cursor cursor;
     AreaLayout area;
     area.header_at = cursor.take(sizeof(AreaHeader));

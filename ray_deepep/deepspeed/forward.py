@@ -93,12 +93,18 @@ def _is_loop(experts: torch.nn.Module) -> bool:
     return type(experts).forward is Experts.forward and not any(hooks)
 
 
+def wants_grouped(config: SwapConfig, rows: torch.Tensor) -> bool:
+    """Whether experts are to be grouped where they can be."""
+    by_itself = rows.device.type == "cuda" and rows.dtype == torch.bfloat16
+    return config.experts == "grouped" or (config.experts == "auto" and by_itself)
+
+
 def _grouped(
     registry: BufferRegistry, config: SwapConfig, layer: MOELayer, tokens: torch.Tensor
 ) -> GroupedExperts | None:
     """The layer's experts as grouped products, if they are wanted and can be; the same on every rank, whose experts
     are built alike."""
-    if config.experts == "loop" or (config.experts == "auto" and tokens.device.type != "cuda"):
+    if not wants_grouped(config, tokens):
         return None
     reason = "" if _is_loop(layer.experts) else "the container of the experts is not stock's, or has hooks"
     grouped = None

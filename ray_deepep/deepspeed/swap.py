@@ -26,7 +26,7 @@ from ..communicator import Communicator
 from ..errors import InvalidArgumentError, InvalidTypeError
 from ..telemetry import CommStats
 from .config import SwapConfig
-from .forward import moe_forward, stock_reason
+from .forward import moe_forward, stock_reason, wants_grouped
 from .registry import BufferRegistry
 from .switch import ForwardSwitch
 
@@ -160,13 +160,16 @@ class Swap:
         """What ``MOELayer.forward`` does for a covered layer.
 
         Stock's own path serves what this one does not (tensor parallelism, Tutel, float64 rows, ...), logged once per
-        reason, and padded layers of one rank, which have nothing to move.
+        reason, and padded layers of one rank, which have nothing to move, unless their experts may be grouped.
         """
         reason = stock_reason(layer, inputs[0])
         if reason and reason not in self._logged:
             self._logged.add(reason)
             logger.warning("MoE layers run as DeepSpeed's own: %s", reason)
-        if reason or (layer.ep_size == 1 and self.config.layout == "padded"):
+        nothing_to_do = (
+            layer.ep_size == 1 and self.config.layout == "padded" and not wants_grouped(self.config, inputs[0])
+        )
+        if reason or nothing_to_do:
             return self._switch.stock_forward(layer, *inputs, **kwargs)
         return moe_forward(self._registry, self.config, layer, inputs[0], inputs[1])
 
