@@ -1,6 +1,6 @@
 """What the CUDA core is given: torch tensors as addresses, the sizes of a buffer, and room for plans.
 
-Only ``cuda.py`` uses it.
+Only files that call that core use it.
 """
 
 from __future__ import annotations
@@ -36,9 +36,9 @@ class CudaPlan:
     """Rows that there is room for."""
 
 
-def core_dtypes(domain: ShmDomain) -> dict[torch.dtype, object]:
-    """The core's words for row dtypes."""
-    types = domain.core.DType
+def core_dtypes(core: ModuleType) -> dict[torch.dtype, object]:
+    """The words for row dtypes, which the CPU core has for all cores."""
+    types = core.DType
     return {
         torch.float32: types.FLOAT32,
         torch.bfloat16: types.BFLOAT16,
@@ -55,7 +55,7 @@ class CudaArguments:
 
     def __init__(self, domain: ShmDomain, geometry: BufferGeometry, core: ModuleType, device: torch.device) -> None:
         self._core, self._geometry, self._device = core, geometry, device
-        self.dtypes = core_dtypes(domain)
+        self.dtypes = core_dtypes(domain.core)
         self.reduces = domain.core.Reduce
         self._kinds = domain.core.LayoutKind
         self.sizes = self._make_sizes(domain.rank, len(domain.peers))

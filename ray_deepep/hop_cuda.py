@@ -96,7 +96,7 @@ class CudaHopTransport:
             nvshmem=nvshmem,
             on_fault=self._domain_fault,
         )
-        self.device, self._dtypes = self._domain.device, core_dtypes(domain)
+        self.device, self._dtypes = self._domain.device, core_dtypes(domain.core)
         self._zone = HopZone(
             self._core,
             geometry,

@@ -71,7 +71,7 @@ class CudaLowLatency(CoreMasks):
     ) -> None:
         self._heap = CudaHeap(domain, heap_provider=heap_provider, nvshmem=nvshmem, on_fault=on_fault)
         self._core, self._errors, self._num_sms = self._heap.core, self._heap.errors, num_sms
-        self.device, self._dtypes = self._heap.device, core_dtypes(domain)
+        self.device, self._dtypes = self._heap.device, core_dtypes(domain.core)
         self._streams = Streams(self.device)
         # A send and a receive may come from different threads.
         self._lock = threading.Lock()

@@ -87,7 +87,7 @@ PYTHON_LAYERS = [
         "low_latency_mailbox",
         "communicator",
     },
-    {"buffer", "expert_rows", "heap_tensors", "low_latency_buffer", "low_latency_flight", "health"},
+    {"buffer", "expert_rows", "heap_tensors", "low_latency_buffer", "low_latency_flight", "health", "row_dots"},
     {"autograd"},
     {"__init__"},
     {"deepspeed", "doctor", "report", "run_state", "step_telemetry"},

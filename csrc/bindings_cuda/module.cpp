@@ -192,4 +192,5 @@ PYBIND11_MODULE(_cuda, module) {
     ray_deepep::register_arguments(module);
     ray_deepep::register_buffer(module);
     ray_deepep::register_device_low_latency(module);
+    ray_deepep::register_row_dots(module);
 }

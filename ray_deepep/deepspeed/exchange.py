@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 
 from ..buffer import Buffer
 from ..handle import CombineResult, DispatchHandle, DispatchResult, Layout, Padded
+from ..row_dots import row_dots
 
 # torch adds up to four terms one after the other. With more, the order depends on shape and number of threads, and the
 # bits of stock can only be had from torch itself.
@@ -30,9 +31,6 @@ _MAX_SEQUENTIAL_K = 4
 
 # Inputs of the combine functions before the expert outputs.
 _FIRST_OUTPUT = 4
-
-# Half a MiB of float32: most of a second-level cache, and few enough pieces that the calls cost little.
-_CACHED_ELEMENTS = 2**17
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -108,17 +106,6 @@ def _combine(
     return buffer.combine(rows[0], handle, **options)
 
 
-def _pieces(dim: int, *tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:
-    """Views of ``tensors`` along their dimension ``dim``: on a CPU, pieces whose products stay in its cache.
-
-    A product of all rows at once needs fresh memory, which costs more than the arithmetic.
-    """
-    count = max(tensors[0].shape[dim], 1)
-    widest = max(*(tensor.numel() // count for tensor in tensors), 1)
-    step = max(_CACHED_ELEMENTS // widest, 1) if tensors[0].device.type == "cpu" else count
-    return zip(*(tensor.split(step, dim) for tensor in tensors))
-
-
 def _send(x: torch.Tensor, gates: torch.Tensor, buffer: Buffer, routes: Routes, layout: Layout) -> DispatchResult:
     return buffer.dispatch(
         x.contiguous(),
@@ -167,8 +154,7 @@ class _CombineExact(torch.autograd.Function):
             (routes,) = ctx.saved_tensors
             product = torch.promote_types(routes.dtype, ctx.gates_dtype)
             grad_gates = torch.empty(routes.shape[:2], dtype=product, device=routes.device)
-            for grad, rows, dots in _pieces(1, grad_out.unsqueeze(0), routes, grad_gates):
-                torch.sum(grad.to(product) * rows, -1, out=dots)
+            row_dots(grad_out, routes, out=grad_gates)
             grad_gates = grad_gates.to(ctx.gates_dtype)
         return grad_gates, None, None, None, *grad_blocks
 
@@ -217,9 +203,7 @@ class _CombineFast(torch.autograd.Function):
             _blocks(ctx.handle, tensor, ctx.split)
             for tensor in (arrived, weights.unsqueeze(-1), grad_weights.unsqueeze(-1))
         )
-        for block in zip(grad_blocks, outputs, weight_blocks, dot_blocks):
-            for grad, row, weight, dots in _pieces(2, *block):
-                torch.sum(grad.float() * row, -1, keepdim=True, out=dots)
-                # In place: nobody else has these rows. The product is float32, like the weights, and is rounded once.
-                grad.mul_(weight)
+        for grad, rows, weight, dots in zip(grad_blocks, outputs, weight_blocks, dot_blocks):
+            # Scaled in place: nobody else has these rows.
+            row_dots(grad, rows, out=dots.squeeze(-1), weights=weight.squeeze(-1))
         return grad_weights, None, None, None, *grad_blocks
