@@ -28,6 +28,7 @@ from ray_deepep import (
     MismatchError,
     ReceiveOverflowError,
     TokenMajor,
+    shm,
 )
 
 pytestmark = pytest.mark.skipif(bool(problem()), reason=problem())
@@ -97,6 +98,31 @@ def test_random_cases(ranks: Ranks, world: tuple[int, int]) -> None:
     num_ranks, size = world
     generator = random.Random(SEED + num_ranks + size)
     ranks.run(num_ranks, check_cases, size, [fuzz_case(generator, num_ranks) for _ in range(30)], deadline_s=250.0)
+
+
+def auto_between_hosts(context: RankContext, size: int) -> None:
+    """Ranks that believe to be on several hosts, ``size`` on each: ``auto`` takes NVSHMEM, and rows arrive."""
+    case = Case(seed=SEED, num_tokens=(50, 40, 30, 20)[: context.num_ranks], num_experts=8, hidden=64)
+    world = device_cases.make_world(case, device_cases.use_gpu(context.rank))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shm, "machine_id", lambda: f"host {context.rank // size}")
+        comm = context.new_communicator("auto")
+    with comm:
+        assert (comm.transport, comm.domains.domain_size) == ("cuda", size), comm.transport_reason
+        assert comm.transport_reason.endswith("nodes; NVSHMEM between nodes")
+        alone = dataclasses.replace(context, communicators={"cuda": comm})
+        with device_cases.make_buffer(alone, case) as buffer:
+            result = device_cases.dispatch(buffer, world, context.rank)
+            device_cases.assert_dispatched(result, world, context.rank)
+            buffer.combine(result.x, result.handle)
+            torch.cuda.synchronize()
+            buffer.check()
+
+
+@pytest.mark.parametrize("world", WORLDS, ids=world_id)
+def test_auto_between_hosts(ranks: Ranks, world: tuple[int, int]) -> None:
+    num_ranks, size = world
+    ranks.run(num_ranks, auto_between_hosts, size, deadline_s=120.0)
 
 
 def refuses(context: RankContext) -> None:
