@@ -36,6 +36,7 @@ from .low_latency_cuda import CudaLowLatency
 from .low_latency_reference import ReferenceLowLatency
 from .low_latency_shm import ShmLowLatency
 from .low_latency_transport import LowLatencyTransport
+from .nvshmem_decisions import RankReport
 from .progress import Progress
 from .rank_info import Exchange, RankInfo, meet, warn_of_shared_gpus
 from .reference import ReferenceTransport
@@ -81,7 +82,10 @@ class Communicator:
         self.peers = self._meet(exchange)
         wanted = self.config.transport
         domain_size = choose_domain_size(self.config.domain_size, wanted, self.peers)
-        self.transport, self.transport_reason = choose_transport(wanted, self.peers, domain_size)
+        chosen, self.transport_reason = choose_transport(wanted, self.peers, domain_size)
+        # NVSHMEM is where the CUDA core's memory comes from, and what joins its domains.
+        self.transport = "cuda" if chosen == "nvshmem" else chosen
+        self._heap_provider = "nvshmem" if chosen == "nvshmem" else self.config.heap_provider
         self.domains = Domains(
             rank=rank, num_ranks=num_ranks, domain_size=num_ranks if self.transport == "reference" else domain_size
         )
@@ -89,7 +93,7 @@ class Communicator:
             self._domain = self._connect_domain(exchange)
         if self.domains.num_nodes > 1:
             self._connect_nodes(exchange)
-        if self.transport == "cuda" and self.config.heap_provider == "nvshmem":
+        if self.transport == "cuda" and self._heap_provider == "nvshmem":
             self._nvshmem = self._bring_up_nvshmem(exchange)
         log = logger.info if rank == 0 else logger.debug
         log("transport %s for %d ranks: %s", self.transport, num_ranks, self.transport_reason)
@@ -301,11 +305,11 @@ class Communicator:
             raise
 
     def _cuda_options(self) -> dict[str, Any]:
-        if self.config.heap_provider == "nvshmem" and self._nvshmem is None:
+        if self._heap_provider == "nvshmem" and self._nvshmem is None:
             raise ClosedError("allocate: NVSHMEM was finalized; make a new communicator")
         return {
             "num_sms": self.config.num_sms,
-            "heap_provider": self.config.heap_provider,
+            "heap_provider": self._heap_provider,
             "nvshmem": self._nvshmem,
             "on_fault": self.mark_fault,
         }
@@ -322,8 +326,18 @@ class Communicator:
                 gone=lambda: [rank for rank in others if self.peer_is_gone(rank)],
             )
         except BaseException:
+            if self.config.transport == "auto" and self.domains.num_nodes > 1 and self.rank == 0:
+                logger.error("transport auto took NVSHMEM, which did not come up; transport reference does without it")
             self._domain.close()
             raise
+
+    def _look_for_nvshmem(self) -> RankReport | None:
+        """For ``auto`` only: who names a transport gets it, or an error."""
+        if self.config.transport != "auto":
+            return None
+        if self.config.heap_provider in ("auto", "nvshmem"):
+            return nvshmem.look(self.rank)[1]
+        return RankReport(rank=self.rank, problem=f"heap_provider {self.config.heap_provider} was asked for")
 
     def _meet(self, exchange: Exchange) -> tuple[RankInfo, ...]:
         version, problem = shm.core_version()
@@ -338,6 +352,7 @@ class Communicator:
             cuda_problem=no_cuda,
             gpu="" if no_cuda else cuda.gpu_uuid(),
             has_gpu=torch.cuda.is_available(),
+            nvshmem=None if no_cuda else self._look_for_nvshmem(),
             config=dataclasses.asdict(self.config),
             has_group=self.group is not None,
         )

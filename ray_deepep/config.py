@@ -25,7 +25,7 @@ _LARGEST: Mapping[str, float] = MappingProxyType(
 @known_fields
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NvshmemConfig:
-    """Settings that NVSHMEM reads from the environment when it comes up; used with ``heap_provider="nvshmem"``.
+    """Settings that NVSHMEM reads from the environment when it comes up; used where it is, also if ``auto`` took it.
 
     A variable that is set already keeps its value, which is logged. None: NVSHMEM's own default.
     """
@@ -88,8 +88,9 @@ class CommConfig:
     transport: str = dataclasses.field(default_factory=env.transport)
     """``cuda``: the CUDA core (GPUs of one NVLink domain); ``nvshmem``: the same on NVSHMEM's symmetric heap (sets
     ``heap_provider``; the communicator's transport is then ``cuda``), which also serves several nodes; ``shm``: the CPU
-    core over shared memory (one host, or several); ``reference``: torch.distributed (any hosts); ``auto``: cuda, shm or
-    reference, the first that serves all ranks. For nodes see ``domain_size``."""
+    core over shared memory (one host, or several); ``reference``: torch.distributed (any hosts); ``auto``: ``cuda`` for
+    GPUs of one domain, ``nvshmem`` for those of several if all ranks can load it, else shm or reference: the first that
+    serves all ranks. For nodes see ``domain_size``."""
     deadline_s: float = dataclasses.field(default_factory=env.deadline_s)
     """Seconds that one wait inside an operation may last."""
     bootstrap_deadline_s: float = dataclasses.field(default_factory=env.bootstrap_deadline_s)
@@ -101,13 +102,15 @@ class CommConfig:
     domain_size: int = dataclasses.field(default_factory=env.domain_size)
     """Ranks of a node: consecutive ones that read each other's memory. Fewer than all ranks: rows go once per (token,
     node) between nodes: over torch.distributed with transport ``shm``, over NVSHMEM with ``nvshmem``. 0: all ranks, or
-    those of each host where they are on several, equally many on each, and are CPU hosts or ``nvshmem`` is asked for.
-    Transport ``reference`` makes no use of it."""
+    those of each host where they are on several, equally many on each, one host after the other, and are CPU hosts,
+    ``nvshmem`` is asked for (both with at least two ranks each), or ``auto`` takes it. Transport ``reference`` makes no
+    use of it."""
     heap_provider: str = dataclasses.field(default_factory=env.heap_provider)
     """How GPU memory is shared: ``vmm`` (file descriptors), ``ipc`` (CUDA IPC), ``nvshmem`` (NVSHMEM's symmetric heap),
-    or ``auto`` (vmm where supported, else ipc)."""
+    or ``auto`` (vmm where supported, else ipc; nvshmem where the transport is). With ``vmm`` and ``ipc``, transport
+    ``auto`` takes no NVSHMEM."""
     nvshmem: NvshmemConfig = dataclasses.field(default_factory=NvshmemConfig)
-    """Settings of NVSHMEM; only used with ``heap_provider="nvshmem"``. A dict of its fields will do as well."""
+    """Settings of NVSHMEM; only used where it is. A dict of its fields will do as well."""
     device_heap_gib: float = dataclasses.field(default_factory=env.device_heap_gib)
     """GPU memory that DeepSpeed's swap asks for, per buffer, GiB. It is used at once, unlike ``heap_gib``."""
     heap_gib: float = dataclasses.field(default_factory=env.heap_gib)

@@ -69,6 +69,21 @@ def load() -> ModuleType:
     return core
 
 
+def look(rank: int, load_core: Callable[[], ModuleType] = load) -> tuple[ModuleType | None, RankReport]:
+    """The extension, and what this process has of NVSHMEM. Local: loads the extension, and brings nothing up."""
+    try:
+        core = load_core()
+    except (ImportError, OSError) as error:
+        return None, RankReport(rank=rank, problem=f"{error}; pip install 'ray-deepep[nvshmem]' and build")
+    version, status = core.loaded_version(), core.status()
+    if reason := core.abandoned():
+        problem = f"its NVSHMEM was given up ({reason}); start this process again"
+        return core, RankReport(rank=rank, version=version, status=status, problem=problem)
+    if status >= READY:
+        return core, RankReport(rank=rank, version=version, status=status, pe=core.pe(), num_pes=core.num_pes())
+    return core, RankReport(rank=rank, version=version, status=status)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SymmBlock:
     """Memory of which every rank has a piece."""
@@ -113,7 +128,9 @@ class NvshmemRuntime:
         self._num_exchanges = 0
         for name, value in env.set_missing(config.nvshmem.variables()).items():
             logger.warning("%s=%s was set already and stays; the settings ask for another value", name, value)
-        core, report = self._look(load_core)
+        core, report = look(rank, load_core)
+        if rank == 0 and not report.problem and report.status == NOT_UP:
+            report = _with_unique_id(core, report)
         reports = [RankReport(**r) for r in self._tell("nvshmem_bring_up", dataclasses.asdict(report))]
         plan = decide_bring_up(reports)
         assert core is not None, "decide_bring_up refuses ranks without a core"
@@ -122,28 +139,6 @@ class NvshmemRuntime:
         self.rank_to_pe = self._init(plan)
         log = logger.info if rank == 0 else logger.debug
         log("NVSHMEM %s %s on %d ranks", report.version, "joined" if plan.join else "brought up", num_ranks)
-
-    def _look(self, load_core: Callable[[], ModuleType]) -> tuple[ModuleType | None, RankReport]:
-        try:
-            core = load_core()
-        except (ImportError, OSError) as error:
-            return None, RankReport(rank=self.rank, problem=f"{error}; pip install 'ray-deepep[nvshmem]' and build")
-        version, status = core.loaded_version(), core.status()
-        if reason := core.abandoned():
-            problem = f"its NVSHMEM was given up ({reason}); start this process again"
-            return core, RankReport(rank=self.rank, version=version, status=status, problem=problem)
-        if status >= READY:
-            report = RankReport(rank=self.rank, version=version, status=status, pe=core.pe(), num_pes=core.num_pes())
-            return core, report
-        unique_id, problem = b"", ""
-        if self.rank == 0 and status == NOT_UP:
-            try:
-                unique_id = core.make_unique_id()
-            except core.CoreNvshmemError as error:
-                problem = error.args[3]
-        return core, RankReport(
-            rank=self.rank, version=version, status=status, unique_id=unique_id.hex(), problem=problem
-        )
 
     def _init(self, plan: BringUp) -> tuple[int, ...]:
         """PE by rank. Where one rank failed, all give NVSHMEM up: it is up on some of them only."""
@@ -277,3 +272,10 @@ class NvshmemRuntime:
             raise BootstrapError(phase, missing or self._gone(), deadline_s, detail) from None
         except core.CoreArgumentError as error:
             raise InvalidArgumentError(*error.args) from None
+
+
+def _with_unique_id(core: ModuleType, report: RankReport) -> RankReport:
+    try:
+        return dataclasses.replace(report, unique_id=core.make_unique_id().hex())
+    except core.CoreNvshmemError as error:
+        return dataclasses.replace(report, problem=error.args[3])

@@ -8,13 +8,14 @@ import logging
 from collections.abc import Callable, Sequence
 
 from .errors import InvalidArgumentError, InvalidTypeError, describe_shared_gpus
+from .nvshmem_decisions import RankReport
 
 logger = logging.getLogger("ray_deepep")
 
 Exchange = Callable[[str, bytes], list[bytes]]
 """``exchange(phase, payload)`` returns the payloads of all ranks in rank order. It must raise ``BootstrapError``
 naming the missing ranks when its own deadline expires. Called the same number of times on every rank; after bootstrap
-only with ``heap_provider="nvshmem"``, when buffers are made and when NVSHMEM is finalized."""
+only where NVSHMEM is used, when buffers are made and when it is finalized."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,13 @@ class RankInfo:
     """UUID of its GPU; empty if the CUDA core cannot be used."""
     has_gpu: bool = False
     """Whether torch sees a GPU, with or without a CUDA core."""
+    nvshmem: RankReport | None = None
+    """What it has of NVSHMEM; None where it did not look, since nothing depends on it."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.nvshmem, dict):
+            # As dataclasses.asdict leaves it.
+            object.__setattr__(self, "nvshmem", RankReport(**self.nvshmem))
 
 
 def meet(exchange: Exchange, mine: RankInfo, num_ranks: int) -> tuple[RankInfo, ...]:

@@ -1,16 +1,19 @@
-"""``heap_provider="nvshmem"``: what communicators and buffers ask of NVSHMEM; both compiled parts are stand-ins."""
+"""What communicators and buffers ask of NVSHMEM, asked for or taken by ``auto``; both compiled parts are stand-ins."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
+import logging
+import os
 import types
 from collections.abc import Iterator
 
 import pytest
 import torch
-from harness import shm_problem
-from nvshmem_cases import FakeCore
+from harness import RankContext, Ranks, error_of, shm_problem
+from nvshmem_cases import CoreNvshmemError, FakeCore
 from test_errors import RECORD
 
 from ray_deepep import (
@@ -20,9 +23,12 @@ from ray_deepep import (
     CommFaultError,
     Communicator,
     InvalidArgumentError,
+    NvshmemConfig,
+    NvshmemError,
     cuda,
     cuda_heap,
     nvshmem,
+    shm,
 )
 
 pytestmark = pytest.mark.skipif(bool(shm_problem()), reason=shm_problem())
@@ -141,3 +147,96 @@ def test_other_providers_leave_nvshmem_alone(world: World) -> None:
     ):
         assert world.device_buffer.made[-1]["provider"] == "vmm" and world.device_buffer.made[-1]["segments"] == []
     assert world.core.calls == calls
+
+
+@contextlib.contextmanager
+def on_host(host: str, core: FakeCore | Exception) -> Iterator[None]:
+    """This rank on a host of that name, with a "GPU" and this NVSHMEM; an exception cannot be loaded."""
+
+    def load_core() -> FakeCore:
+        if isinstance(core, Exception):
+            raise core
+        return core
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NVSHMEM_IB_SL", "")
+        patch.delenv("NVSHMEM_IB_SL")
+        patch.setenv("NVSHMEM_DISABLE_NVLS", "1")
+        patch.setattr(cuda, "cuda_problem", lambda: "")
+        patch.setattr(cuda, "gpu_uuid", lambda: f"GPU-{os.getpid()}")
+        patch.setattr(cuda, "gpu_index", lambda: 0)
+        patch.setattr(torch.cuda, "is_available", lambda: True)
+        patch.setattr(shm, "machine_id", lambda: host)
+        look = nvshmem.look
+        patch.setattr(nvshmem, "look", lambda rank, _=None: look(rank, load_core))
+        yield
+
+
+def auto_between_hosts(context: RankContext, ranks_per_host: int) -> None:
+    """It is NVSHMEM as if it were asked for: brought up with its settings, and the heap's provider."""
+    core = FakeCore()
+    with on_host(f"host {context.rank // ranks_per_host}", core):
+        comm = context.new_communicator("auto", nvshmem=NvshmemConfig(service_level=3))
+        with comm:
+            assert (comm.transport, comm.domains.domain_size) == ("cuda", ranks_per_host)
+            assert comm.transport_reason.endswith("nodes; NVSHMEM between nodes")
+            assert [call[0] for call in core.calls] == ["init"] and os.environ["NVSHMEM_IB_SL"] == "3"
+            options = comm._cuda_options()
+            assert options["heap_provider"] == "nvshmem" and options["nvshmem"].core is core
+            assert comm.finalize_nvshmem() == ""
+            error_of(ClosedError, comm._cuda_options)
+
+
+@pytest.mark.parametrize(("num_ranks", "ranks_per_host"), ((2, 1), (4, 2)))
+def test_auto_takes_nvshmem_between_hosts(ranks: Ranks, num_ranks: int, ranks_per_host: int) -> None:
+    ranks.run(num_ranks, auto_between_hosts, ranks_per_host)
+
+
+def auto_without(context: RankContext, heap_provider: str, reason: str) -> None:
+    core = ImportError("no such file") if heap_provider == "auto" and context.rank == 1 else FakeCore()
+    with on_host(f"host {context.rank}", core), context.new_communicator("auto", heap_provider=heap_provider) as comm:
+        assert (comm.transport, comm.domains.num_nodes) == ("reference", 1)
+        assert reason in comm.transport_reason, comm.transport_reason
+        assert isinstance(core, Exception) or core.calls == []
+
+
+@pytest.mark.parametrize(
+    ("heap_provider", "reason"),
+    (
+        ("auto", "NVSHMEM cannot serve them: rank 1 cannot use NVSHMEM (no such file; pip install"),
+        ("vmm", "NVSHMEM cannot serve them: rank 0 cannot use NVSHMEM (heap_provider vmm was asked for)"),
+    ),
+)
+def test_auto_without_nvshmem(ranks: Ranks, heap_provider: str, reason: str) -> None:
+    ranks.run(2, auto_without, heap_provider, reason)
+
+
+def auto_that_fails(context: RankContext) -> list[str]:
+    records: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: records.append(record.getMessage())
+    core = FakeCore(init_error=CoreNvshmemError("init", 7, 0, "no network") if context.rank == 1 else None)
+    logging.getLogger("ray_deepep").addHandler(handler)
+    try:
+        with on_host(f"host {context.rank}", core):
+            error = error_of(NvshmemError, lambda: context.new_communicator("auto"))
+    finally:
+        logging.getLogger("ray_deepep").removeHandler(handler)
+    assert "no network" in error.reason and core.abandoned()
+    return records
+
+
+def test_an_nvshmem_that_auto_took_and_that_fails(ranks: Ranks) -> None:
+    """It is an error, for who has started it must start new processes; and the way around it is said once."""
+    told = ranks.run(2, auto_that_fails)
+    assert sum("transport reference does without it" in line for line in told[0]) == 1 and told[1] == []
+
+
+def auto_on_one_host(context: RankContext) -> None:
+    core = FakeCore()
+    with on_host("host", core), context.new_communicator("auto") as comm:
+        assert comm.transport == "cuda" and comm._cuda_options()["heap_provider"] == "auto" and core.calls == []
+
+
+def test_auto_leaves_nvshmem_alone_on_one_host(ranks: Ranks) -> None:
+    ranks.run(2, auto_on_one_host)

@@ -28,6 +28,7 @@ from ray_deepep import (
     MismatchError,
     ReceiveOverflowError,
     TokenMajor,
+    shm,
 )
 
 pytestmark = pytest.mark.skipif(bool(problem()), reason=problem())
@@ -97,6 +98,28 @@ def test_random_cases(ranks: Ranks, world: tuple[int, int]) -> None:
     num_ranks, size = world
     generator = random.Random(SEED + num_ranks + size)
     ranks.run(num_ranks, check_cases, size, [fuzz_case(generator, num_ranks) for _ in range(30)], deadline_s=250.0)
+
+
+def auto_between_hosts(context: RankContext, size: int) -> None:
+    """Ranks that believe to be on several hosts, ``size`` on each: ``auto`` takes NVSHMEM, and rows arrive."""
+    device_cases.use_gpu(context.rank)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(shm, "machine_id", lambda: f"host {context.rank // size}")
+        comm = context.new_communicator("auto")
+    with comm:
+        assert (comm.transport, comm.domains.domain_size) == ("cuda", size), comm.transport_reason
+        assert comm.transport_reason.endswith("nodes; NVSHMEM between nodes")
+        case = Case(seed=SEED, num_tokens=(70, 33, 1, 64)[: context.num_ranks], hidden=64, layout=ExpertMajor(8))
+        name = f"nvshmem/{size}"  # its number tells the oracle where sums are rounded
+        check_case(dataclasses.replace(context, communicators={name: comm}), name, case)
+        # Who closes first is a fault to those that still wait for it.
+        torch.distributed.barrier()
+
+
+@pytest.mark.parametrize("world", WORLDS, ids=world_id)
+def test_auto_between_hosts(ranks: Ranks, world: tuple[int, int]) -> None:
+    num_ranks, size = world
+    ranks.run(num_ranks, auto_between_hosts, size, deadline_s=120.0)
 
 
 def refuses(context: RankContext) -> None:
