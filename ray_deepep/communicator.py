@@ -202,7 +202,8 @@ class Communicator:
     def make_low_latency(self, geometry: BufferGeometry) -> LowLatencyTransport:
         """The low-latency calls of one buffer; collective. Raises as ``make_transport``."""
         if self.transport == "cuda" and self.domains.num_nodes == 1:
-            return self._allocate(lambda: CudaLowLatency(self._domain, geometry, **self._cuda_options()))
+            options = self._heap_options()
+            return self._allocate(lambda: CudaLowLatency(self._domain, geometry, **options))
         if self.transport == "shm" and self.domains.num_nodes == 1:
             return self._allocate(lambda: ShmLowLatency(self._domain, geometry, on_fault=self.mark_fault))
         return ReferenceLowLatency(self, geometry)
@@ -270,12 +271,10 @@ class Communicator:
 
     def _make_transport(self, geometry: BufferGeometry) -> Transport:
         if self.transport == "cuda" and self.domains.num_nodes > 1:
-            options = self._cuda_options()
-            return CudaHopTransport(
-                self, self._domain, geometry, num_sms=options["num_sms"], nvshmem=options["nvshmem"]
-            )
+            runtime = self._heap_options()["nvshmem"]
+            return CudaHopTransport(self, self._domain, geometry, num_sms=self.config.num_sms, nvshmem=runtime)
         if self.transport == "cuda":
-            return cuda.CudaTransport(self._domain, geometry, **self._cuda_options())
+            return cuda.CudaTransport(self._domain, geometry, num_sms=self.config.num_sms, **self._heap_options())
         if self.domains.num_nodes > 1:
             make_domain = functools.partial(shm.ShmTransport, self._domain)
             return HopTransport(self, geometry, group=self._hop_group, make_domain=make_domain)
@@ -304,11 +303,10 @@ class Communicator:
             self._domain.close()
             raise
 
-    def _cuda_options(self) -> dict[str, Any]:
+    def _heap_options(self) -> dict[str, Any]:
         if self._heap_provider == "nvshmem" and self._nvshmem is None:
             raise ClosedError("allocate: NVSHMEM was finalized; make a new communicator")
         return {
-            "num_sms": self.config.num_sms,
             "heap_provider": self._heap_provider,
             "nvshmem": self._nvshmem,
             "on_fault": self.mark_fault,

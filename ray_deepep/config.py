@@ -99,6 +99,9 @@ class CommConfig:
     """Copy threads of this rank; 0: cores of the host divided by the ranks on it."""
     num_sms: int = dataclasses.field(default_factory=env.num_sms)
     """Multiprocessors that row-moving kernels of transport ``cuda`` may use."""
+    low_latency_num_sms: int = dataclasses.field(default_factory=env.low_latency_num_sms)
+    """The same for low-latency calls, whose time is what their kernels cannot do at once. 0: all multiprocessors of the
+    GPU, divided by the ranks that share it."""
     domain_size: int = dataclasses.field(default_factory=env.domain_size)
     """Ranks of a node: consecutive ones that read each other's memory. Fewer than all ranks: rows go once per (token,
     node) between nodes: over torch.distributed with transport ``shm``, over NVSHMEM with ``nvshmem``. 0: all ranks, or
@@ -142,5 +145,6 @@ class CommConfig:
             if value > largest:
                 raise InvalidArgumentError(name, value, f"must be at most {largest:g}")
         check_int("num_sms", self.num_sms, least=1)
+        check_int("low_latency_num_sms", self.low_latency_num_sms, least=0)
         check_int("num_threads", self.num_threads, least=0)
         check_int("domain_size", self.domain_size, least=0)

@@ -143,6 +143,11 @@ def num_sms() -> int:
     return _read("RAY_DEEPEP_NUM_SMS", 24, _at_least(1), "must be an integer >= 1")
 
 
+def low_latency_num_sms() -> int:
+    """``RAY_DEEPEP_LOW_LATENCY_NUM_SMS``."""
+    return _read("RAY_DEEPEP_LOW_LATENCY_NUM_SMS", 0, _at_least(0), "must be an integer >= 0")
+
+
 def domain_size() -> int:
     """``RAY_DEEPEP_DOMAIN_SIZE``."""
     return _read("RAY_DEEPEP_DOMAIN_SIZE", 0, _at_least(0), "must be an integer >= 0")

@@ -64,14 +64,14 @@ class CudaLowLatency(CoreMasks):
         domain: ShmDomain,
         geometry: BufferGeometry,
         *,
-        num_sms: int,
         heap_provider: str,
         nvshmem: NvshmemRuntime | None,
         on_fault: Callable[[FaultRecord], None],
     ) -> None:
         self._heap = CudaHeap(domain, heap_provider=heap_provider, nvshmem=nvshmem, on_fault=on_fault)
-        self._core, self._errors, self._num_sms = self._heap.core, self._heap.errors, num_sms
-        self.device, self._dtypes = self._heap.device, core_dtypes(domain.core)
+        self._core, self._errors, self.device = self._heap.core, self._heap.errors, self._heap.device
+        self._num_sms = domain.config.low_latency_num_sms or _share_of_gpu(domain, self.device)
+        self._dtypes = core_dtypes(domain.core)
         self._streams = Streams(self.device)
         # A send and a receive may come from different threads.
         self._lock = threading.Lock()
@@ -204,3 +204,9 @@ class CudaLowLatency(CoreMasks):
     def _use_plan(self, plan: LowLatencyPlan) -> None:
         if plan.stream != self._streams.current_number():
             plan.memory.record_stream(torch.cuda.current_stream(self.device))
+
+
+def _share_of_gpu(domain: ShmDomain, device: torch.device) -> int:
+    """Multiprocessors for each of the ranks on this one's GPU: blocks of all of them must run at once."""
+    ranks = sum(peer.gpu == domain.peers[domain.rank].gpu for peer in domain.peers)
+    return max(1, torch.cuda.get_device_properties(device).multi_processor_count // ranks)

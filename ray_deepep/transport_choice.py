@@ -18,8 +18,8 @@ def choose_domain_size(wanted: int, transport: str, peers: Sequence[RankInfo]) -
     """Ranks of a domain: those wanted, or (0) those of each host, where hosts have equally many ranks, one host after
     the other, and rows can go between them; else all. ``transport`` is the one asked for.
 
-    Rows can go between CPU hosts with at least two ranks each, and between GPU hosts where ``nvshmem`` is asked for,
-    with at least two, or where ``auto`` finds NVSHMEM on all ranks.
+    Rows can go between CPU hosts with at least two ranks each, and between GPU hosts where ``nvshmem`` is asked for or
+    ``auto`` finds NVSHMEM on all ranks.
 
     Raises:
         InvalidArgumentError: the ranks cannot be cut into domains of that size.
@@ -35,7 +35,7 @@ def choose_domain_size(wanted: int, transport: str, peers: Sequence[RankInfo]) -
     if any(peer.has_gpu for peer in peers) and transport == "auto":
         return num_ranks if _nvshmem_problem(peers) else size
     for_cpus = transport in ("auto", "shm") and not any(peer.has_gpu for peer in peers)
-    return size if size > 1 and (for_cpus or transport == "nvshmem") else num_ranks
+    return size if transport == "nvshmem" or (for_cpus and size > 1) else num_ranks
 
 
 def choose_transport(wanted: str, peers: Sequence[RankInfo], domain_size: int | None = None) -> tuple[str, str]:

@@ -76,6 +76,7 @@ CASE_CONFIG: Mapping[str, Any] = {
     "num_threads": 1,
     "heap_gib": 1.0,
     "num_sms": 8,
+    "low_latency_num_sms": 8,
 }
 
 

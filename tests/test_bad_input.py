@@ -119,6 +119,7 @@ def test_sizes_are_ints_that_cores_can_hold(name: str, value: Any, kind: type[Ex
         (lambda: CommConfig(deadline_s=0.0), "deadline_s: must be > 0; got 0.0"),
         (lambda: CommConfig(bootstrap_deadline_s=-1), "bootstrap_deadline_s: must be > 0; got -1"),
         (lambda: CommConfig(heap_gib=0), "heap_gib: must be > 0; got 0"),
+        (lambda: CommConfig(low_latency_num_sms=-1), "low_latency_num_sms: must be >= 0; got -1"),
         (lambda: CommConfig(num_threads=-1), "num_threads: must be >= 0; got -1"),
         (lambda: CommConfig(deadline_s=float("nan")), "deadline_s: must be > 0; got nan"),
         (lambda: CommConfig(deadline_s=float("inf")), "deadline_s: must be at most 1e+07; got inf"),

@@ -181,10 +181,10 @@ def auto_between_hosts(context: RankContext, ranks_per_host: int) -> None:
             assert (comm.transport, comm.domains.domain_size) == ("cuda", ranks_per_host)
             assert comm.transport_reason.endswith("nodes; NVSHMEM between nodes")
             assert [call[0] for call in core.calls] == ["init"] and os.environ["NVSHMEM_IB_SL"] == "3"
-            options = comm._cuda_options()
+            options = comm._heap_options()
             assert options["heap_provider"] == "nvshmem" and options["nvshmem"].core is core
             assert comm.finalize_nvshmem() == ""
-            error_of(ClosedError, comm._cuda_options)
+            error_of(ClosedError, comm._heap_options)
 
 
 @pytest.mark.parametrize(("num_ranks", "ranks_per_host"), ((2, 1), (4, 2)))
@@ -235,7 +235,7 @@ def test_an_nvshmem_that_auto_took_and_that_fails(ranks: Ranks) -> None:
 def auto_on_one_host(context: RankContext) -> None:
     core = FakeCore()
     with on_host("host", core), context.new_communicator("auto") as comm:
-        assert comm.transport == "cuda" and comm._cuda_options()["heap_provider"] == "auto" and core.calls == []
+        assert comm.transport == "cuda" and comm._heap_options()["heap_provider"] == "auto" and core.calls == []
 
 
 def test_auto_leaves_nvshmem_alone_on_one_host(ranks: Ranks) -> None:

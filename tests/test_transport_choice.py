@@ -110,7 +110,7 @@ DOMAIN_SIZES = {
     "a host that comes again": (0, "auto", on_hosts("a", "a", "b", "b", "a", "a"), 6),
     "GPUs": (0, "auto", on_hosts("a", "a", "b", "b", has_gpu=True), 4),
     "GPUs, nvshmem asked for": (0, "nvshmem", on_hosts("a", "a", "b", "b", has_gpu=True), 2),
-    "GPUs, one rank on each host, nvshmem asked for": (0, "nvshmem", on_gpus("a", "b"), 2),
+    "GPUs, one rank on each host, nvshmem asked for": (0, "nvshmem", on_gpus("a", "b"), 1),
     "GPUs and NVSHMEM": (0, "auto", on_gpus("a", "a", "b", "b"), 2),
     "GPUs and NVSHMEM, one host": (0, "auto", on_gpus("a", "a", "a", "a"), 4),
     "GPUs and NVSHMEM, one rank on each host": (0, "auto", on_gpus("a", "b", "c", "d"), 1),

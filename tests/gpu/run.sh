@@ -8,7 +8,7 @@ export RAY_DEEPEP_CUDA_ARCHS=${RAY_DEEPEP_CUDA_ARCHS:-90} RAY_DEEPEP_BUILD_JOBS=
 # NVLink multicast stays off: it may put a shared host's GPUs out of service.
 export NCCL_NVLS_ENABLE=0 NVSHMEM_DISABLE_NVLS=1
 # Ranks that share a GPU must all find room at once: their kernels wait for each other.
-export RAY_DEEPEP_NUM_SMS=${RAY_DEEPEP_NUM_SMS:-8}
+export RAY_DEEPEP_NUM_SMS=${RAY_DEEPEP_NUM_SMS:-8} RAY_DEEPEP_LOW_LATENCY_NUM_SMS=${RAY_DEEPEP_LOW_LATENCY_NUM_SMS:-8}
 python3 setup.py -q build_ext --inplace > /tmp/ray_deepep_build.log 2>&1 || { tail -40 /tmp/ray_deepep_build.log; exit 1; }
 mps=$(mktemp -d)
 export CUDA_MPS_PIPE_DIRECTORY=$mps/pipe CUDA_MPS_LOG_DIRECTORY=$mps/log
