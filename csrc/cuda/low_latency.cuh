@@ -82,7 +82,7 @@ __device__ inline bool last_block(uint32_t* finished, bool publish) {
 // One block, before it sends anything else: what peers compare, and what they need to know.
 __device__ inline void write_headers(const LowLatencyPeers& peers, const LowLatencyStep& step,
                                      const LowLatencyStart& start, uint32_t plan_sequence) {
-    for (int peer = threadIdx.x; peer < peers.num_ranks; peer += blockDim.x) {
+    for (int peer = blockDim.x - 1 - threadIdx.x; peer < peers.num_ranks; peer += blockDim.x) {
         if ((start.masked & bit_of(peer)) != 0) continue;
         auto* header = reinterpret_cast<MailHeader*>(mailbox(peers, peer, peers.rank, start.sequence));
         header->masked = start.masked;

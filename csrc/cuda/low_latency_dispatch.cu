@@ -42,7 +42,9 @@ __device__ void push_routing(const Params& p, const LowLatencyStart& start) {
     const LowLatencyPeers& peers = p.peers;
     if (blockIdx.x == 0) write_headers(peers, p.step, start, 0);
     const int routes = p.step.num_tokens * p.step.num_topk;
-    for (int i = blockIdx.x * blockDim.x + threadIdx.x; i < routes; i += gridDim.x * blockDim.x) {
+    // A few for each block, by its last warps, which stage rows last: both go on side by side.
+    const int first = static_cast<int>((blockDim.x - 1 - threadIdx.x) * gridDim.x + blockIdx.x);
+    for (int i = first; i < routes; i += gridDim.x * blockDim.x) {
         const int expert = given_expert(p, i);
         const float weight = p.topk_weights == nullptr ? 1.0f : p.topk_weights[i];
         for (int turn = 1; turn <= peers.num_ranks; ++turn) {
