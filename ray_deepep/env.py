@@ -6,6 +6,7 @@
 | ``RAY_DEEPEP_TRANSPORT`` | ``auto`` | ``auto``, ``cuda``, ``nvshmem``, ``shm`` or ``reference`` |
 | ``RAY_DEEPEP_HEAP_PROVIDER`` | ``auto`` | how GPU memory is shared: ``auto``, ``vmm``, ``ipc`` or ``nvshmem`` |
 | ``RAY_DEEPEP_NUM_SMS`` | ``24`` | multiprocessors that row-moving kernels may use |
+| ``RAY_DEEPEP_LOW_LATENCY_NUM_SMS`` | ``0`` | the same for low-latency calls; 0: all, divided by ranks on the GPU |
 | ``RAY_DEEPEP_DOMAIN_SIZE`` | ``0`` | ranks of a node that read each other's memory; 0: found by their machines |
 | ``RAY_DEEPEP_BULK_COPY`` | ``1`` | ``0``: plain vector copies also on GPUs that have bulk copies (sm_90 up) |
 | ``RAY_DEEPEP_DEADLINE_S`` | ``120`` | seconds that a collective waits for a peer before it reports a fault |
