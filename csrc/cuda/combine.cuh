@@ -10,7 +10,7 @@
 namespace ray_deepep {
 
 inline constexpr int kCombineThreads = 512;
-inline constexpr int kCopyingWarps = 12;  // that stage token-major rows, whose readers can start early
+inline constexpr int kCopyingWarps = 8;  // that stage token-major rows, whose readers can start early
 
 // One route of a token, in lane k.
 struct Route {

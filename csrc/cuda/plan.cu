@@ -193,7 +193,7 @@ __host__ __device__ int num_fill_blocks(const DevicePlan& plan) {
     return plan.fixed || has_padding(plan) ? kFillBlocks : 0;
 }
 
-// Blocks: the counts; where sources start; rows to fill; chunks received, rank by rank; chunks sent.
+// Blocks: the counts; rows to fill; chunks received, rank by rank; chunks sent.
 __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constant__ PlanParams p) {
     extern __shared__ int shared[];
     const Peers& peers = p.peers;
@@ -207,18 +207,15 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
     local.first = peers.rank * num_local;
     local.count = num_local;
     if (blockIdx.x == 0) {
-        const int rank = static_cast<int>(threadIdx.x);
-        const int num_recv_tokens = rank < peers.num_ranks ? rows_before(p, sequence, peers.num_sources(), rank) : 0;
         sum_experts(p, sequence, 0, nullptr, all);
-        return write_counts(p, all, num_recv_tokens);
+        return write_counts(p, sequence, all);
     }
-    if (blockIdx.x == 1) return write_source_starts(p, sequence);
-    const int fill_blocks = num_fill_blocks(p.plan), first_fill = 2;
-    if (blockIdx.x < first_fill + fill_blocks) {
+    const int fill_blocks = num_fill_blocks(p.plan);
+    if (blockIdx.x <= fill_blocks) {
         sum_experts(p, sequence, 0, nullptr, local);
-        return fill_rest(p, sequence, blockIdx.x - first_fill, local);
+        return fill_rest(p, sequence, blockIdx.x - 1, local);
     }
-    const int num_chunks = static_cast<int>(peers.layout.num_chunks), item = blockIdx.x - first_fill - fill_blocks;
+    const int num_chunks = static_cast<int>(peers.layout.num_chunks), item = blockIdx.x - 1 - fill_blocks;
     const int room = kChunkTokens * p.plan.num_topk, chunk = item % num_chunks;
     const bool sent = item / num_chunks == peers.num_ranks;
     const int rank = sent ? peers.rank : item / num_chunks;
@@ -252,7 +249,7 @@ void launch_plan(const PlanParams& params, cudaStream_t stream) {
             cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),
             "shared memory of plan_kernel");
     }
-    plan_kernel<<<2 + num_fill_blocks(params.plan) + chunks, kPlanThreads, shared, stream>>>(params);
+    plan_kernel<<<1 + num_fill_blocks(params.plan) + chunks, kPlanThreads, shared, stream>>>(params);
     check_launch("plan_kernel");
 }
 

@@ -9,16 +9,8 @@ namespace ray_deepep {
 
 inline constexpr int kFillBlocks = 16;
 
-// First token row from each source; by a block that does nothing else, so that trips to peers' memory overlap.
-__device__ inline void write_source_starts(const PlanParams& p, uint32_t sequence) {
-    for (int source = threadIdx.x; source <= p.peers.num_sources(); source += kPlanThreads) {
-        p.plan.source_start[source] = rows_before(p, sequence, source, p.peers.rank);
-    }
-}
-
-// Counts for the handle, and for the host, which reads them after the flag. `sums` are of all experts;
-// `num_recv_tokens`: of rank threadIdx.x, if there is one.
-__device__ inline void write_counts(const PlanParams& p, const ExpertSums& sums, int num_recv_tokens) {
+// Counts for the handle, and for the host, which reads them after the flag. `sums` are of all experts.
+__device__ inline void write_counts(const PlanParams& p, uint32_t sequence, const ExpertSums& sums) {
     const Peers& peers = p.peers;
     const int num_local = peers.num_local_experts, first = peers.rank * num_local;
     int32_t *counts = p.plan.counts, *expert_count = counts + kNumPlanCounts;
@@ -27,13 +19,16 @@ __device__ inline void write_counts(const PlanParams& p, const ExpertSums& sums,
         expert_count[e] = host_counts[e] = sums.totals[first + e];
         expert_count[num_local + e] = host_counts[num_local + e] = sums.starts[first + e];
     }
+    for (int source = threadIdx.x; source <= peers.num_sources(); source += kPlanThreads) {
+        p.plan.source_start[source] = rows_before(p, sequence, source, peers.rank);
+    }
     if (threadIdx.x == 0) {
         expert_count[2 * num_local] = host_counts[2 * num_local] = sums.ends[peers.rank];
         counts[kOverflow] = counts[kOverflowRows] = 0;
     }
     __syncthreads();
-    static_assert(kMaxRanks <= kPlanThreads);
-    if (const int rank = threadIdx.x; rank < peers.num_ranks) {
+    for (int rank = threadIdx.x; rank < peers.num_ranks; rank += kPlanThreads) {
+        const int num_recv_tokens = rows_before(p, sequence, peers.num_sources(), rank);
         const int num_rows = num_rows_of(p, num_recv_tokens, sums.ends[rank]);
         if (rank == peers.rank) {
             counts[kNumRecvTokens] = peers.status->num_recv_tokens = num_recv_tokens;
@@ -41,13 +36,11 @@ __device__ inline void write_counts(const PlanParams& p, const ExpertSums& sums,
         }
         // Whichever rank: all of them have one to name, and the same limits.
         const bool fits = num_recv_tokens <= p.plan.max_recv_tokens && num_rows <= p.plan.max_rows;
-        if (!fits && atomicCAS(&counts[kOverflow], 0, 1 + rank) == 0) {
-            counts[kOverflowRows] = num_rows;
-            if (!p.plan.fixed) {
-                peers.status->overflow = 1 + rank;
-                peers.status->overflow_rows = num_rows;
-            }
-        }
+        if (fits || atomicCAS(&counts[kOverflow], 0, 1 + rank) != 0) continue;
+        counts[kOverflowRows] = num_rows;
+        if (p.plan.fixed) continue;
+        peers.status->overflow = 1 + rank;
+        peers.status->overflow_rows = num_rows;
     }
     if (p.ticket == 0) return;
     __threadfence_system();

@@ -127,7 +127,7 @@ struct CastPiece {
 // A whole warp; the next pieces are on their way while one is cast.
 template <typename T>
 __device__ void cast_row(const std::byte* from, std::byte* to, float* scales, int64_t hidden, bool power_of_two) {
-    constexpr int kBlocks = CastPiece<T>::kBlocks, kInFlight = sizeof(T) == 4 ? 1 : 3;
+    constexpr int kBlocks = CastPiece<T>::kBlocks, kInFlight = sizeof(T) == 4 ? 1 : 2;
     const int64_t num_blocks = hidden / 128;
     CastPiece<T> pieces[kInFlight + 1];
 #pragma unroll
