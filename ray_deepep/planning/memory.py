@@ -16,7 +16,7 @@ from .workload import ELEMENT_BYTES, SCALE_BLOCK, Workload
 
 PAGE = 4096
 SEGMENT_ALIGNMENT = 256
-CHUNK_TOKENS, READY_ROWS, SIGNAL_BYTES = 64, 32, 1024
+CHUNK_TOKENS, READY_ROWS, READY_FLAG_BYTES, SIGNAL_BYTES = 64, 32, 32, 1024
 """As in csrc/cuda/segment_layout.h, where the formula is needed without the core."""
 MAX_CORE_RANKS = 64
 """Ranks of one domain that the CUDA core takes."""
@@ -112,20 +112,20 @@ def _segment_formula(workload: Workload, *, received: int, rows: int, element: i
     """As docs/design.md states it."""
     ranks, tokens, topk = workload.num_ranks, workload.num_tokens, workload.num_topk
     staged = max(tokens, received, rows)
-    chunks = -(-tokens // CHUNK_TOKENS) + 1
+    chunks = -(-tokens // CHUNK_TOKENS)
     area = sum(
         map(
             _aligned,
             (
                 element * workload.hidden * staged,
                 4 * max(rows, received * topk),
-                *([4 * tokens * topk] * 3),
+                *([4 * chunks * CHUNK_TOKENS * topk] * 3),
                 4 * tokens * (workload.hidden // SCALE_BLOCK),
-                4 * chunks * (ranks + workload.num_experts),
+                4 * (chunks + 1) * (ranks + workload.num_experts),
             ),
         )
     )
-    signals = SIGNAL_BYTES + _aligned(ranks * -(-staged // READY_ROWS) * 4)
+    signals = SIGNAL_BYTES + _aligned(ranks * -(-staged // READY_ROWS) * READY_FLAG_BYTES)
     return 2 * area + _aligned(symm) + signals
 
 
