@@ -3,6 +3,8 @@
     python -m benchmarks.dispatch_combine       # rows to experts and back: ours, gloo, memcpy
     python -m benchmarks.deepspeed_layer        # a DeepSpeed MoE layer, stock and swapped
     python -m benchmarks.cuda_dispatch_combine  # on GPUs: dispatch and combine, NCCL beside them
+    python -m benchmarks.cuda_low_latency       # on GPUs: calls of a decode step in CUDA graphs
+    python -m benchmarks.cuda_layer             # on GPUs: a DeepSpeed MoE layer, stock and swapped
     python -m benchmarks.cuda_overlap           # on GPUs: a matrix product beside them
     python -m benchmarks.table                  # results into README.md and docs/images
 

@@ -29,7 +29,7 @@ from .cuda_traffic import ROUTINGS, Case, Inputs, Traffic
 from .cuda_variants import Variant, Variants, make_buffer
 from .nccl_baselines import Baseline, NcclBaselines, nccl_problem
 from .ranks import run_ranks
-from .records import RESULTS, Record, append, markdown_table, run_facts
+from .records import RESULTS, Record, append, machine, markdown_table, run_facts
 
 NAME = "cuda_dispatch_combine"
 RESULTS_PATH = RESULTS / f"{NAME}.jsonl"
@@ -107,6 +107,14 @@ def gpu_facts() -> Record:
     return {**run_facts(), "benchmark": NAME, "gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
 
 
+def title(records: list[Record]) -> str:
+    """Of one case, in words."""
+    config = dict(records[0]["config"])
+    domain_size = config.pop("domain_size", 0)
+    nodes = f", {domain_size} a logical node" if domain_size else ""
+    return f"{Case(**config).title}{nodes}, {machine(records[0])}"
+
+
 def table(records: list[Record]) -> str:
     """All variants of one case."""
     rows = [
@@ -150,7 +158,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--routing", choices=ROUTINGS, nargs="+", default=["uniform"])
     parser.add_argument("--num-sms", type=int, nargs="+", default=[8, 24, 64])
     parser.add_argument("--rounds", type=int, default=30)
-    parser.add_argument("--only", default="", help="variants whose name holds this, such as 'fp8' or 'cached, in heap'")
+    parser.add_argument(
+        "--only",
+        default="",
+        help="variants whose name holds this, such as 'cached, in heap'; with --out: the newest run of a case is shown",
+    )
     parser.add_argument("--profile", action="store_true", help="kernel times of each variant too")
     parser.add_argument("--heap-provider", choices=HEAP_PROVIDERS, default="auto")
     parser.add_argument("--domain-size", type=int, default=0, help="ranks of a logical node: rows hop over NVSHMEM")
@@ -175,7 +187,7 @@ def main(argv: list[str] | None = None) -> None:
         found = run_ranks(run_case, case.num_ranks, dataclasses.asdict(case), dataclasses.asdict(options))
         records = [facts | record for record in found]
         append(args.out, records)
-        print(f"\n{case.title}, {facts['gpus']} {facts['gpu']}\n\n{table(records)}\n", flush=True)
+        print(f"\n{title(records)}\n\n{table(records)}\n", flush=True)
         if problem := nccl_problem(case.num_ranks):
             print(f"no NCCL baselines: {problem}\n")
         if args.profile:

@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import itertools
-import statistics
 from collections.abc import Callable
 from pathlib import Path
 
@@ -25,7 +24,7 @@ from tqdm import tqdm
 from ray_deepep import Buffer, CommConfig, Communicator, Float8Cast
 
 from .ranks import run_ranks
-from .records import RESULTS, Record, append, markdown_table, run_facts
+from .records import RESULTS, Record, append, by_case, by_sms, has_own_gpus, machine, markdown_table, run_facts
 
 NAME = "cuda_low_latency"
 RESULTS_PATH = RESULTS / f"{NAME}.jsonl"
@@ -34,6 +33,21 @@ NUM_REPLAYS = 30
 NUM_SENDS = 60
 BUSY_CYCLES = 2_000_000
 """About a millisecond, in which the host gets ahead of the GPU."""
+_TERMS = (
+    "*p50* and *p99* of single replays: of a graph with one call between two events, which are in the figures and add "
+    "some microseconds; *send*: how long a call with a hook keeps the GPU busy before the hook, events included too. "
+    "*Exact* brings back a row for each route, not one for each token and rank. *Heap* is memory that peers read, per "
+    "rank."
+)
+EXPLANATION = (
+    "Calls of a decode step, with fixed shapes and in CUDA graphs; us of the slowest rank. By number of SMs: one call "
+    f"of a graph of {CALLS_PER_GRAPH}, one after the other, median over replays. The last two columns are with the "
+    f"most SMs (calls take all of them unless told otherwise). {_TERMS}"
+)
+FULL_EXPLANATION = (
+    "Calls of a decode step, with fixed shapes and in CUDA graphs; of the slowest rank. *us*: one call of a graph of "
+    f"{CALLS_PER_GRAPH}, one after the other, median, p10 and p90 over replays. {_TERMS}"
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,8 +63,8 @@ class Case:
     @property
     def title(self) -> str:
         """One line."""
-        sizes = f"{self.num_tokens} x {self.hidden}, top-{self.num_topk} of {self.num_experts}"
-        return f"{self.num_ranks} ranks, {sizes}"
+        sizes = f"{self.num_tokens} × {self.hidden}, top-{self.num_topk} of {self.num_experts}"
+        return f"{self.num_ranks} rank{'s' if self.num_ranks > 1 else ''}, {sizes}"
 
 
 class Calls:
@@ -179,6 +193,15 @@ def run_case(case_fields: Record, all_num_sms: list[int], num_singles: int, only
     return records
 
 
+def title(records: list[Record]) -> str:
+    """Of one case, in words."""
+    return f"{_case(records)}, {machine(records[0])}"
+
+
+def _case(records: list[Record]) -> str:
+    return f"{Case(**records[0]['config']).title}, heap {records[0]['heap_bytes'] / 1e6:.1f} MB"
+
+
 def table(records: list[Record]) -> str:
     """All variants of one case."""
     rows = [
@@ -194,6 +217,29 @@ def table(records: list[Record]) -> str:
         for r in records
     ]
     return markdown_table(["call", "SMs", "us", "p10–p90", "p50 alone", "p99 alone", "send"], rows)
+
+
+def summary_table(records: list[Record]) -> str:
+    """A table per case, calls by number of SMs."""
+    return "\n\n".join(map(_case_table, by_case(records)))
+
+
+def _case_table(records: list[Record]) -> str:
+    all_sms = sorted({record["num_sms"] for record in records})
+    rows = []
+    for name, found in by_sms(records).items():
+        times = [f"{found[num_sms]['median_us']:.1f}" if num_sms in found else "" for num_sms in all_sms]
+        most = found[max(found)]
+        alone = f"{most['single_p50_us']:.1f} / {most['single_p99_us']:.1f}"
+        rows.append([name, *times, alone, "" if most["send_us"] is None else f"{most['send_us']:.1f}"])
+    header = [f"us a call, {_case(records)}", *(f"{num_sms} SMs" for num_sms in all_sms)]
+    return markdown_table([*header, "single replay, p50 / p99", "send"], rows)
+
+
+def is_headline(record: Record) -> bool:
+    """The case that stands for the others, over a wire."""
+    wanted = {"num_tokens": 128, "hidden": 7168, "num_topk": 8, "num_experts": 288}
+    return has_own_gpus(record) and wanted.items() <= record["config"].items()
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -227,8 +273,7 @@ def main(argv: list[str] | None = None) -> None:
         found = run_ranks(run_case, num_ranks, dataclasses.asdict(case), args.num_sms, args.replays, args.only)
         records = [facts | record for record in found]
         append(args.out, records)
-        heap = statistics.mean(record["heap_bytes"] for record in found) / 1e6
-        print(f"\n{case.title}, {gpus} {facts['gpu']}, heap {heap:.0f} MB\n\n{table(records)}\n", flush=True)
+        print(f"\n{title(records)}\n\n{table(records)}\n", flush=True)
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from .records import Record
+from .cuda_summary import COMPARED_SMS, chief_rows
+from .records import Record, by_case, machine
 
 _KIND_COLORS = {
     "core": "tab:green",
@@ -37,7 +38,7 @@ def plot_dispatch_combine(records: list[Record], path: Path) -> None:
         axes.margins(x=0.15)
     config = records[0]["config"]
     sizes = f"{config['num_tokens']} tokens × {config['hidden']} {config['dtype']}"
-    figure.suptitle(f"{sizes}, top-{config['num_topk']} of {config['num_experts']} experts, {_machine(records)}")
+    figure.suptitle(f"{sizes}, top-{config['num_topk']} of {config['num_experts']} experts, {machine(records[0])}")
     _save(figure, path)
 
 
@@ -57,7 +58,35 @@ def plot_deepspeed_layer(records: list[Record], path: Path) -> None:
     panels[-1].legend(fontsize=8, loc="lower right")
     config = records[0]["config"]
     sizes = f"{config['num_tokens']} tokens × {config['hidden']}, top-{config['k']} of {config['num_experts']}"
-    figure.suptitle(f"deepspeed.moe.layer.MoE, {sizes}, capacity {config['capacity_factor']}, {_machine(records)}")
+    figure.suptitle(f"deepspeed.moe.layer.MoE, {sizes}, capacity {config['capacity_factor']}, {machine(records[0])}")
+    _save(figure, path)
+
+
+def plot_cuda_dispatch_combine(records: list[Record], path: Path) -> None:
+    """Ours beside NCCL and the floor, a panel per case."""
+    cases = by_case(records)
+    figure = Figure(figsize=(9.5, 5.2 * len(cases)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axes, found in zip(figure.subplots(len(cases), 1, squeeze=False)[:, 0], cases):
+        rows = [row for row in chief_rows(found) if COMPARED_SMS in row.times]
+        places = range(len(rows))
+        ours = axes.barh([p - 0.2 for p in places], [row.times[COMPARED_SMS] for row in rows], 0.38, color="tab:green")
+        compared = [(place + 0.2, row.nccl) for place, row in zip(places, rows) if row.nccl is not None]
+        nccl = axes.barh([place for place, _ in compared], [us for _, us in compared], 0.38, color="tab:red")
+        floors = axes.vlines(
+            [row.floor for row in rows], [p - 0.4 for p in places], [p + 0.02 for p in places], "black"
+        )
+        for bars in (ours, nccl):
+            axes.bar_label(bars, fmt="%.0f", padding=6, fontsize=8)
+        axes.set_yticks(list(places), [row.name for row in rows], fontsize=8)
+        axes.invert_yaxis()
+        axes.margins(x=0.08, y=0.01)
+        axes.legend([ours, nccl, floors], [f"ours, {COMPARED_SMS} SMs", "NCCL", "floor: the wire alone"], fontsize=8)
+        config = found[0]["config"]
+        sizes = f"{config['num_tokens']} tokens × {config['hidden']}, top-{config['num_topk']}"
+        title = f"{sizes} of {config['num_experts']}, {config['num_ranks']} ranks, {machine(found[0])}"
+        axes.set_title(title, fontsize=10)
+        axes.set_xlabel("us, GPU busy until the call is launched (median of the slowest rank)")
     _save(figure, path)
 
 
@@ -109,10 +138,6 @@ def _panels(records: list[Record], *, height: float) -> tuple[Figure, list[Axes]
     panels = list(figure.subplots(1, len(groups), sharey=True, squeeze=False)[0])
     panels[0].invert_yaxis()  # the first variant on top, in all panels: they share the axis
     return figure, panels
-
-
-def _machine(records: list[Record]) -> str:
-    return f"{records[0]['cores']} cores of {records[0]['cpu']}"
 
 
 def _save(figure: Figure, path: Path) -> None:

@@ -68,14 +68,41 @@ def latest(path: Path) -> list[Record]:
     """The newest lines of each case in a results file, in the order in which cases first appear; empty if none."""
     if not path.is_file():
         return []
-    by_case: dict[str, list[Record]] = {}
+    cases: dict[str, list[Record]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        lines = by_case.setdefault(json.dumps(record["config"], sort_keys=True), [])
+        lines = cases.setdefault(_case_key(record), [])
         if lines and lines[0]["run"] != record["run"]:
             lines.clear()
         lines.append(record)
-    return [record for lines in by_case.values() for record in lines]
+    return [record for lines in cases.values() for record in lines]
+
+
+def by_case(records: list[Record]) -> list[list[Record]]:
+    """Lines apart by case."""
+    cases: dict[str, list[Record]] = {}
+    for record in records:
+        cases.setdefault(_case_key(record), []).append(record)
+    return list(cases.values())
+
+
+def by_sms(records: list[Record]) -> dict[str, dict[int, Record]]:
+    """Lines of one case by variant and number of SMs, without those that have no such number."""
+    found: dict[str, dict[int, Record]] = {}
+    for record in records:
+        if record["num_sms"] is not None:
+            found.setdefault(record["variant"], {})[record["num_sms"]] = record
+    return found
+
+
+def has_own_gpus(record: Record) -> bool:
+    """Whether there were several ranks, and a GPU for each."""
+    return 1 < record["config"]["num_ranks"] <= record["gpus"]
+
+
+def machine(record: Record) -> str:
+    """What the figures depend on most."""
+    return f"{record['gpus']} × {record['gpu']}" if "gpu" in record else f"{record['cores']} cores of {record['cpu']}"
 
 
 def markdown_table(header: list[str], rows: list[list[str]]) -> str:
@@ -94,11 +121,18 @@ def origin(records: list[Record], path: Path) -> str:
     """One sentence on where a table comes from."""
     commits = dict.fromkeys(f"`{r['git_sha']}`{' with local changes' if r['git_dirty'] else ''}" for r in records)
     days = sorted({r["run"][:10] for r in records})
-    machines = dict.fromkeys(f"{r['cores']} cores of {r['cpu']}" for r in records)
+    machines = dict.fromkeys(map(machine, records))
     where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
-    busy = max(r["others_cpu"] for r in records)
     parts = [f"From `{where}`", f"commit {', '.join(commits)}", " to ".join(dict.fromkeys([days[0], days[-1]]))]
-    return f"{', '.join([*parts, *machines])}; at most {busy:.0%} of its time went to other programs."
+    # Runs on GPUs do not watch it.
+    others = [r["others_cpu"] for r in records if "others_cpu" in r]
+    busy = f"; at most {max(others):.0%} of its time went to other programs" if others else ""
+    return f"{', '.join([*parts, *machines])}{busy}."
+
+
+def _case_key(record: Record) -> str:
+    """Figures of other GPUs, or of more of them, do not take the place of these."""
+    return json.dumps([record["config"], record.get("gpu"), record.get("gpus")], sort_keys=True)
 
 
 def _deciles(values: list[float]) -> list[float]:

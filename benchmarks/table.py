@@ -14,9 +14,11 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import deepspeed_layer, dispatch_combine
-from .plots import plot_deepspeed_layer, plot_dispatch_combine
-from .records import RESULTS, ROOT, Record, latest, origin
+from . import cuda_dispatch_combine, cuda_layer, cuda_low_latency, cuda_summary, deepspeed_layer, dispatch_combine
+from .plots import plot_cuda_dispatch_combine, plot_deepspeed_layer, plot_dispatch_combine
+from .records import RESULTS, ROOT, Record, by_case, latest, origin
+
+Table = Callable[[list[Record]], str]
 
 BEGIN, END = "<!-- results:begin -->", "<!-- results:end -->"
 IMAGES = "docs/images"
@@ -29,16 +31,51 @@ class Report:
     name: str
     title: str
     explanation: str
-    table: Callable[[list[Record]], str]
+    full_explanation: str = ""
+    """Of the full table, where that has other columns."""
+    table: Table
+    """For README.md, and for all cases where there is no other."""
+    full_table: Table | None = None
     is_headline: Callable[[Record], bool]
     """Whether a line belongs into README.md too; these are plotted."""
-    plot: Callable[[list[Record], Path], None]
+    plot: Callable[[list[Record], Path], None] | None = None
+
+
+def case_by_case(title: Table, table: Table) -> Table:
+    """A titled table for each case."""
+    return lambda records: "\n\n".join(f"{title(found)}:\n\n{table(found)}" for found in by_case(records))
 
 
 REPORTS = (
     Report(
+        name=cuda_dispatch_combine.NAME,
+        title="On GPUs: dispatch and combine",
+        explanation=cuda_summary.EXPLANATION,
+        full_explanation=cuda_summary.FULL_EXPLANATION,
+        table=cuda_summary.summary_table,
+        full_table=case_by_case(cuda_dispatch_combine.title, cuda_dispatch_combine.table),
+        is_headline=cuda_summary.is_headline,
+        plot=plot_cuda_dispatch_combine,
+    ),
+    Report(
+        name=cuda_low_latency.NAME,
+        title="On GPUs: low-latency calls",
+        explanation=cuda_low_latency.EXPLANATION,
+        full_explanation=cuda_low_latency.FULL_EXPLANATION,
+        table=cuda_low_latency.summary_table,
+        full_table=case_by_case(cuda_low_latency.title, cuda_low_latency.table),
+        is_headline=cuda_low_latency.is_headline,
+    ),
+    Report(
+        name=cuda_layer.NAME,
+        title="On GPUs: a DeepSpeed MoE layer",
+        explanation=cuda_layer.EXPLANATION,
+        table=case_by_case(cuda_layer.title, cuda_layer.table),
+        is_headline=cuda_layer.is_headline,
+    ),
+    Report(
         name=dispatch_combine.NAME,
-        title="Rows to their experts and back",
+        title="On CPUs: rows to their experts and back",
         explanation=dispatch_combine.EXPLANATION,
         table=dispatch_combine.summary_table,
         is_headline=dispatch_combine.is_headline,
@@ -46,7 +83,7 @@ REPORTS = (
     ),
     Report(
         name=deepspeed_layer.NAME,
-        title="A DeepSpeed MoE layer, forward and backward",
+        title="On CPUs: a DeepSpeed MoE layer, forward and backward",
         explanation=deepspeed_layer.EXPLANATION,
         table=deepspeed_layer.summary_table,
         is_headline=deepspeed_layer.is_headline,
@@ -55,13 +92,19 @@ REPORTS = (
 )
 
 
-def section(report: Report, records: list[Record], path: Path, *, image: str) -> str:
-    """One benchmark in Markdown."""
+def headline(report: Report, records: list[Record], path: Path) -> str:
+    """One benchmark in README.md."""
     parts = [f"**{report.title}.** {report.explanation}", report.table(records)]
-    if image:
-        parts.append(f"![{report.title}]({image})")
-    parts.append(origin(records, path))
-    return "\n\n".join(parts)
+    if report.plot is not None:
+        parts.append(f"![{report.title}]({IMAGES}/{report.name}.png)")
+    return "\n\n".join([*parts, origin(records, path)])
+
+
+def full(report: Report, records: list[Record], path: Path) -> str:
+    """One benchmark with all its cases."""
+    introduction = f"**{report.title}.** {report.full_explanation or report.explanation}"
+    table = report.full_table or report.table
+    return "\n\n".join([introduction, table(records), origin(records, path)])
 
 
 def between_markers(text: str, content: str) -> str:
@@ -78,7 +121,7 @@ def between_markers(text: str, content: str) -> str:
 
 def texts(results: Path, readme: Path) -> dict[Path, str]:
     """What the files should hold."""
-    headlines, full = [], ["# Results\n\nWritten by `python -m benchmarks.table`; the newest run of each case."]
+    headlines, all_cases = [], ["# Results\n\nWritten by `python -m benchmarks.table`; the newest run of each case."]
     for report in REPORTS:
         path = results / f"{report.name}.jsonl"
         records = latest(path)
@@ -86,11 +129,11 @@ def texts(results: Path, readme: Path) -> dict[Path, str]:
             continue
         chosen = [record for record in records if report.is_headline(record)]
         if chosen:
-            headlines.append(section(report, chosen, path, image=f"{IMAGES}/{report.name}.png"))
-        full.append(section(report, records, path, image=""))
+            headlines.append(headline(report, chosen, path))
+        all_cases.append(full(report, records, path))
     return {
         readme: between_markers(readme.read_text(encoding="utf-8"), "\n\n".join(headlines)),
-        results / "README.md": "\n\n".join(full) + "\n",
+        results / "README.md": "\n\n".join(all_cases) + "\n",
     }
 
 
@@ -98,7 +141,7 @@ def draw(results: Path, images: Path) -> None:
     """Draw the headline cases of each benchmark."""
     for report in REPORTS:
         chosen = [r for r in latest(results / f"{report.name}.jsonl") if report.is_headline(r)]
-        if chosen:
+        if chosen and report.plot is not None:
             report.plot(chosen, images / f"{report.name}.png")
 
 
