@@ -250,7 +250,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--experts", type=int, default=288)
-    parser.add_argument("--num-sms", type=int, nargs="+", default=[24, 64])
+    parser.add_argument("--num-sms", type=int, nargs="+", default=[24, 64, 132])
     parser.add_argument("--replays", type=int, default=10_000, help="of a graph with one call, for p50 and p99")
     parser.add_argument("--only", default="", help="calls whose name holds this")
     parser.add_argument("--out", type=Path, default=RESULTS_PATH, help="results file to append to")

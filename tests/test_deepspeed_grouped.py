@@ -131,6 +131,14 @@ def test_hooks_and_replaced_modules(ranks: Ranks) -> None:
         assert logged == ["experts run one after the other: an expert has hooks"]
 
 
+def test_an_expert_that_was_replaced_is_seen() -> None:
+    container, plans = Experts(Expert(), 2), GroupedPlans()
+    before, _ = plans.of(container)
+    assert plans.of(container)[0] is before is not None
+    container.deepspeed_experts[1] = Expert()
+    assert plans.of(container)[0] is not before
+
+
 def auto_on_cpus(context: RankContext) -> None:
     start_deepspeed()
     layer = make_layer(LayerCase())

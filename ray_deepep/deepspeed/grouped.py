@@ -42,36 +42,37 @@ _ALIGNMENT = 16
 class GroupedExperts:
     """The experts of one container as grouped products; from :class:`GroupedPlans`."""
 
-    def __init__(self, experts: Sequence[nn.Module], graph: fx.Graph) -> None:
-        self._experts = tuple(experts)
-        self._modules = [dict(expert.named_modules()) for expert in experts]
-        self._interpreter = _Interpreter(self._modules, graph)
+    def __init__(self, experts: nn.ModuleList, graph: fx.Graph) -> None:
+        self._first = experts[0]
+        self._interpreter = _Interpreter([dict(expert.named_modules()) for expert in experts], graph)
+        # Looked through at each step; a walk through the modules would cost the host three times as much.
+        self._modules = tuple(experts.modules())
+        self._children = tuple((module._modules, tuple(module._modules.items())) for module in self._modules)
 
     def __call__(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Outputs ``[S, M']`` of ``rows`` ``[S, M]``, grouped by expert; ``ends`` ``[L]`` int32: where groups end."""
         return self._interpreter.apply(rows, ends)
 
     def is_current(self) -> bool:
-        """Whether the experts have the modules that they had."""
+        """Whether the experts are those that they were, made of the same modules."""
         return all(
-            known.get(name) is module
-            for expert, known in zip(self._experts, self._modules, strict=True)
-            for name, module in expert.named_modules()
+            len(now) == len(then) and all(now.get(name) is module for name, module in then)
+            for now, then in self._children
         )
 
     def problem(self, rows: torch.Tensor) -> str:
         """Why these rows must go through the experts one by one, now; empty if they need not."""
         if torch.is_autocast_enabled(rows.device.type):
             return "autocast is on"
-        if any(_has_hooks(module) for of_expert in self._modules for module in of_expert.values()):
+        if any(_has_hooks(module) for module in self._modules):
             return "an expert has hooks"
-        dtypes = {p.dtype for p in self._experts[0].parameters()} | {rows.dtype}
+        dtypes = {p.dtype for p in self._first.parameters()} | {rows.dtype}
         if len(dtypes) > 1:
             return f"rows are {rows.dtype}, parameters are not all"
         if rows.device.type == "cuda":
             if rows.dtype != torch.bfloat16:
                 return f"rows are {rows.dtype}; GPUs have grouped products of bfloat16"
-            weights = [p.shape for p in self._experts[0].parameters() if p.dim() == 2]
+            weights = [p.shape for p in self._first.parameters() if p.dim() == 2]
             odd = [shape for shape in weights if any(size * 2 % _ALIGNMENT for size in shape)]
             if odd:
                 return f"a weight of shape {tuple(odd[0])} has rows or columns of no multiple of {_ALIGNMENT} bytes"
@@ -90,8 +91,8 @@ class GroupedPlans:
         """The container's experts grouped, or None and the reason."""
         found, _ = self._found.get(container, (None, ""))
         if container not in self._found or (found is not None and not found.is_current()):
-            experts = list(container.deepspeed_experts)
-            graph, reason = rowwise_graph(experts)
+            experts = container.deepspeed_experts
+            graph, reason = rowwise_graph(list(experts))
             self._found[container] = (None if graph is None else GroupedExperts(experts, graph), reason)
         return self._found[container]
 
