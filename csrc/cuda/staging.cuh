@@ -193,7 +193,9 @@ __device__ inline bool finish_staged_row(StagedRows* shared, int turn) {
             atomicAdd(&shared->pieces[place], 1);
         }
     }
-    return __shfl_sync(0xffffffffu, last ? 1 : 0, 0) != 0;
+    const bool all_done = __shfl_sync(0xffffffffu, last ? 1 : 0, 0) != 0;
+    __syncwarp();  // what lane 0 has seen of the other warps' rows, any lane may tell of
+    return all_done;
 }
 
 // Each warp of those that stage. piece_at(i) is the i-th piece to stage (-1: none), for i below num_pieces; stage(row),
