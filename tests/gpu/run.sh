@@ -14,5 +14,10 @@ mps=$(mktemp -d)
 export CUDA_MPS_PIPE_DIRECTORY=$mps/pipe CUDA_MPS_LOG_DIRECTORY=$mps/log
 mkdir -p "$CUDA_MPS_PIPE_DIRECTORY" "$CUDA_MPS_LOG_DIRECTORY"
 nvidia-cuda-mps-control -d && trap 'echo quit | nvidia-cuda-mps-control; rm -rf "$mps"' EXIT
-[[ " $* " == *" tests/"* ]] || set -- tests/gpu "$@"
+named= before=
+for word in "$@"; do
+  [[ $word == tests/* && $before != --deselect && $before != --ignore ]] && named=1
+  before=$word
+done
+[[ $named ]] || set -- tests/gpu "$@"
 DS_ACCELERATOR=${DS_ACCELERATOR:-cuda} python3 -m pytest -q --durations=8 "$@"
