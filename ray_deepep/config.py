@@ -105,9 +105,9 @@ class CommConfig:
     domain_size: int = dataclasses.field(default_factory=env.domain_size)
     """Ranks of a node: consecutive ones that read each other's memory. Fewer than all ranks: rows go once per (token,
     node) between nodes: over torch.distributed with transport ``shm``, over NVSHMEM with ``nvshmem``. 0: all ranks, or
-    those of each host where they are on several, equally many on each, one host after the other, and are CPU hosts,
-    ``nvshmem`` is asked for (both with at least two ranks each), or ``auto`` takes it. Transport ``reference`` makes no
-    use of it."""
+    those of each host where they are on several, equally many on each, one host after the other, and are CPU hosts with
+    at least two ranks each, or ``nvshmem`` is asked for or taken by ``auto``. Transport ``reference`` makes no use of
+    it."""
     heap_provider: str = dataclasses.field(default_factory=env.heap_provider)
     """How GPU memory is shared: ``vmm`` (file descriptors), ``ipc`` (CUDA IPC), ``nvshmem`` (NVSHMEM's symmetric heap),
     or ``auto`` (vmm where supported, else ipc; nvshmem where the transport is). With ``vmm`` and ``ipc``, transport
