@@ -26,6 +26,12 @@ ROOT = Path(__file__).parents[1]
 TINY = ("--preset", "tiny", "--workers", "2", "--backend", "ray_deepep")
 
 
+def json_in(text: str) -> dict:
+    """The first JSON object of a command's output. Ray prints there too, of what earlier tests killed."""
+    begin = 0 if text.startswith("{") else text.index("\n{") + 1
+    return json.JSONDecoder().raw_decode(text, begin)[0]
+
+
 class Worker:
     """What a user's actor may look like."""
 

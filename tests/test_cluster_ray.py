@@ -14,7 +14,7 @@ pytest.importorskip("ray", reason="ray_deepep.cluster needs Ray")
 
 import cluster_cases
 import ray
-from cluster_cases import FakeWorkerGroup, new_actor
+from cluster_cases import FakeWorkerGroup, json_in, new_actor
 from ray.train import RunConfig
 from ray.train._internal.utils import get_address_and_port
 from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
@@ -361,7 +361,7 @@ def test_the_doctor_examines_the_nodes_of_a_cluster(cluster, capsys):
     assert node.finding("ray").value == ray.__version__
     assert node.finding("CPU cores").value == str(len(os.sched_getaffinity(0)))
     assert run_cluster(as_json=True, deadline_s=60.0) == exit_code(node.findings)
-    report = json.loads(capsys.readouterr().out)
+    report = json_in(capsys.readouterr().out)
     assert [n["node_id"] for n in report["nodes"]] == [node.node_id]
     assert report["differences"] == []
     assert ray.is_initialized(), "a connection that was there is kept"
