@@ -158,6 +158,11 @@ class FaultSupervisor(ControllerCallback, WorkerGroupCallback):
             for rank, state in states.items()
             if rank not in soon
         }
+        if not known:
+            return None
+        # The others are no suspects, but what they do belongs into the report.
+        others = [rank for rank in range(len(processes)) if rank in reports and rank not in states]
+        known |= {rank: rank_status(RankState.RUNNING, processes[rank], report=reports[rank]) for rank in others}
         return decide_culprit([], known)
 
     def _hung(self, statuses: Mapping[int, Any], reports: Mapping[int, HealthReport]) -> Culprit | None:
