@@ -66,13 +66,13 @@ __device__ inline uint32_t add_acquire(uint32_t* address) {
     return old;
 }
 
-// Whether this block is the last one of the grid to come here; with `publish`, what all blocks wrote is then visible to
-// it, and to whoever sees what it releases to the system.
-__device__ inline bool last_block(uint32_t* finished, bool publish) {
+// Whether this block is the last one of the grid to come here. What all blocks wrote is then visible to it, and to
+// whoever sees what it releases to the system.
+__device__ inline bool last_block(uint32_t* finished) {
     __shared__ bool last;
     __syncthreads();
     if (threadIdx.x == 0) {
-        if (publish) __threadfence_system();
+        __threadfence_system();
         last = add_acquire(finished) == gridDim.x - 1;
     }
     __syncthreads();
@@ -99,7 +99,7 @@ __device__ inline void write_headers(const LowLatencyPeers& peers, const LowLate
 __device__ inline void finish_send(const LowLatencyPeers& peers, const LowLatencyStart& start, uint32_t signature) {
     // Those masked meanwhile too. Read here: after the last block is known, it would be one more trip.
     const uint64_t masked = start.masked | load_volatile64(&peers.device->masked);
-    if (!last_block(&peers.device->send_blocks, true)) return;
+    if (!last_block(&peers.device->send_blocks)) return;
     if (!start.failed) {
         for (int peer = threadIdx.x; peer < peers.num_ranks; peer += blockDim.x) {
             if ((masked & bit_of(peer)) != 0) {
