@@ -339,6 +339,8 @@ def test_a_stopped_worker_is_found_where_no_deadline_would_find_it(actors):
     group = FakeWorkerGroup([actors[0], victim], pids=[ray.get(actors[0].pid.remote()), pid])
     supervisor = supervisor_of(group, comm=CommConfig(deadline_s=0.5))
     group._world_rank_to_ongoing_poll = {1: None}
+    beacons = {rank: Beacon(step=3, phase=phase) for rank, phase in enumerate(("dispatch", "data"))}
+    supervisor._reports = lambda: {rank: HealthReport(beacon=beacon) for rank, beacon in beacons.items()}
     os.kill(pid, signal.SIGSTOP)
     while process_state(ProcessId(node_id="", host="", pid=pid)) != "stopped":
         time.sleep(0.01)
@@ -348,6 +350,7 @@ def test_a_stopped_worker_is_found_where_no_deadline_would_find_it(actors):
     time.sleep(0.7)
     supervisor.after_worker_group_poll_status(status)
     assert status.errors[1].culprit.cause == "stopped"
+    assert status.errors[1].culprit.beacons == beacons, "the report shows what the others were doing"
     with pytest.raises(ray.exceptions.ActorDiedError):
         ray.get(victim.pid.remote(), timeout=20)
 
