@@ -5,8 +5,8 @@
 
 *us*: one call of a graph that holds several, one after the other, median over replays; of the slowest rank. *p50*,
 *p99*: replays of a graph with one call, each between two events, which add some microseconds. *send*: how long a call
-with a hook keeps the GPU busy before the hook. With fewer GPUs than ranks, run it under MPS: the figures are those of a
-shared GPU. *heap*: memory that peers read, per rank.
+with a hook keeps the GPU busy before the hook, between two events / its kernel, by the profiler. *heap*: memory that
+peers read, per rank. With fewer GPUs than ranks, run it under MPS: the figures are those of a shared GPU.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ BUSY_CYCLES = 2_000_000
 """About a millisecond, in which the host gets ahead of the GPU."""
 _TERMS = (
     "*p50* and *p99* of single replays: of a graph with one call between two events, which are in the figures and add "
-    "some microseconds; *send*: how long a call with a hook keeps the GPU busy before the hook, events included too. "
+    "some microseconds; *send*: how long a call with a hook keeps the GPU busy before the hook, between two events too, and its "
+    "kernel alone, by the profiler. "
     "*Exact* brings back a row for each route, not one for each token and rank. *Heap* is memory that peers read, per "
     "rank."
 )
@@ -143,6 +144,19 @@ def send_times(call: Callable[..., object]) -> list[float]:
     return found
 
 
+def send_kernel_times(call: Callable[..., object]) -> list[float]:
+    """us of the sending kernels by the profiler, without launch and events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(NUM_SENDS):
+            torch.cuda.synchronize()
+            dist.barrier()
+            call(return_recv_hook=True).hook()
+        torch.cuda.synchronize()
+    kernels = [event for event in profiler.events() if "low_latency_" in event.name]
+    kernels.sort(key=lambda event: event.time_range.start)
+    return [event.time_range.elapsed_us() for event in kernels[::2]]  # sending and receiving take turns
+
+
 def slowest(values: list[float], quantile: float) -> float:
     """Of all ranks' quantiles, the largest."""
     own = sorted(values)[min(len(values) - 1, int(quantile * len(values)))]
@@ -174,6 +188,7 @@ def run_case(case_fields: Record, all_num_sms: list[int], num_singles: int, only
             times = replay_times(capture(call, CALLS_PER_GRAPH), NUM_REPLAYS)[5:]
             singles = replay_times(capture(call, 1), num_singles)[num_singles // 10 :]
             sends = [] if call == calls.step else send_times(call)[5:]
+            kernels = [] if call == calls.step else send_kernel_times(call)[5:]
             records.append(
                 {
                     "config": case_fields,
@@ -186,6 +201,7 @@ def run_case(case_fields: Record, all_num_sms: list[int], num_singles: int, only
                     "single_p99_us": slowest(singles, 0.99),
                     "num_singles": num_singles,
                     "send_us": slowest(sends, 0.5) if sends else None,
+                    "send_kernel_us": slowest(kernels, 0.5) if kernels else None,
                     "heap_bytes": buffer.low_latency_heap_bytes,
                 }
             )
@@ -212,11 +228,17 @@ def table(records: list[Record]) -> str:
             f"{r['p10_us']:.1f}–{r['p90_us']:.1f}",
             f"{r['single_p50_us']:.1f}",
             f"{r['single_p99_us']:.1f}",
-            "" if r["send_us"] is None else f"{r['send_us']:.1f}",
+            _send(r),
         ]
         for r in records
     ]
     return markdown_table(["call", "SMs", "us", "p10–p90", "p50 alone", "p99 alone", "send"], rows)
+
+
+def _send(record: Record) -> str:
+    """With events around it, and of that the kernel; older lines have the first alone."""
+    times = [record["send_us"], record.get("send_kernel_us")]
+    return " / ".join(f"{us:.1f}" for us in times if us is not None)
 
 
 def summary_table(records: list[Record]) -> str:
@@ -231,7 +253,7 @@ def _case_table(records: list[Record]) -> str:
         times = [f"{found[num_sms]['median_us']:.1f}" if num_sms in found else "" for num_sms in all_sms]
         most = found[max(found)]
         alone = f"{most['single_p50_us']:.1f} / {most['single_p99_us']:.1f}"
-        rows.append([name, *times, alone, "" if most["send_us"] is None else f"{most['send_us']:.1f}"])
+        rows.append([name, *times, alone, _send(most)])
     header = [f"us a call, {_case(records)}", *(f"{num_sms} SMs" for num_sms in all_sms)]
     return markdown_table([*header, "single replay, p50 / p99", "send"], rows)
 

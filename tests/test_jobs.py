@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
+import os
 import pickle
+import re
 import socket
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -213,3 +217,65 @@ def test_errors_survive_the_way_between_processes():
 def test_commit_of_a_folder(tmp_path):
     assert commit_of(tmp_path) == ""
     assert commit_of(tmp_path / "missing") == ""
+
+
+class PendingJob:
+    """As much of Ray's client as following a job calls; the job starts after some looks."""
+
+    def __init__(self, num_looks: int) -> None:
+        self.num_looks = num_looks
+
+    async def tail_job_logs(self, job_id):
+        while self.num_looks > 0:
+            await asyncio.sleep(0.01)
+        yield "first line\nsecond"
+
+    def get_job_info(self, job_id):
+        from ray.job_submission import JobStatus
+
+        self.num_looks -= 1
+        ended, message = self.num_looks < 0, "waiting for the runtime environment"
+        return SimpleNamespace(status=JobStatus.SUCCEEDED if ended else JobStatus.PENDING, message=message)
+
+
+def test_a_job_that_does_not_start_says_what_ray_says(monkeypatch):
+    pytest.importorskip("ray", reason="jobs need Ray")
+    from ray_deepep.cluster import jobs
+
+    monkeypatch.setattr(jobs, "_PENDING_S", 0.02)
+    client = jobs.JobClient.__new__(jobs.JobClient)
+    client._client, client.url = PendingJob(num_looks=2), "http://127.0.0.1:1"
+    lines: list[str] = []
+    assert client.follow("job-7", lines.append) == "SUCCEEDED"
+    *waiting, first, second = lines
+    assert (first, second) == ("first line", "second")
+    assert len(waiting) == 2
+    assert all(re.fullmatch(r"waiting: job-7 has not started after \d+ s: waiting for .* env.*", s) for s in waiting)
+
+
+def test_jobs_of_this_machine_find_what_this_process_finds(monkeypatch, tmp_path):
+    """Ray itself may have been found through PYTHONPATH."""
+    pytest.importorskip("ray", reason="jobs need Ray")
+    from ray_deepep.cluster import jobs
+    from train.ray_jobs import JobRunner
+
+    specs = []
+
+    class Client:
+        url, head_is_here = "http://127.0.0.1:1", True
+
+        def __init__(self, url):
+            pass
+
+        def submit(self, spec):
+            specs.append(spec)
+            return "job"
+
+        def follow(self, job_id, keep):
+            keep('TRAIN_RESULT {"ok": 1}')
+            return "SUCCEEDED"
+
+    monkeypatch.setattr(jobs, "JobClient", Client)
+    monkeypatch.setenv("PYTHONPATH", "/somewhere/site")
+    assert JobRunner("http://127.0.0.1:1", local=True).run("true", tmp_path / "log", print) == {"ok": 1}
+    assert specs[0].runtime_env["env_vars"]["PYTHONPATH"].split(os.pathsep) == [str(ROOT), "/somewhere/site"]

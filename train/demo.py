@@ -193,7 +193,7 @@ def run_backend(options: DemoOptions, backend: str, runner: JobRunner) -> dict:
                 bar.set_postfix_str(str(step).split(" ", 2)[2], refresh=False)
                 bar.update(step.step - bar.n)
                 bar.refresh()
-            elif line.startswith(("RAY_DEEPEP_FAULT", "error:")):
+            elif line.startswith(("RAY_DEEPEP_FAULT", "error:", "waiting:")):
                 bar.write(line)
 
         return runner.run(command, log_path, show)

@@ -36,6 +36,17 @@ SMALL = TrainConfig(
 )
 """A workstation, with or without a GPU: hours on CPU cores, minutes on one GPU."""
 
+PAIR = TrainConfig(
+    name="pair",
+    model=ModelConfig(
+        hidden=2048, num_layers=4, num_heads=16, num_experts=64, num_topk=8, expert_hidden=512, dtype="bf16"
+    ),
+    data=DataConfig(seq_len=1024, max_bytes=32 * 2**20),
+    optim=OptimConfig(micro_batch=4, lr=3e-4, warmup_steps=50, zero_stage=1),
+    run=RunConfig(out_dir="runs/pair", steps=300, eval_every=100, eval_batches=4, checkpoint_every=0),
+)
+"""Two GPUs of one host, a minute or two: to compare backends. Its one checkpoint takes 11 GB."""
+
 NODE = TrainConfig(
     name="node",
     model=ModelConfig(
@@ -73,7 +84,7 @@ CLUSTER = TrainConfig(
 )
 """Nodes of 8 GPUs, 4 of them to an EP group. Pass `--data` and an `--out` folder that all nodes share."""
 
-PRESETS = MappingProxyType({config.name: config for config in (TINY, DEMO, SMALL, NODE, CLUSTER)})
+PRESETS = MappingProxyType({config.name: config for config in (TINY, DEMO, SMALL, PAIR, NODE, CLUSTER)})
 """Every preset by name."""
 
 

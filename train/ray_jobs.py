@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -54,7 +55,9 @@ class JobRunner:
         from ray_deepep.cluster.jobs import JobSpec
 
         if self.local:
-            runtime_env = {"env_vars": {"PYTHONPATH": str(_REPOSITORY)}}
+            # Before what is there already: Ray itself may have been found through it.
+            path = os.pathsep.join(filter(None, [str(_REPOSITORY), os.environ.get("PYTHONPATH", "")]))
+            runtime_env = {"env_vars": {"PYTHONPATH": path}}
         else:
             runtime_env = {"py_modules": [str(_REPOSITORY / "train")]}
         job_id = self._client.submit(JobSpec(command=command, runtime_env=runtime_env))

@@ -110,6 +110,7 @@ __device__ inline void end_operation(const Peers& peers, const Publication& publ
     if (threadIdx.x == 0) {
         __threadfence();
         last = atomicAdd(&peers.control->main_blocks, 1u) == gridDim.x - 1;
+        __threadfence();
     }
     __syncthreads();
     if (!last) return;

@@ -185,10 +185,13 @@ __device__ inline bool wait_for_signal(const Peers& peers, uint32_t operation, i
 // One warp: wait until all peers have published. What they wrote before is visible to this warp afterwards.
 __device__ inline bool wait_for_peers_warp(const Peers& peers, uint32_t operation, uint32_t sequence,
                                            uint32_t signature) {
-    bool ok = load_volatile(&peers.control->failed) == 0;
+    // Not waited for before the signals are: a wait sees by itself, if a little later, that there is no use in it.
+    const uint32_t failed = load_volatile(&peers.control->failed);
+    bool ok = true;
     for (int peer = threadIdx.x % 32; ok && peer < peers.num_ranks; peer += 32) {
         ok = wait_for_signal(peers, operation, peer, sequence, signature);
     }
+    ok = ok && failed == 0;
     ok = __all_sync(0xffffffffu, ok) != 0;
     asm volatile("fence.acq_rel.sys;" ::: "memory");
     return ok;
@@ -200,9 +203,9 @@ __device__ inline bool wait_for_peers(const Peers& peers, uint32_t operation, ui
     return __syncthreads_and(ok) != 0;
 }
 
-// One thread per peer: tell it that `sequence` is published, or that its rows are no longer read.
+// One thread per peer: tell it that `sequence` is published, or that its rows are no longer read. After a barrier of
+// the block: a release also covers what other threads did before the barrier.
 __device__ inline void raise_signals(const Peers& peers, int64_t signals_at, uint32_t sequence, uint32_t signature) {
-    __threadfence_system();
     for (int peer = threadIdx.x; peer < peers.num_ranks; peer += blockDim.x) {
         auto* signals = reinterpret_cast<uint64_t*>(peers.segments[peer] + signals_at);
         store_release(&signals[peers.rank], (static_cast<uint64_t>(sequence) << 32) | signature);

@@ -5,38 +5,71 @@
 #include "cuda/check.h"
 #include "cuda/plan_counts.cuh"
 #include "cuda/ticket.cuh"
+#include "cuda/token_sets.cuh"
 
 namespace ray_deepep {
 namespace {
 
-// Shared memory of a block: one chunk's routing, and the places found for it.
+// Shared memory of a block: one chunk's routing, and who has its tokens.
 struct Chunk {
-    int* experts;    // [kChunkTokens, K]
-    int* slots;      // [kChunkTokens, K]
-    int* rows;       // [kChunkTokens, K] sent: token row at the destination; received: [kChunkTokens]
-    int* firsts;     // [kChunkTokens, K] sent: first k of the token that goes to the same rank
-    float* weights;  // [kChunkTokens, K]
-    int* counters;   // [E + N]
+    int* experts;      // [kChunkTokens, K]
+    float* weights;    // [kChunkTokens, K]
+    int* to;           // [kChunkTokens, K] rank that the route goes to, -1: none
+    int* slots;        // [kChunkTokens, K] output row of the route
+    TokenSets ranks;   // [N] tokens for each rank
+    TokenSets expert;  // [E] tokens for each expert, expert-major
+    int* rank_starts;  // [N] first row of this chunk at each rank
     int first_token;
     int tokens;
     int routes;
+
+    static __host__ __device__ int num_ints(const Peers& peers, int num_topk) {
+        return 4 * kChunkTokens * num_topk + TokenSets::num_words(peers.num_ranks + peers.num_experts) +
+               peers.num_ranks;
+    }
 };
+
+__device__ Chunk chunk_at(int* room, const Peers& peers, int num_topk, int chunk) {
+    const int routes = kChunkTokens * num_topk;
+    auto* sets = reinterpret_cast<uint32_t*>(room + 4 * routes);
+    const int words = TokenSets::num_words(peers.num_ranks), all = words + TokenSets::num_words(peers.num_experts);
+    for (int i = threadIdx.x; i < all; i += kPlanThreads) sets[i] = 0;
+    return Chunk{room,
+                 reinterpret_cast<float*>(room + routes),
+                 room + 2 * routes,
+                 room + 3 * routes,
+                 TokenSets{sets},
+                 TokenSets{sets + words},
+                 room + 4 * routes + all,
+                 chunk * kChunkTokens,
+                 0,
+                 0};
+}
 
 __device__ int padded_slot(const PlanParams& p, int source, int local_expert, int location) {
     return static_cast<int>((int64_t{source} * p.peers.num_local_experts + local_expert) * p.plan.capacity + location);
 }
 
+// The last warp of a block asks what came before while the others load the routing.
+constexpr int kRoutingThreads = kPlanThreads - 32;
+
 // As many as a chunk can have, so that nobody waits for the number of tokens first; areas have whole chunks.
-__device__ void load_routing(const PlanParams& p, uint32_t sequence, int rank, const Chunk& c) {
+__device__ void load_routing(const PlanParams& p, uint32_t sequence, int rank, Chunk& c) {
     const AreaLayout& area = p.peers.layout.area;
     const int64_t first_route = int64_t{c.first_token} * p.plan.num_topk;
     const auto* topk_idx = p.peers.in_area<const int32_t>(rank, sequence, area.topk_idx_at) + first_route;
     const auto* weights = p.peers.in_area<const float>(rank, sequence, area.topk_weights_at) + first_route;
+    const int num_tokens = p.peers.header(rank, sequence)->num_tokens;
 #pragma unroll 4
-    for (int i = threadIdx.x; i < kChunkTokens * p.plan.num_topk; i += kPlanThreads) {
-        c.experts[i] = topk_idx[i];
+    for (int i = threadIdx.x; threadIdx.x < kRoutingThreads && i < kChunkTokens * p.plan.num_topk;
+         i += kRoutingThreads) {
+        const int expert = topk_idx[i];
         c.weights[i] = weights[i];
+        c.experts[i] = expert;
+        c.to[i] = rank_of(expert, p.peers.num_local_experts);
     }
+    c.tokens = min(kChunkTokens, num_tokens - c.first_token);
+    c.routes = c.tokens * p.plan.num_topk;
 }
 
 // Of one chunk: what came before it.
@@ -48,67 +81,72 @@ struct Earlier {
 __device__ Earlier earlier_chunks(const PlanParams& p, uint32_t sequence, int rank, int chunk) {
     const Peers& peers = p.peers;
     const AreaLayout& area = peers.layout.area;
-    return Earlier{peers.in_area<const int32_t>(rank, sequence, area.chunk_expert_at) + chunk * peers.num_experts,
-                   peers.in_area<const int32_t>(rank, sequence, area.chunk_rank_at) + chunk * peers.num_ranks};
+    return Earlier{peers.in_area<const int32_t>(rank, sequence, area.chunk_expert_at) + chunk * area.expert_columns,
+                   peers.in_area<const int32_t>(rank, sequence, area.chunk_rank_at) + chunk * area.rank_columns};
 }
 
-// First output row of this chunk's routes to each expert of `sums`, into c.counters.
-__device__ void start_experts(const ExpertSums& sums, const Chunk& c) {
-    for (int e = threadIdx.x; e < sums.count; e += kPlanThreads) c.counters[e] = sums.starts[e] + sums.before[e];
-}
-
-// Token rows of a received chunk, in c.rows: two warps, a lane per token.
-__device__ void number_received(const PlanParams& p, int rank, int first_row, const Chunk& c) {
-    __shared__ int of_first_warp;
-    const int num_local = p.peers.num_local_experts, first_expert = p.peers.rank * num_local;
-    const int token = threadIdx.x, num_topk = p.plan.num_topk;
-    bool needed = false;
-    for (int k = 0; token < c.tokens && k < num_topk; ++k) {
-        const int local = c.experts[token * num_topk + k] - first_expert;
-        needed = needed || (local >= 0 && local < num_local);
-    }
-    const unsigned ballot = __ballot_sync(kAll, needed);
-    if (threadIdx.x == 0) of_first_warp = __popc(ballot);
+// Output rows of the chunk's routes to the experts of `sums`, in c.slots; by one warp, route by route. Where a token
+// goes to an expert twice.
+__device__ void take_slots(const ExpertSums& sums, const Chunk& c) {
+    for (int e = threadIdx.x; e < sums.count; e += kPlanThreads) sums.starts[e] += sums.before[e];
     __syncthreads();
-    if (token >= kChunkTokens) return;
-    int row = first_row + __popc(ballot & ((1u << (token % 32)) - 1)) + (token >= 32 ? of_first_warp : 0);
-    if (!needed || row >= p.plan.max_recv_tokens) row = -1;
-    c.rows[token] = row;
-    if (row < 0) return;
-    p.plan.recv_source[row] = rank;
-    p.plan.recv_token[row] = c.first_token + token;
+    for (int step = 0; threadIdx.x < 32 && step < c.routes; step += 32) {
+        const int i = step + threadIdx.x, e = i < c.routes ? c.experts[i] - sums.first : -1;
+        const int slot = take_ticket(sums.starts, e, e >= 0 && e < sums.count);
+        if (i < c.routes) c.slots[i] = slot;
+    }
+    __syncthreads();
+}
+
+// The same, all at once. `again`: whether this thread saw a token go to an expert twice.
+__device__ void find_slots(const PlanParams& p, const ExpertSums& sums, const Chunk& c, bool again) {
+    if (__syncthreads_or(again)) return take_slots(sums, c);
+    for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) {
+        const int e = c.experts[i] - sums.first;
+        if (e < 0 || e >= sums.count) continue;
+        c.slots[i] = sums.starts[e] + sums.before[e] + c.expert.before(e, i / p.plan.num_topk);
+    }
 }
 
 // Rows that arrive from one chunk of one rank.
 __device__ void list_received(const PlanParams& p, uint32_t sequence, int rank, int chunk, const ExpertSums& sums,
-                              const Chunk& c) {
+                              Chunk& c) {
     const Peers& peers = p.peers;
-    const int source = peers.source(chunk, rank);
     const AreaLayout& area = peers.layout.area;
-    const int num_topk = p.plan.num_topk, num_local = peers.num_local_experts, first_expert = peers.rank * num_local;
+    const int source = peers.source(chunk, rank), num_topk = p.plan.num_topk;
     const bool expert_major = p.plan.layout == LayoutKind::kExpertMajor;
     const bool token_major = p.plan.layout == LayoutKind::kTokenMajor;
     const Earlier earlier = earlier_chunks(p, sequence, rank, chunk);
-    const int first_row = rows_before(p, sequence, source, peers.rank) + earlier.ranks[peers.rank];
-    if (expert_major) {
-        sum_experts(p, sequence, source, earlier.experts, sums);
-        start_experts(sums, c);
+    if (threadIdx.x == kRoutingThreads) {
+        c.rank_starts[peers.rank] = rows_before(p, sequence, source, peers.rank) + earlier.ranks[peers.rank];
     }
-    number_received(p, rank, first_row, c);
+    load_routing(p, sequence, rank, c);
+    if (c.tokens <= 0) return;
+    if (expert_major) sum_experts(p, sequence, source, earlier.experts, sums);
     __syncthreads();
-    for (int step = 0; expert_major && threadIdx.x < 32 && step < c.routes; step += 32) {
-        const int i = step + threadIdx.x, local = i < c.routes ? c.experts[i] - first_expert : -1;
-        const int slot = take_ticket(c.counters, local, local >= 0 && local < num_local);
-        if (i < c.routes) c.slots[i] = slot;
+    bool again = false;
+    for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) {
+        const int local = c.experts[i] - sums.first;
+        again = (expert_major && local >= 0 && local < sums.count && c.expert.add(local, i / num_topk)) || again;
     }
+    find_ranks(c.to, c.tokens, num_topk, peers.num_ranks, c.ranks);
+    if (expert_major) find_slots(p, sums, c, again);
     __syncthreads();
+    const int first_row = c.rank_starts[peers.rank];
+    for (int token = threadIdx.x; token < c.tokens; token += kPlanThreads) {
+        const int row = first_row + c.ranks.before(peers.rank, token);
+        if (!c.ranks.has(peers.rank, token) || row >= p.plan.max_recv_tokens) continue;
+        p.plan.recv_source[row] = rank;
+        p.plan.recv_token[row] = c.first_token + token;
+    }
     const int64_t first_route = int64_t{c.first_token} * num_topk;
     const auto* locations = peers.in_area<const int32_t>(rank, sequence, area.locations_at) + first_route;
     for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) {
-        const int row = c.rows[i / num_topk], local = c.experts[i] - first_expert;
-        if (row < 0) continue;
-        const bool active = local >= 0 && local < num_local;
-        const int64_t route = int64_t{row} * num_topk + i % num_topk;
+        const int token = i / num_topk, local = c.experts[i] - sums.first;
+        const int row = first_row + c.ranks.before(peers.rank, token);
+        if (!c.ranks.has(peers.rank, token) || row >= p.plan.max_recv_tokens) continue;
+        const bool active = local >= 0 && local < sums.count;
+        const int64_t route = int64_t{row} * num_topk + (i - token * num_topk);
         int slot = active ? row : -1;
         if (active && expert_major) slot = c.slots[i];
         if (active && p.plan.layout == LayoutKind::kPadded) slot = padded_slot(p, source, local, locations[i]);
@@ -123,62 +161,40 @@ __device__ void list_received(const PlanParams& p, uint32_t sequence, int rank, 
     }
 }
 
-// c.firsts of all routes, and c.rows, their destinations: worked out once, a division costs as much as many
-// comparisons.
-__device__ void find_firsts(const PlanParams& p, const Chunk& c) {
-    const int num_topk = p.plan.num_topk;
-    for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) {
-        c.rows[i] = c.experts[i] >= 0 ? c.experts[i] / p.peers.num_local_experts : -1;
-    }
-    __syncthreads();
-    for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) {
-        const int k = i % num_topk, dest = c.rows[i];
-        int first = k;
-        for (int earlier = k - 1; earlier >= 0; --earlier) {
-            if (c.rows[i - k + earlier] == dest) first = earlier;
-        }
-        c.firsts[i] = first;
-    }
-}
-
 // Where one chunk of this rank's tokens goes.
-__device__ void list_sent(const PlanParams& p, uint32_t sequence, int chunk, const ExpertSums& sums, const Chunk& c) {
+__device__ void list_sent(const PlanParams& p, uint32_t sequence, int chunk, const ExpertSums& sums, Chunk& c) {
     const Peers& peers = p.peers;
     const AreaLayout& area = peers.layout.area;
-    const int num_topk = p.plan.num_topk, num_local = peers.num_local_experts, warp = threadIdx.x / 32;
+    const int num_topk = p.plan.num_topk, num_local = peers.num_local_experts;
     const bool expert_major = p.plan.layout == LayoutKind::kExpertMajor;
     const int source = peers.source(chunk, peers.rank);
-    int* rank_counters = c.counters + peers.num_experts;
     const Earlier earlier = earlier_chunks(p, sequence, peers.rank, chunk);
-    for (int r = threadIdx.x; r < peers.num_ranks; r += kPlanThreads) {
-        rank_counters[r] = rows_before(p, sequence, source, r) + earlier.ranks[r];
+    for (int r = threadIdx.x - kRoutingThreads; 0 <= r && r < peers.num_ranks; r += kPlanThreads - kRoutingThreads) {
+        c.rank_starts[r] = rows_before(p, sequence, source, r) + earlier.ranks[r];
     }
-    if (expert_major) {
-        sum_experts(p, sequence, source, earlier.experts, sums);
-        start_experts(sums, c);
-    }
-    find_firsts(p, c);
+    load_routing(p, sequence, peers.rank, c);
+    if (c.tokens <= 0) return;
+    if (expert_major) sum_experts(p, sequence, source, earlier.experts, sums);
     __syncthreads();
-    for (int step = 0; warp < 2 && step < c.routes; step += 32) {
-        const int i = step + threadIdx.x % 32, expert = i < c.routes ? c.experts[i] : -1;
-        if (warp == 0) {
-            const bool first = expert >= 0 && c.firsts[i] == i % num_topk;
-            const int row = take_ticket(rank_counters, first ? c.rows[i] : 0, first);
-            if (i < c.routes) c.rows[i] = row;
-        } else if (expert_major) {
-            const int slot = take_ticket(c.counters, expert, expert >= 0);
-            if (i < c.routes) c.slots[i] = slot;
-        }
+    bool again = false;
+    for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) {
+        const int expert = c.experts[i];
+        again = (expert_major && expert >= 0 && c.expert.add(expert, i / num_topk)) || again;
     }
+    find_ranks(c.to, c.tokens, num_topk, peers.num_ranks, c.ranks);
+    if (expert_major) find_slots(p, sums, c, again);
     __syncthreads();
     const int64_t first_route = int64_t{c.first_token} * num_topk;
     const auto* locations = peers.in_area<const int32_t>(peers.rank, sequence, area.locations_at) + first_route;
     for (int i = threadIdx.x; i < c.routes; i += kPlanThreads) {
         int expert = c.experts[i], row = -1, slot = -1;
         if (expert >= 0) {
-            row = slot = c.rows[i - i % num_topk + c.firsts[i]];
+            const int dest = c.to[i];
+            row = slot = c.rank_starts[dest] + c.ranks.before(dest, i / num_topk);
             if (expert_major) slot = c.slots[i];
-            if (p.plan.layout == LayoutKind::kPadded) slot = padded_slot(p, source, expert % num_local, locations[i]);
+            if (p.plan.layout == LayoutKind::kPadded) {
+                slot = padded_slot(p, source, expert - dest * num_local, locations[i]);
+            }
         }
         // What does not fit is dropped on both sides alike; the handle reports it.
         if (p.plan.fixed && (row >= p.plan.max_recv_tokens || slot >= p.plan.max_rows)) expert = row = slot = -1;
@@ -199,41 +215,24 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
     const Peers& peers = p.peers;
     const int num_experts = peers.num_experts, num_local = peers.num_local_experts;
     const uint32_t sequence = load_volatile(&peers.control->sequence);
-    if (!wait_for_peers(peers, p.publication.operation, sequence, p.publication.signature)) return;
+    // The publishing kernel has waited for all peers.
+    if (load_volatile(&peers.control->failed) != 0) return;
     int* chunk_room = shared + 3 * num_experts + peers.num_ranks;
     const ExpertSums all{
         0, num_experts, shared, shared + num_experts, shared + 2 * num_experts, shared + 3 * num_experts};
     ExpertSums local = all;
     local.first = peers.rank * num_local;
     local.count = num_local;
-    if (blockIdx.x == 0) {
-        sum_experts(p, sequence, 0, nullptr, all);
-        return write_counts(p, sequence, all);
-    }
+    if (blockIdx.x == 0) return write_counts(p, sequence, all);
     const int fill_blocks = num_fill_blocks(p.plan);
     if (blockIdx.x <= fill_blocks) {
         sum_experts(p, sequence, 0, nullptr, local);
         return fill_rest(p, sequence, blockIdx.x - 1, local);
     }
     const int num_chunks = static_cast<int>(peers.layout.num_chunks), item = blockIdx.x - 1 - fill_blocks;
-    const int room = kChunkTokens * p.plan.num_topk, chunk = item % num_chunks;
-    const bool sent = item / num_chunks == peers.num_ranks;
-    const int rank = sent ? peers.rank : item / num_chunks;
-    Chunk c{chunk_room,
-            chunk_room + room,
-            chunk_room + 2 * room,
-            chunk_room + 3 * room,
-            reinterpret_cast<float*>(chunk_room + 4 * room),
-            chunk_room + 5 * room,
-            chunk * kChunkTokens,
-            0,
-            0};
-    load_routing(p, sequence, rank, c);
-    c.tokens = min(kChunkTokens, peers.header(rank, sequence)->num_tokens - c.first_token);
-    if (c.tokens <= 0) return;
-    c.routes = c.tokens * p.plan.num_topk;
-    __syncthreads();
-    if (sent) return list_sent(p, sequence, chunk, all, c);
+    const int rank = item / num_chunks, chunk = item % num_chunks;
+    Chunk c = chunk_at(chunk_room, peers, p.plan.num_topk, chunk);
+    if (rank == peers.num_ranks) return list_sent(p, sequence, chunk, all, c);
     list_received(p, sequence, rank, chunk, local, c);
 }
 
@@ -242,8 +241,8 @@ __global__ void __launch_bounds__(kPlanThreads) plan_kernel(const __grid_constan
 void launch_plan(const PlanParams& params, cudaStream_t stream) {
     const Peers& peers = params.peers;
     const int chunks = static_cast<int>((peers.num_ranks + 1) * peers.layout.num_chunks);
-    const int ints = 5 * kChunkTokens * params.plan.num_topk + 4 * peers.num_experts + 2 * peers.num_ranks;
-    const size_t shared = ints * sizeof(int);
+    const int sums = 3 * peers.num_experts + peers.num_ranks;
+    const size_t shared = (sums + Chunk::num_ints(peers, params.plan.num_topk)) * sizeof(int);
     if (shared > 48 << 10) {
         check_cuda(
             cudaFuncSetAttribute(plan_kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)),

@@ -8,11 +8,30 @@ namespace ray_deepep {
 
 #ifdef __CUDACC__
 
-inline constexpr int kPlanThreads = 128;
+inline constexpr int kPlanThreads = 256;
 inline constexpr unsigned kAll = 0xffffffffu;
 
-__device__ inline int round_up(int value, int64_t multiple) {
-    return static_cast<int>((value + multiple - 1) / multiple * multiple);
+__device__ inline int round_up(int value, unsigned multiple) {
+    return multiple == 1 ? value : static_cast<int>((value + multiple - 1) / multiple * multiple);
+}
+
+// Calls use(source, *at(rank, part)) for the first sources in order. Some loads are in flight together: a peer's memory
+// is microseconds away.
+template <typename At, typename Use>
+__device__ void for_sources(const PlanParams& p, int num_sources, At at, Use use) {
+    constexpr int kLoads = 8;
+    const int num_ranks = p.peers.num_ranks;
+    for (int first = 0, part = 0, rank = 0; first < num_sources; first += kLoads) {
+        int found[kLoads];
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) {
+            found[i] = first + i < num_sources ? *at(rank, part) : 0;
+            rank = rank + 1 == num_ranks ? 0 : rank + 1;
+            part += rank == 0 ? 1 : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < kLoads; ++i) use(first + i, found[i]);
+    }
 }
 
 // Experts [first, first + count), whole ranks of them, in shared memory.
@@ -32,15 +51,16 @@ __device__ inline void sum_experts(const PlanParams& p, uint32_t sequence, int s
     const int num_local = peers.num_local_experts, lane = threadIdx.x % 32;
     for (int e = threadIdx.x; e < sums.count; e += kPlanThreads) {
         int total = 0, before = earlier == nullptr ? 0 : earlier[sums.first + e];
-        for (int part = 0; part < peers.layout.num_parts; ++part) {
-#pragma unroll 8
-            for (int other = 0; other < peers.num_ranks; ++other) {
+        for_sources(
+            p, peers.num_sources(),
+            [&](int other, int part) {
                 const auto* totals = peers.in_area<const int32_t>(other, sequence, peers.layout.area.expert_total_at);
-                const int count = totals[part * peers.num_experts + sums.first + e];
-                before += part * peers.num_ranks + other < source ? count : 0;
+                return totals + part * peers.num_experts + sums.first + e;
+            },
+            [&](int of_source, int count) {
+                before += of_source < source ? count : 0;
                 total += count;
-            }
-        }
+            });
         sums.totals[e] = total;
         sums.before[e] = before;
     }
@@ -49,7 +69,7 @@ __device__ inline void sum_experts(const PlanParams& p, uint32_t sequence, int s
         int start = 0;
         for (int at = 0; at < num_local; at += 32) {
             const int local = at + lane, e = rank * num_local + local;
-            const int size = local < num_local ? round_up(sums.totals[e], p.plan.alignment) : 0;
+            const int size = local < num_local ? round_up(sums.totals[e], static_cast<unsigned>(p.plan.alignment)) : 0;
             int sum = size;
 #pragma unroll
             for (int step = 1; step < 32; step *= 2) {
@@ -66,16 +86,14 @@ __device__ inline void sum_experts(const PlanParams& p, uint32_t sequence, int s
 
 // Token rows that `rank` receives from sources before `source`.
 __device__ inline int rows_before(const PlanParams& p, uint32_t sequence, int source, int rank) {
-    const int parts = source / p.peers.num_ranks, rest = source % p.peers.num_ranks;
     int rows = 0;
-    for (int part = 0; part <= parts; ++part) {
-        const int others = part < parts ? p.peers.num_ranks : rest;
-#pragma unroll 8
-        for (int other = 0; other < others; ++other) {
+    for_sources(
+        p, source,
+        [&](int other, int part) {
             const auto* totals = p.peers.in_area<const int32_t>(other, sequence, p.peers.layout.area.rank_total_at);
-            rows += totals[part * p.peers.num_ranks + rank];
-        }
-    }
+            return totals + part * p.peers.num_ranks + rank;
+        },
+        [&](int, int count) { rows += count; });
     return rows;
 }
 

@@ -9,43 +9,65 @@ namespace ray_deepep {
 
 inline constexpr int kFillBlocks = 16;
 
-// Counts for the handle, and for the host, which reads them after the flag. `sums` are of all experts.
+// What the host reads. Each value is stored twice, from a register: one that is assigned through both pointers at once
+// is read back, and a read of the host's memory takes microseconds.
+struct Stored {
+    int32_t* here;
+    volatile int32_t* on_host;
+
+    __device__ void store(int i, int32_t value) const {
+        here[i] = value;
+        on_host[i] = value;
+    }
+};
+
+// One of the ranks, a thread each: whether what it receives fits.
+__device__ inline void write_rank(const PlanParams& p, int rank, int num_recv_tokens, int num_rows) {
+    int32_t* counts = p.plan.counts;
+    if (rank == p.peers.rank) {
+        counts[kNumRecvTokens] = num_recv_tokens;
+        counts[kNumRows] = num_rows;
+        p.peers.status->num_recv_tokens = num_recv_tokens;
+        p.peers.status->num_rows = num_rows;
+    }
+    // Whichever rank: all of them have one to name, and the same limits.
+    const bool fits = num_recv_tokens <= p.plan.max_recv_tokens && num_rows <= p.plan.max_rows;
+    if (fits || atomicCAS(&counts[kOverflow], 0, 1 + rank) != 0) return;
+    counts[kOverflowRows] = num_rows;
+    if (p.plan.fixed) return;
+    p.peers.status->overflow = 1 + rank;
+    p.peers.status->overflow_rows = num_rows;
+}
+
+// One block: counts for the handle, and for the host, which reads them after the flag. `sums` have room for all
+// experts.
 __device__ inline void write_counts(const PlanParams& p, uint32_t sequence, const ExpertSums& sums) {
+    static_assert(kMaxRanks <= kPlanThreads && kMaxSources <= kPlanThreads);
     const Peers& peers = p.peers;
-    const int num_local = peers.num_local_experts, first = peers.rank * num_local;
-    int32_t *counts = p.plan.counts, *expert_count = counts + kNumPlanCounts;
-    auto* host_counts = reinterpret_cast<volatile int32_t*>(peers.status + 1);
-    for (int e = threadIdx.x; e < num_local; e += kPlanThreads) {
-        expert_count[e] = host_counts[e] = sums.totals[first + e];
-        expert_count[num_local + e] = host_counts[num_local + e] = sums.starts[first + e];
+    const int i = threadIdx.x, num_local = peers.num_local_experts, first = peers.rank * num_local;
+    const int num_sources = peers.num_sources();
+    // Other warps than those of the sources, so that both load at once.
+    const int rank = kPlanThreads - 1 - i;
+    const int num_recv_tokens = rank < peers.num_ranks ? rows_before(p, sequence, num_sources, rank) : 0;
+    const int start = i < num_sources ? rows_before(p, sequence, i, peers.rank) : 0;
+    sum_experts(p, sequence, 0, nullptr, sums);
+    if (i == 0) p.plan.counts[kOverflow] = p.plan.counts[kOverflowRows] = 0;
+    if (i < num_sources) p.plan.source_start[i] = start;
+    if (rank == peers.rank) p.plan.source_start[num_sources] = num_recv_tokens;
+    const Stored counts{p.plan.counts + kNumPlanCounts, reinterpret_cast<volatile int32_t*>(peers.status + 1)};
+    for (int e = i; e < num_local; e += kPlanThreads) {
+        counts.store(e, sums.totals[first + e]);
+        counts.store(num_local + e, sums.starts[first + e]);
     }
-    for (int source = threadIdx.x; source <= peers.num_sources(); source += kPlanThreads) {
-        p.plan.source_start[source] = rows_before(p, sequence, source, peers.rank);
-    }
-    if (threadIdx.x == 0) {
-        expert_count[2 * num_local] = host_counts[2 * num_local] = sums.ends[peers.rank];
-        counts[kOverflow] = counts[kOverflowRows] = 0;
-    }
+    if (i == 0) counts.store(2 * num_local, sums.ends[peers.rank]);
     __syncthreads();
-    for (int rank = threadIdx.x; rank < peers.num_ranks; rank += kPlanThreads) {
-        const int num_recv_tokens = rows_before(p, sequence, peers.num_sources(), rank);
-        const int num_rows = num_rows_of(p, num_recv_tokens, sums.ends[rank]);
-        if (rank == peers.rank) {
-            counts[kNumRecvTokens] = peers.status->num_recv_tokens = num_recv_tokens;
-            counts[kNumRows] = peers.status->num_rows = num_rows;
-        }
-        // Whichever rank: all of them have one to name, and the same limits.
-        const bool fits = num_recv_tokens <= p.plan.max_recv_tokens && num_rows <= p.plan.max_rows;
-        if (fits || atomicCAS(&counts[kOverflow], 0, 1 + rank) != 0) continue;
-        counts[kOverflowRows] = num_rows;
-        if (p.plan.fixed) continue;
-        peers.status->overflow = 1 + rank;
-        peers.status->overflow_rows = num_rows;
+    if (rank < peers.num_ranks) {
+        write_rank(p, rank, num_recv_tokens, num_rows_of(p, num_recv_tokens, sums.ends[rank]));
     }
     if (p.ticket == 0) return;
     __threadfence_system();
     __syncthreads();
-    if (threadIdx.x == 0) *reinterpret_cast<volatile uint32_t*>(&peers.status->counts_ready) = p.ticket;
+    if (i == 0) *reinterpret_cast<volatile uint32_t*>(&peers.status->counts_ready) = p.ticket;
 }
 
 __device__ __host__ inline bool has_padding(const DevicePlan& plan) {

@@ -30,8 +30,10 @@ SegmentLayout make_segment_layout(const DeviceSizes& sizes) {
     area.header_at = cursor.take(sizeof(AreaHeader));
     area.rank_total_at = cursor.take(int64_t{sizes.num_parts} * sizes.num_ranks * 4);
     area.expert_total_at = cursor.take(int64_t{sizes.num_parts} * sizes.num_experts * 4);
-    area.chunk_rank_at = cursor.take(sizes.num_chunks() * sizes.num_ranks * 4);
-    area.chunk_expert_at = cursor.take(sizes.num_chunks() * sizes.num_experts * 4);
+    area.rank_columns = (sizes.num_ranks + 3) / 4 * 4;
+    area.expert_columns = (sizes.num_experts + 3) / 4 * 4;
+    area.chunk_rank_at = cursor.take(sizes.num_chunks() * area.rank_columns * 4);
+    area.chunk_expert_at = cursor.take(sizes.num_chunks() * area.expert_columns * 4);
     area.topk_idx_at = cursor.take(routes * 4);
     area.topk_weights_at = cursor.take(routes * 4);
     area.locations_at = cursor.take(routes * 4);

@@ -42,8 +42,10 @@ struct AreaLayout {
     int64_t header_at = 0;        // AreaHeader
     int64_t rank_total_at = 0;    // int32 [P, N]: token rows of each part for each rank
     int64_t expert_total_at = 0;  // int32 [P, E]: routes of each part for each expert
-    int64_t chunk_rank_at = 0;    // int32 [C, N]: token rows for each rank in the chunks before, of the same part
-    int64_t chunk_expert_at = 0;  // int32 [C, E]: routes for each expert in these
+    // Token rows for each rank, and routes for each expert, in the chunks before, of the same part. Rows are padded,
+    // for vector loads.
+    int64_t chunk_rank_at = 0;    // int32 [C, rank_columns]
+    int64_t chunk_expert_at = 0;  // int32 [C, expert_columns]
     int64_t topk_idx_at = 0;      // int32 [T, K]
     int64_t topk_weights_at = 0;  // float [T, K]
     int64_t locations_at = 0;     // int32 [T, K]
@@ -51,6 +53,8 @@ struct AreaLayout {
     int64_t scales_at = 0;        // float [T, H / 128]
     int64_t rows_at = 0;
     int64_t bytes = 0;
+    int rank_columns = 0;    // N, and padding
+    int expert_columns = 0;  // E, and padding
 };
 
 struct SegmentLayout {

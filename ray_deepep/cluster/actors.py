@@ -295,6 +295,7 @@ def _init_process_group(world: RayExchange, spec: _JoinSpec) -> None:
         "WORLD_SIZE": str(spec.world_size),
         "LOCAL_RANK": "0",  # an actor sees only its own GPUs
     }
+    os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")  # see worker.py
     deadline_s = spec.config.bootstrap_deadline_s
     try:
         call_within(

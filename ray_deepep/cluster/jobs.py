@@ -32,6 +32,7 @@ _SETTLE_S = 30.0
 _AGENT_S = 60.0
 _NO_AGENT = "No available agent"
 _LOOK_EVERY_S = 0.2
+_PENDING_S = 30.0
 _LOG_ATTEMPTS = 5
 _MAX_SHOWN = 8
 _CHATTY = ("ray", "ray.dashboard.modules.dashboard_sdk", "ray.dashboard.modules.job.sdk")
@@ -146,14 +147,15 @@ class JobClient:
     def follow(self, job_id: str, show: Callable[[str], None]) -> str:
         """Hand every line of a job's log to ``show``, without what Ray writes before it; returns the job's status.
 
-        It waits as long as the job runs. A log that breaks off while it does is taken up again where it was.
+        It waits as long as the job runs, and says every half minute that it has not started, if so, and what Ray says
+        about that. A log that breaks off while the job runs is taken up again where it was.
         """
         shown = 0
         for _ in range(_LOG_ATTEMPTS):
             rest = _Rest(show, skip=shown)
             broken: Exception | None = None
             try:
-                asyncio.run(self._follow(job_id, rest))
+                asyncio.run(self._follow(job_id, rest, show))
             except (OSError, RuntimeError) as error:
                 broken = error
             shown = max(shown, rest.seen)
@@ -163,14 +165,28 @@ class JobClient:
         reason = "it ended" if broken is None else _last_line(broken)
         raise ClusterUnreachableError(self.url, f"the log of {job_id} broke off {_LOG_ATTEMPTS} times: {reason}")
 
-    async def _follow(self, job_id: str, show: Callable[[str], None]) -> None:
-        rest = ""
-        async for chunk in self._client.tail_job_logs(job_id):
-            *complete, rest = (rest + chunk).split("\n")
-            for line in complete:
-                show(job_log.bare(line))
-        if rest:
-            show(job_log.bare(rest))
+    async def _follow(self, job_id: str, show: Callable[[str], None], say: Callable[[str], None]) -> None:
+        """``say`` takes what stands in no log."""
+        waiting = asyncio.ensure_future(self._say_while_pending(job_id, say))
+        try:
+            rest = ""
+            async for chunk in self._client.tail_job_logs(job_id):
+                *complete, rest = (rest + chunk).split("\n")
+                for line in complete:
+                    show(job_log.bare(line))
+            if rest:
+                show(job_log.bare(rest))
+        finally:
+            waiting.cancel()
+
+    async def _say_while_pending(self, job_id: str, say: Callable[[str], None]) -> None:
+        begin = time.monotonic()
+        while True:
+            await asyncio.sleep(_PENDING_S)
+            details = await asyncio.to_thread(self._details, job_id)
+            if details.status is not JobStatus.PENDING:
+                return
+            say(f"waiting: {job_id} has not started after {time.monotonic() - begin:.0f} s: {details.message}")
 
     def wait(self, job_id: str, deadline_s: float) -> str:
         """The job's status (``SUCCEEDED``, ...) once it has ended, or after ``deadline_s`` seconds."""

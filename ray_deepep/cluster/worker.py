@@ -72,6 +72,8 @@ def start_worker(spec: WorkerSpec) -> WorkerStart:
     Runs on the actor's main thread; what is made here is used by the training thread.
     """
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = spec.master_addr, str(spec.master_port)
+    # Else NCCL's watchdog ends the process after an error of a kernel, before the worker can say what it was.
+    os.environ.setdefault("TORCH_NCCL_RETHROW_CUDA_ERRORS", "0")
     _set_torch_distributed_env_vars()
     TorchConfigContextManager().__enter__()  # all it does: this thread's CUDA device
     _setup_torch_process_group(
