@@ -35,8 +35,8 @@ BUSY_CYCLES = 2_000_000
 """About a millisecond, in which the host gets ahead of the GPU."""
 _TERMS = (
     "*p50* and *p99* of single replays: of a graph with one call between two events, which are in the figures and add "
-    "some microseconds; *send*: how long a call with a hook keeps the GPU busy before the hook, between two events too, and its "
-    "kernel alone, by the profiler. "
+    "some microseconds; *send*: how long a call with a hook keeps the GPU busy before the hook, between two events, "
+    "and its kernel alone. "
     "*Exact* brings back a row for each route, not one for each token and rank. *Heap* is memory that peers read, per "
     "rank."
 )
