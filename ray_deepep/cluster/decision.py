@@ -59,13 +59,15 @@ def _candidates(faults: Sequence[RankFault], statuses: Mapping[int, RankStatus])
     accused = {s.accuses for s in statuses.values() if s.state is RankState.MISMATCHED and s.accuses is not None}
     return (
         ("node_died", in_state[RankState.NODE_LOST]),
-        ("died", in_state[RankState.DEAD] or seen_dead),
+        ("died", in_state[RankState.DEAD]),
         ("stopped", in_state[RankState.STOPPED]),
         ("gpu_failed", failed_gpu),
         ("out_of_memory", in_state[RankState.OUT_OF_MEMORY]),
         ("device_failed", in_state[RankState.DEVICE_FAILED]),
         ("mismatch", accused),
         ("raised", in_state[RankState.RAISED]),
+        # After what ranks say themselves: one whose GPU failed looks dead to its peers' kernels.
+        ("died", seen_dead),
         ("late", _roots([fault for fault in faults if fault.record.cause == "timeout"])),
         ("closed", _roots([fault for fault in faults if fault.record.cause in ("peer_closed", "aborted")])),
         ("hung", _idle(in_state[RankState.RUNNING], in_state[RankState.COLLECTIVE], statuses)),

@@ -122,12 +122,14 @@ class FaultSupervisor(ControllerCallback, WorkerGroupCallback):
         return read_board(self._board, self._attempt, ANSWER_DEADLINE_S)
 
     def _find(self, statuses: Mapping[int, Any], reports: Mapping[int, HealthReport]) -> Culprit | None:
-        culprit = self._decide(statuses, reports)
-        if culprit is None or culprit.cause not in _CERTAIN:
+        culprit, runs = self._decide(statuses, reports)
+        # Dead to its peers, and its process runs: the error that made it leave has not arrived yet.
+        leaving = culprit is not None and (culprit.cause == "closed" or (culprit.cause == "died" and runs))
+        if culprit is None or leaving or culprit.cause not in _CERTAIN:
             time.sleep(_SETTLE_S)
-            if culprit is not None and culprit.cause == "closed":
+            if leaving:
                 self._ask_for_error(culprit.world_rank, statuses[culprit.world_rank])
-            culprit = self._decide(statuses, self._reports() or reports)
+            culprit, _ = self._decide(statuses, self._reports() or reports)
         return culprit
 
     def _ask_for_error(self, rank: int, status: Any) -> None:
@@ -139,11 +141,14 @@ class FaultSupervisor(ControllerCallback, WorkerGroupCallback):
             except ray.exceptions.RayError as error:
                 logger.debug("rank %d does not say why it left: %s", rank, error)
 
-    def _decide(self, statuses: Mapping[int, Any], reports: Mapping[int, HealthReport]) -> Culprit | None:
+    def _decide(self, statuses: Mapping[int, Any], reports: Mapping[int, HealthReport]) -> tuple[Culprit | None, bool]:
+        """Whom to blame, and whether that rank seems to run."""
         ep_size = self._config.ep_size_of(len(self._group))
         evidence = gather_evidence(self._group, statuses, reports, ep_size)
         logger.debug("evidence: %s", evidence.to_json())
-        return decide_culprit(evidence.faults, evidence.statuses)
+        culprit = decide_culprit(evidence.faults, evidence.statuses)
+        runs = culprit is not None and evidence.statuses[culprit.world_rank].state is RankState.RUNNING
+        return culprit, runs
 
     def _silent(self, reports: Mapping[int, HealthReport]) -> Culprit | None:
         """Of the ranks that answer no poll, one that is gone, or has been stopped for a communicator's deadline."""
