@@ -31,6 +31,7 @@ from .run import RunOptions, add_options
 
 NAME = "plan_check"
 RESULTS_PATH = RESULTS / f"{NAME}.jsonl"
+SIDES = ("dispatch", "combine")
 WITHIN = 0.2
 """The share of its measurement by which a prediction may be off to count as close."""
 
@@ -107,6 +108,8 @@ def run_machine(machine: Machine, *, num_rounds: int, options: RunOptions) -> li
     asked = [dataclasses.asdict(case) for case in (*fitted, *checked_cases(machine))]
     times = run_ranks(measure, machine.num_ranks, dataclasses.asdict(machine), asked, num_rounds)
     facts |= {"others_cpu": round(others.share(), 3), "num_rounds": num_rounds}
+    # In the order of fitting_cases: what another model would have to start from.
+    facts["fitted_us"] = [[round(entry[f"{side}_us"], 1) for side in SIDES] for entry in times[: len(fitted)]]
     element_size = getattr(torch, machine.dtype).itemsize
     report = {
         "transport": machine.transport,
@@ -121,7 +124,7 @@ def run_machine(machine: Machine, *, num_rounds: int, options: RunOptions) -> li
     for entry in map(OperationTime.from_json, times[len(fitted) :]):
         workload = workload_of(entry.case, machine.num_ranks, machine.transport, element_size)
         planned = {plan.operation: plan.us for plan in predict(workload, costs).operations}
-        for side in ("dispatch", "combine"):
+        for side in SIDES:
             name = f"low_latency_{side}" if entry.case.low_latency else side
             records.append(
                 facts

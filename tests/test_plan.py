@@ -102,12 +102,32 @@ def test_constants_of_gpus_tell_the_link_from_copies() -> None:
         times.append(dataclasses.asdict(OperationTime(case=case, **us)))
     costs = fit_costs(report(transport="cuda", row_bytes=14336, operations=times), source="test")
     assert costs.link_gb_per_s == pytest.approx(300, rel=0.01)
-    ((num_bytes, us),) = costs.operations["dispatch"].copy_us
+    ((num_bytes, us),) = costs.operations["expert_major_dispatch"].copy_us
     assert us == pytest.approx(num_bytes / 1000e3, rel=0.01)
     assert costs.num_cores is None and "low_latency_dispatch" not in costs.operations
     workload = layer(num_nodes=1, gpus_per_node=2, hidden=4096, num_tokens=8192, rows_in_heap=True, cached_plan=True)
     expected = 20 + dispatch_bytes(workload).link / 300e3
     assert planned(workload, costs)["dispatch"] == pytest.approx(expected, rel=0.01)
+    by_expert = dataclasses.replace(workload, layout="expert_major")
+    expected = 20 + dispatch_bytes(by_expert).copied / 1000e3
+    assert planned(by_expert, costs)["dispatch"] == pytest.approx(expected, rel=0.01)
+
+
+def test_layouts_have_costs_of_their_own_on_gpus() -> None:
+    """Ranks that share a GPU: no link slows token-major rows down, whose bytes cost less than expert-major ones."""
+    cases = fitting_cases(transport="cuda", num_ranks=4, hidden=7168, num_tokens=4096)
+    rates, times = {"token_major": 2000e3, "expert_major": 800e3}, []
+
+    def combine_us(case: OperationCase) -> float:
+        return 20.0 + combine_bytes(workload_of(case, 4, "cuda", 2)).copied / rates[case.layout]
+
+    for case in cases:
+        times.append(dataclasses.asdict(OperationTime(case=case, dispatch_us=20.0, combine_us=combine_us(case))))
+    costs = fit_costs(report(transport="cuda", num_ranks=4, row_bytes=14336, operations=times), source="test")
+    for layout in rates:
+        asked = dataclasses.replace(cases[3], num_topk=2, num_tokens=3000, layout=layout)
+        us = planned(workload_of(asked, 4, "cuda", 2), costs)["combine"]
+        assert us == pytest.approx(combine_us(asked), rel=0.01)
 
 
 @needs_core

@@ -5,7 +5,9 @@ The model of an operation, which :mod:`predict` applies to expected traffic:
     time = latency + max(link bytes / link GB/s, copy(bytes written)) + staged bytes / stage GB/s + plan
     plan = plan_us + plan_ns_per_route * N * T * K, for routing that is new
 
-``copy`` is a line through measured points (bytes, us), because bytes that stay in a cache cost less than others.
+``copy`` is a line through measured points (bytes, us), because bytes that stay in a cache cost less than others. On
+GPUs token-major and expert-major rows have a line each; for as many ranks as were measured, the former's has the link
+in it.
 Between nodes one hop comes before (dispatch) or after it (combine): rdma latency + rdma bytes / rdma GB/s.
 """
 
@@ -18,6 +20,8 @@ from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+EXPERT_MAJOR = "expert_major_"
+"""Before the name of an operation in ``Costs.operations``: with rows by expert, where that was measured by itself."""
 OPERATIONS = ("dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
 
 
@@ -45,7 +49,7 @@ class Costs:
     num_cores: int | None
     """Cores that these ranks shared; None on GPUs, which share nothing."""
     operations: Mapping[str, OperationCosts]
-    """By name; those of low-latency calls may be missing."""
+    """By name; those of low-latency calls may be missing, and those of expert-major rows: they cost the same then."""
     link_gb_per_s: float | None
     """What a GPU reads over NVLink while it is read from; None where ranks share memory, and links are copies."""
     plan_us: float = 0.0
@@ -76,7 +80,8 @@ def default_costs(transport: str) -> Costs:
     """Constants for a machine that nobody measured. GPUs: two H100s joined by NVLink 4, rows moved by 24 SMs."""
     if transport == "cuda":
         # Measured: 330 GB/s while both directions are busy; 1,080 GB/s for copies of 24 SMs within a GPU; 10 us for a
-        # kernel with a barrier, launched in a loop; 31 us for publish and plan of new routing.
+        # kernel with a barrier, launched in a loop; on 2 H200 39 us for new routing, until the host knows the counts
+        # and has launched the rest (20 us of it publish and plan).
         operation = _one_rate(10.0, 1080.0)
         return Costs(
             source="defaults, measured on 2 H100 with NVLink 4, 24 SMs (docs/plan.md)",
@@ -85,7 +90,7 @@ def default_costs(transport: str) -> Costs:
             num_cores=None,
             operations=MappingProxyType(dict.fromkeys(OPERATIONS, operation)),
             link_gb_per_s=330.0,
-            plan_us=31.0,
+            plan_us=39.0,
             rdma_gb_per_s=RDMA_GB_PER_S,
             rdma_latency_us=RDMA_LATENCY_US,
             notes=("staging is taken to be hidden under the transfer",),

@@ -11,7 +11,7 @@ from typing import Any
 
 from ..doctor.operations import OperationCase, OperationTime
 from ..errors import InvalidArgumentError
-from .costs import RDMA_GB_PER_S, RDMA_LATENCY_US, Costs, OperationCosts, from_pairs
+from .costs import EXPERT_MAJOR, RDMA_GB_PER_S, RDMA_LATENCY_US, Costs, OperationCosts, from_pairs
 from .moved import Moved, combine_bytes, dispatch_bytes, low_latency_bytes
 from .workload import Workload
 
@@ -93,8 +93,10 @@ def _fit(times: list[OperationTime], *, source: str, common: dict[str, Any], ele
     largest, operations = base[-1], {}
     for side in ("dispatch", "combine"):
         stage_us = max(0.0, staged.us(side) - largest.us(side)) / staged.moved[side].staged
-        # GPUs: token-major rows wait for the link, so that copies show in expert-major ones alone.
-        operations[side] = _operation([base[0], *expert_major] if expert_major else base, side, stage_us)
+        operations[side] = _operation(base, side, stage_us)
+        if expert_major:
+            # GPUs: token-major rows wait for the link, so that copies show in expert-major ones alone.
+            operations[f"{EXPERT_MAJOR}{side}"] = _operation([base[0], *expert_major], side, stage_us)
         if low_latency:
             operations[f"low_latency_{side}"] = _operation(low_latency, side, 0.0)
     link = None

@@ -5,7 +5,17 @@ from __future__ import annotations
 import dataclasses
 
 from ..errors import InvalidArgumentError
-from .costs import RDMA_GB_PER_S, RDMA_LATENCY_US, RDMA_NOTE, Costs, OperationCosts, contention, copy_us, scaled
+from .costs import (
+    EXPERT_MAJOR,
+    RDMA_GB_PER_S,
+    RDMA_LATENCY_US,
+    RDMA_NOTE,
+    Costs,
+    OperationCosts,
+    contention,
+    copy_us,
+    scaled,
+)
 from .memory import Memory, expected_memory
 from .moved import Moved, combine_bytes, dispatch_bytes, low_latency_bytes
 from .traffic import Traffic, expected_traffic
@@ -60,7 +70,10 @@ def predict(workload: Workload, costs: Costs) -> Prediction:
         for side in ("dispatch", "combine"):
             moved[f"low_latency_{side}"] = low_latency_bytes(workload, side)
     factor = _shared_cores(workload, costs)
-    known = {name: scaled(operation, factor) for name, operation in costs.operations.items()}
+    by_name = dict(costs.operations)
+    if workload.layout == "expert_major":
+        by_name |= {name: by_name[EXPERT_MAJOR + name] for name in moved if EXPERT_MAJOR + name in by_name}
+    known = {name: scaled(operation, factor) for name, operation in by_name.items()}
     plan_us = (costs.plan_us + costs.plan_ns_per_route * 1e-3 * _routes_read(workload)) * factor
     operations = tuple(
         _operation(
