@@ -42,7 +42,7 @@ class Demo:
 @pytest.mark.timeout(600)
 def test_demo_runs_both_backends_and_compares(tmp_path):
     shared_memory = set(os.listdir("/dev/shm"))
-    demo = Demo(tmp_path / "demo", "--steps", "40")
+    demo = Demo(tmp_path / "demo", "--preset", "tiny")
     text, _ = demo.process.communicate(timeout=580)
     assert demo.process.returncode == 0, text
     assert re.search(r"ray_deepep +stock +ratio", text)
