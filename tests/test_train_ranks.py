@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from harness import RankPool, shm_problem
-from train_cases import HALF, SilentComm, losses, tiny, train, train_error, train_until
+from train_cases import HALF, SilentComm, losses, tiny, train, train_error, train_until, train_with_broken_gradients
 
 from train.metrics import read_metrics
 
@@ -90,6 +90,19 @@ def test_error_on_the_reading_rank_reaches_all(ranks, tmp_path):
     assert errors[0] == errors[1]
     assert errors[0][0] == "DataError"
     assert f"{empty}: the folder holds no files" in errors[0][1]
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16"])
+def test_broken_gradients_are_an_error_before_anything_is_saved(ranks, tmp_path, dtype):
+    """On one rank, with losses that are numbers still: the checkpoint of that very step must not be written."""
+    stage = 1 if dtype == "bf16" else 0
+    fields = {"model.dtype": dtype, "optim.zero_stage": stage, "run.checkpoint_every": 1}
+    config = tiny(tmp_path / "run", **fields)
+    errors = ranks.run(2, train_with_broken_gradients, config.to_json(), 3)
+    for kind, text in errors:
+        assert kind == "TrainingDivergedError" and "the gradients' norm of step 3 is nan" in text
+    saved = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step_*"))
+    assert saved and saved[-1] == "step_000002"
 
 
 @pytest.mark.slow

@@ -6,6 +6,7 @@ They run in a process of their own, which makes its own process group.
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -187,7 +188,7 @@ def test_expert_load_is_written_every_nth_step_and_last(alone, tmp_path):
 def test_divergence_is_an_error_and_not_saved(alone, tmp_path):
     [(kind, text)] = alone.run(train_error, tiny(tmp_path / "run", **{"optim.lr": 1e30}).to_json())
     assert kind == "TrainingDivergedError"
-    assert "the loss of step" in text and "lower optim.lr" in text
+    assert re.search(r"the (loss|gradients' norm) of step", text) and "lower optim.lr" in text
     assert not list((tmp_path / "run" / "checkpoints").glob("step_*"))
 
 

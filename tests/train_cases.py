@@ -80,6 +80,27 @@ def train_error(_, config_json: str):
     return type(error).__name__, str(error)
 
 
+def train_with_broken_gradients(context, config_json: str, step: int):
+    """The error of a run in which one gradient of the last rank's is NaN in this step, while all losses are numbers."""
+    from unittest import mock
+
+    from train import trainer
+
+    def build(*args, **kwargs):
+        engine = build_engine(*args, **kwargs)
+        calls = iter(range(1, 100))
+
+        def spoil(grad):
+            return grad * float("nan") if next(calls) == step and context.rank == context.num_ranks - 1 else grad
+
+        next(iter(engine.module.parameters())).register_hook(spoil)
+        return engine
+
+    build_engine = trainer.build_engine
+    with mock.patch.object(trainer, "build_engine", build):
+        return train_error(context, config_json)
+
+
 def choose(_, root: Path):
     """Name of the checkpoint a resuming run picks and what it passed over, or the error."""
     import torch

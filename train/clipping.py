@@ -12,13 +12,23 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from deepspeed.moe.utils import is_moe_param
+from deepspeed.runtime.utils import clip_grad_norm_
 from deepspeed.utils import groups
 
 _EPSILON = 1e-6  # DeepSpeed's
 
 
-def clip_whole_gradient(engine: Any) -> None:
-    """Scale the gradients of a DeepSpeed engine without ZeRO, averaged already, to its clipping norm. Collective."""
+def clip_as_deepspeed(engine: Any) -> float:
+    """What an engine without ZeRO does by itself; but the norm is returned."""
+    params, limit = engine.module.parameters(), engine.gradient_clipping()
+    return float(clip_grad_norm_(parameters=params, max_norm=limit, mpu=engine.mpu))
+
+
+def clip_whole_gradient(engine: Any) -> float:
+    """Scale the gradients of a DeepSpeed engine without ZeRO, averaged already, to its clipping norm. Collective.
+
+    Returns the norm.
+    """
     params = [param for param in engine.module.parameters() if param.grad is not None]
     dense = torch.zeros((), dtype=torch.float64, device=params[0].device)
     experts = torch.zeros_like(dense)
@@ -34,3 +44,4 @@ def clip_whole_gradient(engine: Any) -> None:
     factor = float(torch.clamp(engine.gradient_clipping() / (norm + _EPSILON), max=1.0))
     for param in params:
         param.grad.mul_(factor)
+    return float(norm)

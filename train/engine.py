@@ -5,6 +5,8 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import deepspeed
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups, logger
 
-from train.clipping import clip_whole_gradient
+from train.clipping import clip_as_deepspeed, clip_whole_gradient
 from train.config import TrainConfig
 from train.distributed import World
 from train.errors import ConfigError
@@ -76,8 +78,18 @@ def _generated_config(config: TrainConfig) -> dict[str, Any]:
         "steps_per_print": _NEVER,
     }
     if config.model.dtype == "bf16":
-        generated["bf16"] = {"enabled": True}
+        # With clipping, the norm that it takes shows an overflow: no need for eight operations per parameter and step.
+        generated["bf16"] = {"enabled": True, "check_grad_overflow": optim.grad_clip == 0}
     return generated
+
+
+def has_broken_gradients(engine: deepspeed.DeepSpeedEngine) -> bool:
+    """Whether weights were just changed by gradients that are no finite numbers.
+
+    Waits for the step. False where no norm is taken, and where DeepSpeed left such a step out.
+    """
+    norm = engine.get_global_grad_norm()
+    return norm is not None and not getattr(engine.optimizer, "overflow", False) and not 0 <= float(norm) < math.inf
 
 
 def _read_json(path: str) -> dict[str, Any]:
@@ -112,7 +124,7 @@ def build_engine(
     engine, *_ = deepspeed.initialize(
         model=model,
         model_parameters=split_params_into_different_moe_groups_for_optimizer(param_groups),
-        config=ds_config,
+        config=_with_fused_adam(ds_config, world),
     )
     name = f"ep_size_{ep_size}"
     if engine.has_moe_layers and groups._get_expert_parallel_rank(name) != ep_rank:
@@ -120,9 +132,23 @@ def build_engine(
         raise RuntimeError(f"DeepSpeed put rank {world.rank} at another place of its EP group than {ep_rank}")
     if config.run.is_elastic:
         check_optimizer(engine)
-        if not engine.zero_optimization():
-            engine.clip_fp32_gradients = functools.partial(clip_whole_gradient, engine)
+    if not engine.zero_optimization():
+        clip = clip_whole_gradient if config.run.is_elastic else clip_as_deepspeed
+        engine.clip_fp32_gradients = functools.partial(_clip, engine, clip)
     return engine
+
+
+def _clip(engine: deepspeed.DeepSpeedEngine, clip: Callable[[deepspeed.DeepSpeedEngine], float]) -> None:
+    engine._global_grad_norm = clip(engine)  # where ZeRO's optimizers leave it
+
+
+def _with_fused_adam(ds_config: dict[str, Any], world: World) -> dict[str, Any]:
+    """On GPUs, torch's AdamW in one kernel instead of a pass over memory for each operation; unless the user says."""
+    optimizer = ds_config.get("optimizer", {})
+    params = optimizer.get("params", {})
+    if world.device.type != "cuda" or not params.get("torch_adam") or {"fused", "foreach"} & params.keys():
+        return ds_config
+    return ds_config | {"optimizer": optimizer | {"params": params | {"fused": True}}}
 
 
 def _ep_rank(world: World, ep_size: int, data_before_expert: bool) -> int:

@@ -42,12 +42,16 @@ class CheckpointError(RuntimeError):
 
 
 class TrainingDivergedError(RuntimeError):
-    """The loss is no longer a finite number. Raised on every rank, before the broken state is saved."""
+    """The loss or the gradients' norm is no longer a finite number. Raised on every rank, before the broken state is
+    saved."""
 
-    def __init__(self, step: int, loss: float):
-        super().__init__(f"the loss of step {step} is {loss}: lower optim.lr or raise optim.warmup_steps, then resume")
+    def __init__(self, step: int, value: float, what: str = "loss"):
+        super().__init__(
+            f"the {what} of step {step} is {value}: lower optim.lr or raise optim.warmup_steps, then resume"
+        )
         self.step = step
-        self.loss = loss
+        self.value = value
+        self.what = what
 
     def __reduce__(self):
-        return type(self), (self.step, self.loss)
+        return type(self), (self.step, self.value, self.what)

@@ -91,7 +91,8 @@ def load_optimizer(engine: Any, folder: Path) -> None:
                 safe_set_full_fp32_param(named.param, state[_MASTER].to(named.param.device))
         else:
             moments = {key: state[key].to(named.param.device, copy=True) for key in _MOMENTS}
-            engine.optimizer.state[named.param] = {"step": _step_tensor(reader.step)} | moments
+            step = _step_tensor(reader.step, engine.optimizer, named.param)
+            engine.optimizer.state[named.param] = {"step": step} | moments
     if engine.lr_scheduler is not None:
         for group, lr in zip(engine.optimizer.param_groups, engine.lr_scheduler.get_lr(), strict=True):
             group["lr"] = lr
@@ -174,7 +175,7 @@ def _prepare_partitions(optimizer: Any, step: float) -> None:
     """Give each of ZeRO's flat partitions an Adam state, as a first update does, and link the parameters to it."""
     for flat in optimizer.single_partition_of_fp32_groups:
         zeros = {key: torch.zeros_like(flat) for key in _MOMENTS}
-        optimizer.optimizer.state[flat] = {"step": _step_tensor(step)} | zeros
+        optimizer.optimizer.state[flat] = {"step": _step_tensor(step, optimizer.optimizer, flat)} | zeros
     _link_partitions(optimizer)
 
 
@@ -199,5 +200,7 @@ def _step_of(engine: Any) -> float:
     return float(next(iter(_base(engine).state.values()))["step"])
 
 
-def _step_tensor(step: float) -> Tensor:
-    return torch.tensor(step, dtype=torch.float32)
+def _step_tensor(step: float, optimizer: torch.optim.Optimizer, param: Tensor) -> Tensor:
+    """Where torch keeps it: beside the parameter for a fused optimizer, else on the CPU."""
+    device = param.device if optimizer.defaults.get("fused") else torch.device("cpu")
+    return torch.tensor(step, dtype=torch.float32, device=device)

@@ -28,7 +28,7 @@ from train.clock import Clock
 from train.config import TrainConfig
 from train.data import TokenStore, build_token_store
 from train.distributed import World, cpu_threads, join_world, mean_over_ranks, on_main
-from train.engine import build_engine, quiet_deepspeed
+from train.engine import build_engine, has_broken_gradients, quiet_deepspeed
 from train.environment import describe_environment
 from train.errors import TrainingDivergedError
 from train.expert_load import ExpertLoad
@@ -213,12 +213,15 @@ class Trainer:
         num_calls = counts.num_dispatch + counts.num_combine
         # One reduction for all; wishes to stop travel along, so that every rank hears of them in the same step.
         wishes = [float(self._stop_asked()), float(self._handover is not None and self._handover.asked())]
-        loss, aux_loss, dispatch_ms, combine_ms, comm_calls, stop, handover = mean_over_ranks(
-            [*local_losses, counts.dispatch_ms, counts.combine_ms, num_calls, *wishes], self.world
+        broken = float(has_broken_gradients(self._engine))
+        loss, aux_loss, dispatch_ms, combine_ms, comm_calls, broken, stop, handover = mean_over_ranks(
+            [*local_losses, counts.dispatch_ms, counts.combine_ms, num_calls, broken, *wishes], self.world
         )
         self._stopping, self._yielding = stop > 0, handover > 0
         if not math.isfinite(loss):
             raise TrainingDivergedError(step, loss)
+        if broken > 0:
+            raise TrainingDivergedError(step, math.nan, "gradients' norm")
         num_tokens = self._shares.num_shares * optim.micro_batch * optim.grad_accum * self.config.data.seq_len
         return StepMetrics(
             step=step,
