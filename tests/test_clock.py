@@ -64,3 +64,22 @@ def test_the_host_waits_once_for_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Event.waits == 1
     timed.lap("optimizer")
     assert (timed.ms["optimizer"], timed.total_ms, Event.waits) == (1.0, 4.0, 2)
+
+
+def test_spans_are_booked_by_name_and_taken_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clock, "get_accelerator", Gpu)
+    monkeypatch.setattr(Event, "waits", 0)
+    spans = clock.Spans()
+    for name in ("dispatch", "combine", "dispatch"):
+        with spans.during(name):
+            pass
+    assert Event.waits == 0, "the host does not wait for what it times"
+    assert spans.take() == {"dispatch": [1.0, 1.0], "combine": [1.0]}
+    assert (Event.waits, spans.take(), Event.waits) == (1, {}, 1)
+
+
+def test_spans_on_a_cpu() -> None:
+    spans = clock.Spans()
+    with spans.during("dispatch"):
+        time.sleep(0.02)
+    assert spans.take()["dispatch"][0] >= 20.0

@@ -7,23 +7,22 @@ the weighted sum after it are not counted, nor is the wait for a rank that is la
 
 from __future__ import annotations
 
-import time
-
 import torch
-from deepspeed.accelerator import get_accelerator
 from deepspeed.moe import sharded_moe
 from torch import Tensor
+
+from train.clock import Spans
 
 
 class StockCommTimer:
     """Context manager: inside, MoE all-to-alls of this process are timed, forward and backward.
 
-    On a GPU each timed call waits for the device before and after, so that its own time is seen: use it to
-    compare communication, and leave it out to measure throughput alone.
+    On a GPU between two events in the stream, so that a step takes no longer for it.
     """
 
     def __init__(self) -> None:
         self._original: type | None = None
+        self._spans = Spans()
         self._reset()
 
     def __enter__(self) -> StockCommTimer:
@@ -45,14 +44,16 @@ class StockCommTimer:
 
     def comm_stats(self, reset: bool = True) -> dict[str, float]:
         """Milliseconds to the experts (`dispatch_ms`) and back (`combine_ms`), and `num_calls`, since the reset."""
-        stats = {"dispatch_ms": self._dispatch_ms, "combine_ms": self._combine_ms, "num_calls": self._num_calls}
+        for name, calls_ms in self._spans.take().items():
+            self._ms[name] += sum(calls_ms)
+            self._num_calls += len(calls_ms)
+        stats = {f"{name}_ms": ms for name, ms in self._ms.items()} | {"num_calls": self._num_calls}
         if reset:
             self._reset()
         return stats
 
     def _reset(self) -> None:
-        self._dispatch_ms = 0.0
-        self._combine_ms = 0.0
+        self._ms = {"dispatch": 0.0, "combine": 0.0}
         self._num_calls = 0
 
     def _timed_class(self, original: type) -> type:
@@ -75,16 +76,5 @@ class StockCommTimer:
         return TimedAllToAll
 
     def _run(self, original: type, group: object, x: Tensor, *, towards_experts: bool) -> Tensor:
-        synchronize = get_accelerator().synchronize if x.device.type != "cpu" else lambda: None
-        synchronize()
-        start = time.perf_counter()
-        with torch.no_grad():
-            y = original.apply(group, x)
-        synchronize()
-        elapsed_ms = (time.perf_counter() - start) * 1e3
-        if towards_experts:
-            self._dispatch_ms += elapsed_ms
-        else:
-            self._combine_ms += elapsed_ms
-        self._num_calls += 1
-        return y
+        with self._spans.during("dispatch" if towards_experts else "combine"), torch.no_grad():
+            return original.apply(group, x)
