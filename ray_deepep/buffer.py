@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import secrets
-import time
 
 import torch
 
@@ -17,6 +16,7 @@ from .communicator import Communicator
 from .errors import ClosedError, FaultRecord
 from .expert_rows import ExpertRowCalls
 from .float8 import Float8Cast, quantize
+from .gpu_times import GpuTimes
 from .handle import CombineResult, DispatchHandle, DispatchResult, Layout
 from .heap_tensors import HeapTensorCalls
 from .low_latency_buffer import LowLatencyCalls
@@ -86,7 +86,8 @@ class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
         self._progress = comm.progress
         with self._progress.during("allocate"):
             self._transport = comm.make_transport(self.geometry)
-        self._recorder = CommRecorder()
+        timed_on_gpu = comm.config.time_gpu_calls and self._transport.device.type == "cuda"
+        self._recorder = CommRecorder(GpuTimes() if timed_on_gpu else None)
         self._low_latency = self._make_low_latency()
         self._closed = False
         comm.adopt(self)
@@ -246,10 +247,10 @@ class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
         checks.devices(self._transport.device, topk_weights=topk_weights)
         handle = checks.handle(handle, self._identity)
         topk_weights = checks.row_weights(topk_weights, handle)
-        start = time.perf_counter()
+        begin = self._recorder.begin()
         with self._progress.during("combine"):
             home = self._transport.combine_weights(topk_weights, handle, num_sms)
-        self._recorder.add("combine", time.perf_counter() - start, 0, timed=not home.is_cuda)
+        self._recorder.add("combine", begin, 0, on_gpu=home.is_cuda)
         return home
 
     def stats(self, *, reset: bool = False) -> CommStats:
@@ -308,26 +309,25 @@ class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
         self.comm.check_usable(operation)
 
     def _dispatch(self, request: DispatchRequest) -> DispatchResult:
-        start = time.perf_counter()
+        begin = self._recorder.begin()
         with self._progress.during("dispatch"):
             if request.cast is not None and not self._transport.casts_rows:
                 rows = quantize(request.x, request.cast)
                 request = dataclasses.replace(request, x=rows.data, x_scales=rows.scales, cast=None)
             output = self._transport.dispatch(request)
-        seconds, num_bytes = time.perf_counter() - start, output.x.numel() * output.x.element_size()
-        self._recorder.add("dispatch", seconds, num_bytes, timed=not output.x.is_cuda)
+        self._recorder.add("dispatch", begin, output.x.numel() * output.x.element_size(), on_gpu=output.x.is_cuda)
         if request.handle is None and output.num_recv_tokens_per_expert is not None and not request.x.is_cuda:
             num_dropped = int((request.topk_idx < 0).sum())
             self._recorder.add_routes(output.num_recv_tokens_per_expert, num_dropped)
         return self._dispatch_result(request, output)
 
     def _combine(self, request: CombineRequest) -> CombineResult:
-        start = time.perf_counter()
+        begin = self._recorder.begin()
         with self._progress.during("combine"):
             output = self._transport.combine(request)
         given = request.expert_rows or (request.rows,)
         num_bytes = sum(rows.numel() for rows in given) * given[0].element_size()
-        self._recorder.add("combine", time.perf_counter() - start, num_bytes, timed=not output.x.is_cuda)
+        self._recorder.add("combine", begin, num_bytes, on_gpu=output.x.is_cuda)
         return CombineResult(x=output.x, topk_weights=output.topk_weights, routes=output.routes)
 
     def _dispatch_result(self, request: DispatchRequest, output: DispatchOutput) -> DispatchResult:

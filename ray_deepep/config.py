@@ -119,6 +119,10 @@ class CommConfig:
     heap_gib: float = dataclasses.field(default_factory=env.heap_gib)
     """Largest address space of one rank's part of a buffer's heap, GiB. Memory is used only where rows were written."""
 
+    time_gpu_calls: bool = dataclasses.field(default_factory=env.time_gpu_calls)
+    """Whether the times in ``CommStats`` are taken on GPUs too: two events around each call, some microseconds of the
+    host's time."""
+
     allow_shared_gpus: bool = dataclasses.field(default_factory=env.allow_shared_gpus)
     """Whether ranks on the same GPU are on purpose, as in tests under MPS. If not, transport ``cuda`` warns of them,
     and a run on Ray refuses them."""
@@ -137,6 +141,7 @@ class CommConfig:
                 raise InvalidArgumentError("heap_provider", self.heap_provider, "must be auto with transport nvshmem")
             object.__setattr__(self, "heap_provider", "nvshmem")
         check_bool("allow_shared_gpus", self.allow_shared_gpus)
+        check_bool("time_gpu_calls", self.time_gpu_calls)
 
     def _check_numbers(self) -> None:
         for name, largest in _LARGEST.items():

@@ -14,6 +14,7 @@
 | ``RAY_DEEPEP_PLACEMENT_WAIT_S`` | ``60`` | seconds that a run on Ray waits for room for its workers |
 | ``RAY_DEEPEP_HANG_DEADLINE_S`` | ``0`` | seconds without progress of any rank that are a hang, on Ray; 0: none |
 | ``RAY_DEEPEP_ALLOW_SHARED_GPUS`` | ``0`` | ``1``: ranks on the same GPU are no mistake (tests under MPS) |
+| ``RAY_DEEPEP_TIME_GPU_CALLS`` | ``0`` | ``1``: calls are timed on GPUs too, between events |
 | ``RAY_DEEPEP_NUM_THREADS`` | ``0`` | copy threads of a rank's CPU core; 0: cores of the host / ranks on it |
 | ``RAY_DEEPEP_LAYOUT`` | ``padded`` | rows that DeepSpeed's experts see: ``padded`` (as stock) or ``compact`` |
 | ``RAY_DEEPEP_EXPERTS`` | ``auto`` | experts run in a ``loop``, as ``grouped`` products, or ``auto``: by device |
@@ -132,6 +133,11 @@ def hang_deadline_s() -> float:
 def allow_shared_gpus() -> bool:
     """``RAY_DEEPEP_ALLOW_SHARED_GPUS``."""
     return _read("RAY_DEEPEP_ALLOW_SHARED_GPUS", "0", _choice("0", "1"), "must be 0 or 1") == "1"
+
+
+def time_gpu_calls() -> bool:
+    """``RAY_DEEPEP_TIME_GPU_CALLS``."""
+    return _read("RAY_DEEPEP_TIME_GPU_CALLS", "0", _choice("0", "1"), "must be 0 or 1") == "1"
 
 
 def num_threads() -> int:

@@ -7,7 +7,12 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from .gpu_times import GpuTimes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,7 +52,8 @@ class CommStats:
     heap_bytes: int | None = None
     """As in :class:`TransportCounters`; not reset."""
     timed: bool = True
-    """Whether ms are those of the operations: False where calls return before the rows are there (GPUs)."""
+    """Whether ms are those of the operations. False on GPUs, where calls return before the rows are there, unless
+    ``CommConfig.time_gpu_calls``: ms are then those of the calls that had ended when this was asked for."""
 
     def __add__(self, other: CommStats) -> CommStats:
         names = ("num_dispatch", "num_combine", "dispatch_ms", "combine_ms", "dispatch_bytes", "combine_bytes")
@@ -68,10 +74,24 @@ def add_counts(ours: Sequence[int] | None, others: Sequence[int] | None) -> tupl
     return tuple(a + b for a, b in itertools.zip_longest(ours, others, fillvalue=0))
 
 
-class CommRecorder:
-    """Counts for one buffer. Plain numbers: it runs twice per operation."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Begin:
+    """When an operation began."""
 
-    def __init__(self) -> None:
+    at_s: float
+    """By the host's clock."""
+    event: Any
+    """In the GPU's stream; None where calls are not timed there."""
+
+
+class CommRecorder:
+    """Counts for one buffer. Plain numbers: it runs twice per operation.
+
+    gpu_times: a ``GpuTimes``, where calls are to be timed on the GPU.
+    """
+
+    def __init__(self, gpu_times: GpuTimes | None = None) -> None:
+        self._gpu_times = gpu_times
         self._timed = True
         self._seen: TransportCounters | None = None
         self._clear()
@@ -83,12 +103,19 @@ class CommRecorder:
         self._tokens: tuple[int, ...] | None = None
         self._dropped: int | None = None
 
-    def add(self, operation: str, seconds: float, num_bytes: int, *, timed: bool = True) -> None:
-        """Count one ``dispatch`` or ``combine``. timed: whether it had ended when it returned."""
-        self._timed = self._timed and timed
+    def begin(self) -> Begin:
+        """Before an operation."""
+        return Begin(at_s=time.perf_counter(), event=self._gpu_times.mark() if self._gpu_times else None)
+
+    def add(self, operation: str, begin: Begin, num_bytes: int, *, on_gpu: bool = False) -> None:
+        """Count one ``dispatch`` or ``combine``. on_gpu: it may still run there when its call returns."""
         self._calls[operation] += 1
-        self._seconds[operation] += seconds
         self._bytes[operation] += num_bytes
+        if on_gpu and self._gpu_times is not None:
+            self._timed = self._gpu_times.add(operation, begin.event) and self._timed
+            return
+        self._timed = self._timed and not on_gpu
+        self._seconds[operation] += time.perf_counter() - begin.at_s
 
     def add_routes(self, num_tokens_per_expert: Sequence[int], num_dropped: int) -> None:
         """Count what the plan of one dispatch says, where the host knows it."""
@@ -98,11 +125,12 @@ class CommRecorder:
     def stats(self, counters: TransportCounters | None = None, *, reset: bool = False) -> CommStats:
         """Totals since the last reset. counters: the transport's, as they are now."""
         since = _difference(counters, self._seen)
+        on_gpu_ms = self._gpu_times.take_ms(reset=reset) if self._gpu_times else {}
         stats = CommStats(
             num_dispatch=self._calls["dispatch"],
             num_combine=self._calls["combine"],
-            dispatch_ms=self._seconds["dispatch"] * 1e3,
-            combine_ms=self._seconds["combine"] * 1e3,
+            dispatch_ms=self._seconds["dispatch"] * 1e3 + on_gpu_ms.get("dispatch", 0.0),
+            combine_ms=self._seconds["combine"] * 1e3 + on_gpu_ms.get("combine", 0.0),
             dispatch_bytes=self._bytes["dispatch"],
             combine_bytes=self._bytes["combine"],
             wait_ns=None if since is None else since.wait_ns,

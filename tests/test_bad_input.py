@@ -138,6 +138,7 @@ def test_bad_settings(make: Callable[[], Any], message: str) -> None:
         (lambda: CommConfig(num_sms=1.5), "num_sms: must be an int; got 1.5"),
         (lambda: CommConfig(num_threads=True), "num_threads: must be an int; got True"),
         (lambda: CommConfig(allow_shared_gpus="no"), "allow_shared_gpus: must be a bool; got 'no'"),
+        (lambda: CommConfig(time_gpu_calls=1), "time_gpu_calls: must be a bool; got 1"),
         (lambda: CommConfig(transport=3), "transport: must be a str; got 3"),
         (lambda: CommConfig(heap_provider=None), "heap_provider: must be a str; got None"),
         (lambda: ExpertMajor(1.5), "alignment: must be an int; got 1.5"),

@@ -57,7 +57,7 @@ class StuckSink(ListSink):
 
 def test_counters_are_differences_since_the_last_reset():
     recorder = CommRecorder()
-    recorder.add("dispatch", 0.5, 1000)
+    recorder.add("dispatch", recorder.begin(), 1000)
     recorder.add_routes((3, 1), 2)
     first = recorder.stats(COUNTERS, reset=True)
     assert (first.wait_ns, first.recv_bytes, first.heap_bytes) == ((0, 5000), (100, 200), 4096)

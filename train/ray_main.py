@@ -246,7 +246,7 @@ def _torch_config(config: TrainConfig, options: RayOptions) -> Any:
     hang_deadline_s = ExpertParallelConfig().hang_deadline_s or timeout_s
     ep_sizes = ep_sizes_of(config, options)
     return ExpertParallelConfig(
-        comm=CommConfig() if options.num_sms is None else CommConfig(num_sms=options.num_sms),
+        comm=CommConfig(time_gpu_calls=True, **({} if options.num_sms is None else {"num_sms": options.num_sms})),
         timeout_s=timeout_s,
         ep_size=config.resolve_ep_size(options.num_workers) if ep_sizes is None else None,
         ep_sizes=ep_sizes,

@@ -83,9 +83,10 @@ def _comm(config: TrainConfig, swap: CommStats | None):
         return nullcontext(swap)
     if config.run.backend == "stock":
         return StockCommTimer()
-    from ray_deepep.deepspeed import enable  # the stock backend needs no ray_deepep
+    from ray_deepep import CommConfig  # the stock backend needs no ray_deepep
+    from ray_deepep.deepspeed import SwapConfig, enable
 
-    return enable()
+    return enable(SwapConfig(comm=CommConfig(time_gpu_calls=True)))
 
 
 class Trainer:
