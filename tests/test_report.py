@@ -368,3 +368,14 @@ def draw(page: Path, picture: Path, scheme: str) -> str:
     done = subprocess.run([CHROMIUM, *options, page.as_uri()], capture_output=True, text=True, timeout=60)
     assert picture.is_file(), done.stderr
     return done.stderr
+
+
+def test_parts_of_the_model_are_shown_where_a_run_timed_them(tmp_path):
+    plain, split = make_run(tmp_path / "plain"), make_run(tmp_path / "split")
+    parts = {"attention_ms": 21.5, "gate_ms": 2.25, "experts_ms": 33.0}
+    (split / run_files.METRICS).write_text(lines([step_record(s, **parts) for s in range(1, 9)]))
+    assert summarize(find_runs([split])[0], now=BEGAN).median_ms["experts_ms"] == 33.0
+    only_plain = "".join(Page(render_page(find_runs([plain]), now=BEGAN)).texts)
+    both = "".join(Page(render_page(find_runs([plain, split]), now=BEGAN)).texts)
+    for title in ("attention (in forward and backward)", "gates (in", "experts (in"):
+        assert title in both and title not in only_plain

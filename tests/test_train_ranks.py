@@ -92,6 +92,22 @@ def test_error_on_the_reading_rank_reaches_all(ranks, tmp_path):
     assert f"{empty}: the folder holds no files" in errors[0][1]
 
 
+@pytest.mark.parametrize("backend", ["stock", "ray_deepep"])
+def test_a_split_step_has_the_same_numbers_and_its_parts(ranks, tmp_path, backend):
+    """With activation checkpointing, which runs blocks twice."""
+    fields = {"run.backend": backend, "model.activation_checkpointing": True}
+    plain = tiny(tmp_path / "plain", **fields)
+    split = tiny(tmp_path / "split", **fields, **{"run.split": True})
+    for config in (plain, split):
+        ranks.run(2, train, config.to_json())
+    assert losses(tmp_path / "split") == losses(tmp_path / "plain")
+    for m in read_metrics(tmp_path / "split" / "metrics.jsonl"):
+        parts = (m.attention_ms, m.gate_ms, m.experts_ms)
+        assert all(ms > 0 for ms in parts), m
+        assert sum(parts) < m.forward_ms + m.backward_ms, m
+    assert all(m.attention_ms is None for m in read_metrics(tmp_path / "plain" / "metrics.jsonl"))
+
+
 @pytest.mark.parametrize("dtype", ["fp32", "bf16"])
 def test_broken_gradients_are_an_error_before_anything_is_saved(ranks, tmp_path, dtype):
     """On one rank, with losses that are numbers still: the checkpoint of that very step must not be written."""

@@ -196,6 +196,8 @@ class RunConfig:
     load_every: int = 0
     """Write the tokens of every expert (MoE layers × experts numbers) with every n-th step, and the last.
     0: with about a hundred steps of the run."""
+    split: bool = False
+    """Time attention, gates and experts of each step by themselves too: hooks around them, forward and backward."""
     keep_checkpoints: int = 2
     """How many of the newest checkpoints stay."""
     on_existing: str = "error"

@@ -13,6 +13,11 @@ from train.errors import DataError
 from train.files import write_text_atomic
 
 _WARM_UP_STEPS = 2
+_MEDIANS = (
+    "tokens_per_s",
+    *(f"{part}_ms" for part in ("step", "forward", "backward", "optimizer", "dispatch", "combine")),
+    *(f"{part}_ms" for part in ("attention", "gate", "experts")),
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +48,12 @@ class StepMetrics:
     """Rows on their way back, forward and backward passes."""
     comm_calls: float
     """Calls behind `dispatch_ms` and `combine_ms`, mean over ranks."""
+    attention_ms: float | None = None
+    """Attention, forward and backward passes. This and the next two with `run.split`."""
+    gate_ms: float | None = None
+    """Gates, which choose experts."""
+    experts_ms: float | None = None
+    """MoE layers without gates, dispatch and combine: experts, and what puts their rows in order."""
     val_loss: float | None = None
     """Validation cross-entropy, on steps that validate."""
     time_s: float | None = None
@@ -64,10 +75,17 @@ class RunStats:
     """The last validation loss; NaN if there was none."""
     tokens_per_s: float
     step_ms: float
+    forward_ms: float
+    backward_ms: float
+    optimizer_ms: float
     dispatch_ms: float
     combine_ms: float
     comm_share: float
     """(dispatch + combine) / step, from 0 to 1."""
+    attention_ms: float
+    """NaN, as the next two, without `run.split`."""
+    gate_ms: float
+    experts_ms: float
 
 
 def run_stats(steps: list[StepMetrics]) -> RunStats:
@@ -78,15 +96,17 @@ def run_stats(steps: list[StepMetrics]) -> RunStats:
         return RunStats(**(empty | {"num_steps": 0}))
     timed = steps[_WARM_UP_STEPS:] or steps
     validated = [m.val_loss for m in steps if m.val_loss is not None]
+
+    def median(name: str) -> float:
+        known = [getattr(m, name) for m in timed if getattr(m, name) is not None]
+        return statistics.median(known) if known else math.nan
+
     return RunStats(
         num_steps=len(steps),
         first_loss=steps[0].loss,
         last_loss=steps[-1].loss,
         val_loss=validated[-1] if validated else math.nan,
-        tokens_per_s=statistics.median(m.tokens_per_s for m in timed),
-        step_ms=statistics.median(m.step_ms for m in timed),
-        dispatch_ms=statistics.median(m.dispatch_ms for m in timed),
-        combine_ms=statistics.median(m.combine_ms for m in timed),
+        **{name: median(name) for name in _MEDIANS},
         comm_share=statistics.median((m.dispatch_ms + m.combine_ms) / m.step_ms for m in timed),
     )
 

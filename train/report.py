@@ -6,6 +6,7 @@ python -m train.report runs/demo-stock runs/demo-ray_deepep --plot compare.png
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from pathlib import Path
 
@@ -13,6 +14,9 @@ from train.api import CheckpointInfo, TrainSummary
 from train.config import TrainConfig
 from train.errors import ConfigError, DataError
 from train.metrics import RunStats, StepMetrics, read_metrics, run_stats
+
+_SPLIT = ("attention_ms", "gate_ms", "experts_ms")
+"""What only runs with `run.split` know."""
 
 
 def format_summary(summary: TrainSummary) -> str:
@@ -27,6 +31,7 @@ def format_summary(summary: TrainSummary) -> str:
         ("validation loss", f"{stats.val_loss:.3f}"),
         ("tokens/s", f"{stats.tokens_per_s:,.0f}"),
         ("time per step", f"{stats.step_ms:.1f} ms (median)"),
+        ("of it", _split_text(stats)),
         ("dispatch + combine", _comm_text(stats)),
         ("checkpoint", str(summary.checkpoint_path or "none")),
         ("metrics", str(summary.metrics_path)),
@@ -55,6 +60,12 @@ class SummaryPrinter:
             print(format_summary(summary), flush=True)
 
 
+def _split_text(stats: RunStats) -> str:
+    names = ("forward", "backward", "optimizer", "attention", "gate", "experts")
+    times = {name: getattr(stats, f"{name}_ms") for name in names}
+    return ", ".join(f"{name} {ms:.1f}" for name, ms in times.items() if not math.isnan(ms))
+
+
 def _comm_text(stats: RunStats) -> str:
     total = stats.dispatch_ms + stats.combine_ms
     return f"{total:.1f} ms, {stats.comm_share:.1%} of a step ({stats.dispatch_ms:.1f} + {stats.combine_ms:.1f})"
@@ -69,7 +80,13 @@ def format_comparison(runs: dict[str, RunStats]) -> str:
         ("validation loss", "val_loss", False),
         ("tokens/s", "tokens_per_s", True),
         ("ms per step", "step_ms", True),
+        ("forward ms", "forward_ms", True),
+        ("backward ms", "backward_ms", True),
+        ("optimizer ms", "optimizer_ms", True),
+        ("attention ms", "attention_ms", True),
+        ("gate ms", "gate_ms", True),
         ("dispatch ms", "dispatch_ms", True),
+        ("experts ms", "experts_ms", True),
         ("combine ms", "combine_ms", True),
         ("share of dispatch + combine", "comm_share", True),
     ]
@@ -78,6 +95,8 @@ def format_comparison(runs: dict[str, RunStats]) -> str:
     table = [["", *labels, *(["ratio"] if with_ratio else [])]]
     for title, name, is_cost in rows:
         values = [getattr(stats, name) for stats in runs.values()]
+        if name in _SPLIT and all(math.isnan(value) for value in values):
+            continue
         cells = [_cell(name, value) for value in values]
         if with_ratio:
             cells.append(f"{values[0] / values[1]:.2f}" if is_cost and values[1] else "")

@@ -34,6 +34,7 @@ from train.errors import TrainingDivergedError
 from train.expert_load import ExpertLoad
 from train.files import write_text_atomic
 from train.metrics import MetricsWriter, StepMetrics, run_stats
+from train.module_times import ModuleTimes
 from train.run_folder import RunFolder
 from train.sample import sample_tokens
 from train.shares import ShareBatches, seed_for
@@ -135,6 +136,7 @@ class Trainer:
             world=world,
             num_micro_steps=len(self._shares.train_steps),
         )
+        self._parts = ModuleTimes(self._engine.module) if config.run.split else None
         self._resume(choice)
 
     def close(self) -> None:
@@ -205,6 +207,8 @@ class Trainer:
         optim = self.config.optim
         self._progress.step = step
         take_counts(self._comm)
+        if self._parts is not None:
+            self._parts.take()  # those of a validation
         lr = self._engine.get_lr()[0]
         clock = Clock()
         local_losses = self._forward_backward_update(step, clock)
@@ -240,6 +244,7 @@ class Trainer:
             time_s=time.time(),
             world_size=self.world.world_size,
             expert_tokens=self._load.take(step),
+            **(self._parts.split(counts.dispatch_ms + counts.combine_ms) if self._parts else {}),
         )
 
     def _forward_backward_update(self, step: int, clock: Clock) -> list[float]:

@@ -24,7 +24,7 @@ GAUGES: Mapping[str, str] = {
     "restarts": "Starts of the workers after the first",
 }
 """By field of a record; the metric has the same name behind the prefix."""
-PARTS = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms")
+PARTS = ("step_ms", "forward_ms", "backward_ms", "optimizer_ms", "attention_ms", "gate_ms", "experts_ms")
 OPERATIONS = ("dispatch", "combine")
 
 

@@ -15,7 +15,7 @@ from .heatmap import heatmap, load_legend
 from .markup import Markup, join, tag
 from .reader import Run
 from .scale import compact, duration, size_of
-from .summary import Summary, activities, expert_load, imbalance, moments
+from .summary import MODULES, Summary, activities, expert_load, imbalance, moments
 from .tables import comparison_table, count_row, num_different, plain_table, split_table, summary_table
 
 NUM_COLOURS = 8
@@ -81,8 +81,13 @@ def split(shown: Sequence[Shown]) -> Markup:
         "rest_ms": "rest: batch, launches",
         "dispatch_ms": "dispatch (in forward and backward)",
         "combine_ms": "combine (in forward and backward)",
+        "attention_ms": "attention (in forward and backward)",
+        "gate_ms": "gates (in forward and backward)",
+        "experts_ms": "experts (in forward and backward)",
     }
     parts = [dict(s.summary.median_ms) | step_parts(s.summary) for s in shown]
+    known = {name for part in parts for name, ms in part.items() if not math.isnan(ms)}
+    names = {name: title for name, title in names.items() if name in known or name not in MODULES}
     about = (
         "Median ms, without the first two steps. The thin bar is dispatch and combine, which are parts of the forward"
     )

@@ -17,6 +17,8 @@ PHASES = ("forward_ms", "backward_ms", "optimizer_ms")
 """Parts of ``step_ms`` that follow each other; what is left is the batch and the start of kernels."""
 COMM = ("dispatch_ms", "combine_ms")
 """Parts of the forward and backward passes."""
+MODULES = ("attention_ms", "gate_ms", "experts_ms")
+"""Other parts of these, of runs that time them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +36,7 @@ class Summary:
     tokens_per_s: float
     """Median."""
     median_ms: Mapping[str, float]
-    """Of ``step_ms``, PHASES and COMM."""
+    """Of ``step_ms``, PHASES, COMM and MODULES."""
     comm_share: float
     """Median of (dispatch + combine) / step, from 0 to 1."""
     wall_s: float
@@ -45,7 +47,7 @@ def summarize(run: Run, *, now: float) -> Summary:
     """now: seconds since the epoch, by which a run that was written to lately still goes."""
     losses = [value for _, value in run.series("loss")]
     val_losses = [value for _, value in run.series("val_loss")]
-    median_ms = {name: _median(run, name) for name in ("step_ms", *PHASES, *COMM)}
+    median_ms = {name: _median(run, name) for name in ("step_ms", *PHASES, *COMM, *MODULES)}
     status, ok = _status(run, median_ms["step_ms"], now)
     return Summary(
         status=status,
