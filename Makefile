@@ -11,7 +11,6 @@ NVSHMEM := $(if $(findstring nvshmem,$(EXTRAS)),$(shell sed -n 's/^nvshmem = \["
 # Two recipes at once: the cores, which need no torch, compile while the packages come.
 MAKEFLAGS += -j2
 BIN := $(VENV)/bin
-# --no-compile below: most modules are never imported, and Python compiles those that are.
 SOURCES := $(wildcard csrc/*/*) setup.py ray_deepep/version.py
 
 .PHONY: demo test install lint format benchmark clean
@@ -30,12 +29,12 @@ $(VENV)/.tools:
 	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info < (3, 13); sys.exit(None if ok else "ray_deepep needs Python 3.11 or 3.12, $(PYTHON) is %d.%d; call make with PYTHON=..." % sys.version_info[:2])'
 	@command -v $${CXX:-c++} >/dev/null || { echo "ray_deepep needs a C++17 compiler: apt-get install g++"; exit 1; }
 	$(PYTHON) -m venv $(VENV) || { echo "no venv module: apt-get install python3-venv"; exit 1; }
-	$(BIN)/pip install -q --no-compile --upgrade "pip>=24" "setuptools>=77,<90" wheel "pybind11>=2.13,<4" $(NVSHMEM)
+	$(BIN)/pip install -q --upgrade "pip>=24" "setuptools>=77,<90" wheel "pybind11>=2.13,<4" $(NVSHMEM)
 	touch $@
 
 $(VENV)/.packages: $(VENV)/.tools pyproject.toml constraints.txt
-	$(BIN)/pip install -q --no-compile $(TORCH)
-	RAY_DEEPEP_CORES=0 $(BIN)/pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[train,test,lint$(EXTRAS)]'
+	$(BIN)/pip install -q $(TORCH)
+	RAY_DEEPEP_CORES=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[train,test,lint$(EXTRAS)]'
 	touch $@
 
 $(VENV)/.core: $(VENV)/.tools $(SOURCES)
