@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import threading
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ class GpuTimes:
     """
 
     def __init__(self) -> None:
+        self._lock = threading.Lock()
         self._free: list[Any] = []
         self._open: collections.deque[tuple[str, Any, Any]] = collections.deque()
         self._ms: dict[str, float] = collections.defaultdict(float)
@@ -39,22 +41,21 @@ class GpuTimes:
             return False
         self._open.append((operation, begin, end))
         if len(self._open) > _MOST_OPEN:
-            self._settle()
+            with self._lock:
+                self._settle()
         return True
 
     def take_ms(self, *, reset: bool) -> dict[str, float]:
         """By operation, of the calls that have ended; those that have not count later. From any thread."""
-        self._settle()
-        found = collections.defaultdict(float, self._ms)
-        if reset:
-            self._ms.clear()
+        with self._lock:
+            self._settle()
+            found = dict(self._ms)
+            if reset:
+                self._ms.clear()
         return found
 
     def _settle(self) -> None:
         while self._open and self._open[0][2].query():
-            try:
-                operation, begin, end = self._open.popleft()
-            except IndexError:  # another thread took it
-                return
+            operation, begin, end = self._open.popleft()
             self._ms[operation] += begin.elapsed_time(end)
             self._free += (begin, end)

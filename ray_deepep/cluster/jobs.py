@@ -183,7 +183,10 @@ class JobClient:
         begin = time.monotonic()
         while True:
             await asyncio.sleep(_PENDING_S)
-            details = await asyncio.to_thread(self._details, job_id)
+            try:
+                details = await asyncio.to_thread(self._details, job_id)
+            except (OSError, RuntimeError, LookupError):
+                continue  # whoever follows the log hears of it
             if details.status is not JobStatus.PENDING:
                 return
             say(f"waiting: {job_id} has not started after {time.monotonic() - begin:.0f} s: {details.message}")
