@@ -45,6 +45,7 @@ PYTHON_LAYERS = [
         "domains",
         "rank_info",
         "telemetry",
+        "gpu_times",
         "float8",
         "work",
         "symm_pool",
