@@ -84,9 +84,17 @@ class Spans:
     @contextmanager
     def during(self, name: str) -> Iterator[None]:
         """Book what the block takes under `name`."""
-        start = self._marks.now()
+        begin = self.begin()
         yield
-        self._open.append((name, start, self._marks.now()))
+        self.end(name, begin)
+
+    def begin(self) -> Any:
+        """A mark for `end`, where what is timed is no block."""
+        return self._marks.now()
+
+    def end(self, name: str, begin: Any) -> None:
+        """Book the time since `begin` under `name`."""
+        self._open.append((name, begin, self._marks.now()))
 
     def take(self) -> dict[str, list[float]]:
         """Of each block since the last call, by name."""

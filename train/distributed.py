@@ -63,7 +63,7 @@ def join_world(config: RunConfig) -> Iterator[World]:
 def _device_type(wanted: str) -> str:
     available = torch.cuda.is_available()
     if wanted == "cuda" and not available:
-        raise ConfigError("run.device", wanted, "torch sees no GPU here")
+        raise ConfigError("run.device", wanted, "torch sees no GPU here; use cpu, or auto")
     chosen = "cuda" if available and wanted != "cpu" else "cpu"
     accelerator = get_accelerator().device_name()
     if accelerator != chosen:

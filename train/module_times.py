@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,7 +9,7 @@ from typing import Any
 from deepspeed.moe.layer import MoE
 from torch import nn
 
-from train.clock import Marks
+from train.clock import Spans
 from train.model import Attention
 
 
@@ -32,8 +31,7 @@ class ModuleTimes:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._marks = Marks()
-        self._spans: list[tuple[str, Any, Any]] = []
+        self._spans = Spans()
         self._begun: dict[tuple[nn.Module, str], Any] = {}
         for module in model.modules():
             if isinstance(module, Attention):
@@ -44,14 +42,9 @@ class ModuleTimes:
 
     def take(self) -> PartTimes:
         """Of all passes since the last call; waits for a GPU."""
-        total: dict[str, float] = defaultdict(float)
-        if self._spans:
-            self._marks.wait(self._spans[-1][2])
-        for name, begin, end in self._spans:
-            total[name] += self._marks.ms_between(begin, end)
-        self._spans.clear()
+        total = {name: sum(passes_ms) for name, passes_ms in self._spans.take().items()}
         self._begun.clear()
-        return PartTimes(attention_ms=total["attention"], gate_ms=total["gate"], moe_ms=total["moe"])
+        return PartTimes(**{f"{name}_ms": total.get(name, 0.0) for name in ("attention", "gate", "moe")})
 
     def split(self, comm_ms: float) -> dict[str, float]:
         """Fields of a step's metrics. comm_ms: what dispatch and combine took of the MoE layers."""
@@ -67,9 +60,9 @@ class ModuleTimes:
         module.register_full_backward_hook(partial(self._end, backward, name))
 
     def _begin(self, key: tuple[nn.Module, str], *_: object) -> None:
-        self._begun[key] = self._marks.now()
+        self._begun[key] = self._spans.begin()
 
     def _end(self, key: tuple[nn.Module, str], name: str, *_: object) -> None:
         begin = self._begun.pop(key, None)
         if begin is not None:
-            self._spans.append((name, begin, self._marks.now()))
+            self._spans.end(name, begin)

@@ -115,7 +115,6 @@ void DeviceBuffer::begin_dispatch(const DeviceDispatchArgs& args, const DevicePl
     }
     PlanParams params;
     params.peers = peers_;
-    params.publication = publish.publication;
     params.plan = plan;
     params.ticket = report ? ++ticket_ : 0;
     params.topk_idx = pointer<int64_t>(args.out_topk_idx);

@@ -55,7 +55,6 @@ enum PlanCount { kNumRecvTokens = 0, kNumRows = 1, kOverflow = 2, kOverflowRows 
 
 struct PlanParams {
     Peers peers{};
-    Publication publication;
     DevicePlan plan;
     uint32_t ticket = 0;  // given to the host with the counts; 0: the host does not wait for them
     // Outputs that a dispatch returns beside the rows; null where the layout has none.
