@@ -50,10 +50,12 @@ __device__ inline void wait_barrier(uint32_t barrier, uint32_t parity) {
     }
 }
 
-__device__ inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
-    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global),
-                 "r"(shared_address(shared)), "r"(bytes)
+__device__ inline void bulk_store(void* global, uint32_t shared, uint32_t bytes) {
+    asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global), "r"(shared), "r"(bytes)
                  : "memory");
+}
+__device__ inline void bulk_store(void* global, const void* shared, uint32_t bytes) {
+    bulk_store(global, shared_address(shared), bytes);
 }
 
 __device__ inline void commit_stores() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }

@@ -92,7 +92,7 @@ __device__ inline void pull_row_weights(const CombineParams& p, uint32_t sequenc
 
 // Sum of a received token's local experts, into the area.
 template <typename T>
-__device__ void stage_sum(const CombineParams& p, uint32_t sequence, int64_t row, PieceRing& ring) {
+__device__ void stage_sum(const CombineParams& p, uint32_t sequence, int64_t row, SumRing& ring) {
     const unsigned all = 0xffffffffu;
     const int lane = threadIdx.x % 32, num_topk = p.plan.num_topk;
     const int64_t row_bytes = p.hidden * sizeof(T);
@@ -111,21 +111,27 @@ __device__ void stage_sum(const CombineParams& p, uint32_t sequence, int64_t row
     sum_rows<T, false>(to, RowList{p.staging.rows + its_slot * row_bytes, its_weight, from, __popc(held)}, ring);
 }
 
+template <typename Started>
+__device__ void stage_copy(const CombineParams& p, uint32_t sequence, int64_t row, SumRing& ring, Started started) {
+    const StagedRow at = staged_row(p.peers, p.staging, sequence, row);
+    copy_row(at.from, at.to, p.staging.row_bytes, ring, started);
+}
+
 // Not inlined, for its registers; the ring comes back by value, to stay in registers too. Rows that peers will read:
 // per-rank sums, in the segments of all other sources by turns; else every filled slot.
 template <typename T, bool kFast>
-__device__ __noinline__ PieceRing stage_combine(const CombineParams& p, uint32_t sequence, StagedRows* shared,
-                                                PieceRing ring) {
+__device__ __noinline__ SumRing stage_combine(const CombineParams& p, uint32_t sequence, StagedRows* shared,
+                                              SumRing ring) {
     const DevicePlan& plan = p.plan;
     const int rank = p.peers.rank, num_ranks = p.peers.num_ranks, others = num_ranks - 1;
     const int num_sources = p.peers.num_sources(), turns = p.peers.layout.num_parts * others;
     if (!p.by_rank) {
         const int64_t pieces = (p.staging.num_rows + kReadyRows - 1) / kReadyRows;
-        stage_rows(
+        stage_rows<true>(
             p.peers, p.staging, sequence, pieces, shared, [](int64_t i) { return i; },
-            [&](int64_t row) {
+            [&](int64_t row, auto finish_last) {
                 if (plan.slot_row[row] < 0 || plan.recv_source[plan.slot_row[row]] == rank) return;
-                stage_row(p.peers, p.staging, sequence, row);
+                stage_copy(p, sequence, row, ring, finish_last);
             });
         return ring;
     }
@@ -141,12 +147,12 @@ __device__ __noinline__ PieceRing stage_combine(const CombineParams& p, uint32_t
         return start < end && piece <= (end - 1) / kReadyRows ? piece : -1;
     };
     const int64_t pieces = (most / kReadyRows + 2) * int64_t{turns};
-    stage_rows(p.peers, p.staging, sequence, pieces, shared, piece_at, [&](int64_t row) {
+    stage_rows<!kFast>(p.peers, p.staging, sequence, pieces, shared, piece_at, [&](int64_t row, auto finish_last) {
         if (row >= plan.source_start[num_sources] || plan.recv_source[row] == rank) return;
         if constexpr (kFast) {
             return stage_sum<T>(p, sequence, row, ring);
         }
-        stage_row(p.peers, p.staging, sequence, row);
+        stage_copy(p, sequence, row, ring, finish_last);
     });
     return ring;
 }
@@ -173,7 +179,7 @@ __device__ inline bool wait_entries_ready(const CombineParams& p, const Sources&
 
 // A warp takes one token after the other; what it needs to know about the next is loaded while it adds.
 template <typename T, bool kFast>
-__device__ void combine_tokens(const CombineParams& p, const Sources& sources, uint32_t sequence, PieceRing& ring) {
+__device__ void combine_tokens(const CombineParams& p, const Sources& sources, uint32_t sequence, SumRing& ring) {
     const int lane = threadIdx.x % 32, num_warps = gridDim.x * blockDim.x / 32;
     const int64_t row_bytes = p.hidden * sizeof(T);
     uint32_t* counter = &p.peers.control->next_token;
@@ -219,8 +225,8 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
     extern __shared__ __align__(128) uint4 room[];
     __shared__ Sources sources;
     __shared__ StagedRows staged;
-    __shared__ uint64_t barriers[kCombineThreads / 32 * kRingDepth];
-    PieceRing ring(room, barriers);
+    __shared__ uint64_t barriers[kCombineThreads / 32 * SumRing::kDepth];
+    SumRing ring(room, barriers, threadIdx.x / 32);
     init_staged_rows(&staged);
     const uint32_t sequence = begin_operation(p.peers, p.publication);
     const int staging = p.staging.num_warps * 32;

@@ -3,9 +3,9 @@
 #include <algorithm>
 
 #include "cuda/check.h"
+#include "cuda/float8_cast.cuh"
 #include "cuda/low_latency.cuh"
 #include "cuda/low_latency_places.cuh"
-#include "cuda/staging.cuh"
 
 namespace ray_deepep {
 namespace {

@@ -55,12 +55,19 @@ __device__ inline bool learn_sources(const PullParams& p, uint32_t sequence, Sou
     return sources->ok;
 }
 
-// Not inlined, for the registers of those that pull.
-__device__ __noinline__ static void stage_dispatch(const PullParams& p, uint32_t sequence, StagedRows* shared) {
+// stage(row), by a warp, puts a row of this rank into its area.
+template <typename Stage>
+__device__ void stage_dispatch(const PullParams& p, uint32_t sequence, StagedRows* shared, Stage stage) {
     const int64_t pieces = (p.staging.num_rows + kReadyRows - 1) / kReadyRows;
-    stage_rows(
+    stage_rows<false>(
         p.peers, p.staging, sequence, pieces, shared, [](int64_t i) { return i; },
-        [&](int64_t row) { stage_row(p.peers, p.staging, sequence, row); });
+        [&](int64_t row, auto) { stage(row); });
+}
+
+// Not inlined, for the registers of those that pull.
+__device__ __noinline__ static void stage_copies(const PullParams& p, uint32_t sequence, StagedRows* shared) {
+    stage_dispatch(p, sequence, shared,
+                   [&](int64_t row) { stage_copy(staged_row(p.peers, p.staging, sequence, row), p.staging, row); });
 }
 
 #endif  // __CUDACC__

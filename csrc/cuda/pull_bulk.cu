@@ -2,6 +2,7 @@
 // there to every place a row has here; three stages, so that two loads are under way while one is stored.
 #include "cuda/bulk_copy.cuh"
 #include "cuda/check.h"
+#include "cuda/float8_cast.cuh"
 #include "cuda/pull.cuh"
 
 namespace ray_deepep {
@@ -12,6 +13,12 @@ constexpr int kMaxPiece = 14336;  // bytes of one stage: a row of 7,168 two-byte
 constexpr int kMaxWarps = 8;      // that pull; rows of kMaxPiece leave room for five
 constexpr int kStagingWarps = 16;
 constexpr int kSharedBytes = 219 << 10;  // of 227 KiB; the kernel has 7 KiB of its own, and may grow
+
+// Casts take rows through a ring for each staging warp, behind the stages of those that pull.
+__host__ __device__ int64_t cast_ring_bytes(const Staging& staging) {
+    if (staging.num_rows == 0 || !staging.cast) return 0;
+    return staging.from == DType::kFloat32 ? CastRing<float>::kBytes : CastRing<__nv_bfloat16>::kBytes;
+}
 
 int64_t piece_bytes(const PullParams& p) { return p.row_bytes < kMaxPiece ? p.row_bytes : kMaxPiece; }
 
@@ -223,6 +230,28 @@ __device__ void clear_rows(const Walk& walk, int warp) {
     }
 }
 
+// Not inlined, for the registers of those that pull.
+template <typename T>
+__device__ __noinline__ void stage_casts(const PullParams& p, uint32_t sequence, StagedRows* shared,
+                                         const std::byte* rings, const uint64_t* barriers) {
+    CastRing<T> ring(rings, barriers, threadIdx.x / 32 - p.num_warps);
+    __syncwarp();
+    stage_dispatch(p, sequence, shared, [&](int64_t row) {
+        const StagedRow at = staged_row(p.peers, p.staging, sequence, row);
+        cast_row<T>(at.from, at.to, at.scales, p.staging.hidden, p.staging.power_of_two, ring);
+    });
+}
+
+__device__ void stage_warp(const PullParams& p, uint32_t sequence, StagedRows* staged, const std::byte* rings) {
+    __shared__ uint64_t barriers[kStagingWarps * CastRing<__nv_bfloat16>::kDepth];
+    if (!p.staging.cast) return stage_copies(p, sequence, staged);
+    switch (p.staging.from) {
+        case DType::kFloat32: return stage_casts<float>(p, sequence, staged, rings, barriers);
+        case DType::kBFloat16: return stage_casts<__nv_bfloat16>(p, sequence, staged, rings, barriers);
+        default: return stage_casts<__half>(p, sequence, staged, rings, barriers);
+    }
+}
+
 __global__ void __launch_bounds__((kMaxWarps + kStagingWarps) * 32, 1)
     pull_bulk_kernel(const __grid_constant__ PullParams p) {
     extern __shared__ __align__(128) std::byte shared[];
@@ -236,11 +265,11 @@ __global__ void __launch_bounds__((kMaxWarps + kStagingWarps) * 32, 1)
     }
     init_staged_rows(&staged);
     const uint32_t sequence = begin_operation(p.peers, p.publication);
+    const int64_t size = kStages * stage_bytes(p, min(p.row_bytes, int64_t{kMaxPiece}));
     if (is_staging_warp(p.staging)) {
-        stage_dispatch(p, sequence, &staged);
+        stage_warp(p, sequence, &staged, shared + p.num_warps * size);
     } else {
         if (learn_sources(p, sequence, &sources)) {
-            const int64_t size = kStages * stage_bytes(p, min(p.row_bytes, int64_t{kMaxPiece}));
             Walk walk(p, sources, sequence, shared + local * size, &warps[local], warp);
             pull_rows(walk);
             if (!walk.failed) clear_rows(walk, warp);
@@ -267,10 +296,11 @@ void allow_pull_bulk() {
 void launch_pull_bulk(const PullParams& given, cudaStream_t stream) {
     PullParams params = given;
     const int64_t of_warp = kStages * stage_bytes(params, piece_bytes(params));
-    const int64_t room = kSharedBytes / of_warp;
+    const int64_t rings = kStagingWarps * cast_ring_bytes(params.staging);
+    const int64_t room = (kSharedBytes - rings) / of_warp;
     params.num_warps = static_cast<int>(room < kMaxWarps ? room : kMaxWarps);
     if (params.staging.num_rows > 0) params.staging.num_warps = kStagingWarps;
-    const int bytes = static_cast<int>(params.num_warps * of_warp);
+    const int bytes = static_cast<int>(params.num_warps * of_warp + rings);
     pull_bulk_kernel<<<params.num_sms, (params.num_warps + params.staging.num_warps) * 32, bytes, stream>>>(params);
     check_launch("pull_bulk_kernel");
 }

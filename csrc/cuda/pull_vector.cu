@@ -1,5 +1,6 @@
 // Pull with plain vectors: chips without bulk copies, and rows that are scaled by their routes' weights on the way.
 #include "cuda/check.h"
+#include "cuda/float8_cast.cuh"
 #include "cuda/pull.cuh"
 #include "cuda/vec.cuh"
 
@@ -93,6 +94,21 @@ __device__ void pull_rows(const PullParams& p, const Sources& sources, uint32_t 
     clear_rows(p, warp, num_warps);
 }
 
+// Not inlined, for the registers of those that pull.
+__device__ __noinline__ void stage_casts(const PullParams& p, uint32_t sequence, StagedRows* shared) {
+    stage_dispatch(p, sequence, shared, [&](int64_t row) {
+        const StagedRow at = staged_row(p.peers, p.staging, sequence, row);
+        const auto cast = [&](auto type) {
+            cast_row<decltype(type)>(at.from, at.to, at.scales, p.staging.hidden, p.staging.power_of_two);
+        };
+        switch (p.staging.from) {
+            case DType::kFloat32: return cast(float{});
+            case DType::kBFloat16: return cast(__nv_bfloat16{});
+            default: return cast(__half{});
+        }
+    });
+}
+
 template <typename T>
 __global__ void __launch_bounds__((kWarps + kStagingWarps) * 32)
     pull_vector_kernel(const __grid_constant__ PullParams p) {
@@ -102,7 +118,11 @@ __global__ void __launch_bounds__((kWarps + kStagingWarps) * 32)
     const uint32_t sequence = begin_operation(p.peers, p.publication);
     const int local = threadIdx.x / 32;
     if (is_staging_warp(p.staging)) {
-        stage_dispatch(p, sequence, &staged);
+        if (p.staging.cast) {
+            stage_casts(p, sequence, &staged);
+        } else {
+            stage_copies(p, sequence, &staged);
+        }
     } else {
         if (learn_sources(p, sequence, &sources)) {
             pull_rows<T>(p, sources, sequence, blockIdx.x * p.num_warps + local, gridDim.x * p.num_warps);

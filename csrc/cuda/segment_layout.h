@@ -11,7 +11,7 @@ namespace ray_deepep {
 // without looking at the others' routing.
 inline constexpr int kChunkTokens = 64;
 // Rows that do not live in the heap are staged while peers read those that are there already, so many at a time.
-inline constexpr int kReadyRows = 32;
+inline constexpr int kReadyRows = 16;
 // Of each flag about such a piece of rows: a sector of its own, so that polls of one do not delay the next one's store.
 inline constexpr int kReadyFlagBytes = 32;
 inline constexpr int kMaxRanks = 64;

@@ -5,9 +5,7 @@
 #include "common/dtype.h"
 #include "cuda/operation.cuh"
 #ifdef __CUDACC__
-#include <cuda_fp8.h>
-
-#include "cuda/vec.cuh"
+#include "cuda/piece_ring.cuh"
 #endif
 
 namespace ray_deepep {
@@ -27,9 +25,6 @@ struct Staging {
 
 #ifdef __CUDACC__
 
-inline constexpr float kFloat8Max = 448.0f;
-inline constexpr float kSmallestAmax = 1e-4f;
-
 __device__ inline void copy_row(const std::byte* from, std::byte* to, int64_t bytes) {
     const auto* source = reinterpret_cast<const uint4*>(from);
     auto* target = reinterpret_cast<uint4*>(to);
@@ -46,120 +41,66 @@ __device__ inline void copy_row(const std::byte* from, std::byte* to, int64_t by
     for (; i < vectors; i += 32) target[i] = __ldcs(&source[i]);
 }
 
-__device__ inline float float8_scale(float amax, bool power_of_two) {
-    const float scale = __fdiv_rn(fmaxf(amax, kSmallestAmax), kFloat8Max);
-    if (!power_of_two) return scale;
-    const uint32_t bits = __float_as_uint(scale);
-    return __uint_as_float((bits & 0x7fffffu) != 0 ? (bits & 0x7f800000u) + 0x800000u : bits);
+// Whole warp, after copy_row() through a ring: what it stored is there.
+__device__ inline void settle_stores() {
+#if __CUDA_ARCH__ >= 900
+    if (threadIdx.x % 32 == 0) wait_stores_done();
+#endif
+    __syncwarp();
 }
 
-// Quotients of one scale, rounded as a division rounds them: the remainder of the first try corrects it. One reciprocal
-// serves all eight of a lane. (Compared with divisions for all mantissas of the scale, near every bound of float8.)
-struct Divisor {
-    float reciprocal;
-    float scale;  // 0 where it is infinite: nothing to correct then, and no NaN from it
-
-    __device__ static Divisor of(float scale) { return {__frcp_rn(scale), isinf(scale) ? 0.0f : scale}; }
-    __device__ float divide(float value) const {
-        const float quotient = __fmul_rn(value, reciprocal);
-        const float corrected = __fmaf_rn(__fmaf_rn(-quotient, scale, value), reciprocal, quotient);
-        // A zero keeps its sign.
-        return __uint_as_float(__float_as_uint(corrected) | (__float_as_uint(value) & 0x80000000u));
-    }
-};
-
-// Elements of this lane in four blocks of 128: two groups of eight, sixteen groups a block, so that what a warp loads
-// at a time are pieces of 128 bytes.
-template <typename T>
-struct CastPiece {
-    static constexpr int kBlocks = 4;
-    static constexpr int kVectors = 8 * sizeof(T) / 16;
-    Vec<T> vectors[2][kVectors];
-
-    __device__ static int64_t element(int64_t block, int group) {
-        return block * 128 + (threadIdx.x % 8 + group * 8) * 8;
-    }
-    // Whole warp, as the others; `first` is the first of the blocks.
-    __device__ void load(const std::byte* from, int64_t first, int64_t num_blocks) {
-        const int64_t block = first + threadIdx.x % 32 / 8;
-#pragma unroll
-        for (int group = 0; group < 2; ++group) {
-#pragma unroll
-            for (int v = 0; v < kVectors; ++v) {
-                const auto* at = reinterpret_cast<const uint4*>(from) + element(block, group) * sizeof(T) / 16 + v;
-                vectors[group][v].bits = block < num_blocks ? __ldcs(at) : make_uint4(0, 0, 0, 0);
-            }
+// The same through a ring, by bulk copies in and out where the chip has them. started() is called when loads are under
+// way.
+template <typename Ring, typename Started>
+__device__ void copy_row(const std::byte* from, std::byte* to, int64_t bytes, Ring& ring, Started started) {
+    const int vectors = static_cast<int>(bytes / 16);
+#if __CUDA_ARCH__ >= 900
+    const auto store = [&](int first, int left) {
+        ring.wait();
+        if (threadIdx.x % 32 == 0) {
+            bulk_store(to + first * int64_t{16}, ring.address(), 16u * min(left, Ring::kVectors));
+            commit_stores();
+            // The piece before this one, whose place is filled next.
+            wait_stores_read_but_one();
         }
-    }
-    __device__ void store(std::byte* to, float* scales, int64_t first, int64_t num_blocks, bool power_of_two) const {
-        float values[2][8];
-        float amax = 0.0f;
+        __syncwarp();
+    };
+    walk_row(ring, from, vectors, started, store, [](int, int) {});
+#else
+    constexpr int kWidth = Ring::kVectors / 32;
+    Vec<float> v[kWidth];
+    const auto store = [&](int first, int left) {
 #pragma unroll
-        for (int group = 0; group < 2; ++group) {
-#pragma unroll
-            for (int v = 0; v < kVectors; ++v) widen_all(vectors[group][v], values[group] + v * Vec<T>::kCount);
-#pragma unroll
-            for (int j = 0; j < 8; ++j) amax = fmaxf(amax, fabsf(values[group][j]));
+        for (int j = 0; j < kWidth; ++j) {
+            const int i = j * 32 + threadIdx.x % 32;
+            if (i < left) store_vec(to, first + i, v[j]);
         }
-#pragma unroll
-        for (int step = 1; step < 8; step *= 2) amax = fmaxf(amax, __shfl_xor_sync(0xffffffffu, amax, step));
-        const int64_t block = first + threadIdx.x % 32 / 8;
-        if (block >= num_blocks) return;
-        const float scale = float8_scale(amax, power_of_two);
-        const Divisor by = Divisor::of(scale);
-#pragma unroll
-        for (int group = 0; group < 2; ++group) {
-            union {
-                uint2 bits;
-                __nv_fp8x2_storage_t pairs[4];
-            } packed;
-#pragma unroll
-            for (int j = 0; j < 4; ++j) {
-                const float2 pair{by.divide(values[group][2 * j]), by.divide(values[group][2 * j + 1])};
-                packed.pairs[j] = __nv_cvt_float2_to_fp8x2(pair, __NV_SATFINITE, __NV_E4M3);
-            }
-            *reinterpret_cast<uint2*>(to + element(block, group)) = packed.bits;
-        }
-        if (threadIdx.x % 8 == 0) scales[block] = scale;
-    }
-};
-
-// A whole warp; the next pieces are on their way while one is cast.
-template <typename T>
-__device__ void cast_row(const std::byte* from, std::byte* to, float* scales, int64_t hidden, bool power_of_two) {
-    constexpr int kBlocks = CastPiece<T>::kBlocks, kInFlight = sizeof(T) == 4 ? 1 : 2;
-    const int64_t num_blocks = hidden / 128;
-    CastPiece<T> pieces[kInFlight + 1];
-#pragma unroll
-    for (int i = 0; i < kInFlight; ++i) pieces[i].load(from, i * kBlocks, num_blocks);
-    for (int64_t first = 0; first < num_blocks; first += (kInFlight + 1) * kBlocks) {
-#pragma unroll
-        for (int i = 0; i <= kInFlight; ++i) {
-            const int64_t at = first + i * kBlocks;
-            if (at >= num_blocks) break;
-            pieces[(i + kInFlight) % (kInFlight + 1)].load(from, at + kInFlight * kBlocks, num_blocks);
-            pieces[i].store(to, scales, at, num_blocks, power_of_two);
-        }
-    }
+    };
+    walk_row(ring, from, vectors, started, [&](int, int) { ring.take(v); }, store);
+#endif
 }
 
-__device__ inline void stage_row(const Peers& peers, const Staging& staging, uint32_t sequence, int64_t row) {
+// A row's way: from the user's tensor to this rank's area.
+struct StagedRow {
+    const std::byte* from;
+    std::byte* to;
+    float* scales;
+};
+
+__device__ inline StagedRow staged_row(const Peers& peers, const Staging& staging, uint32_t sequence, int64_t row) {
     const AreaLayout& area = peers.layout.area;
-    auto* to = peers.in_area<std::byte>(peers.rank, sequence, area.rows_at) + row * staging.row_bytes;
-    auto* scales = peers.in_area<float>(peers.rank, sequence, area.scales_at) + row * (staging.scale_bytes / 4);
-    if (staging.cast) {
-        const std::byte* from = staging.rows + row * staging.hidden * element_size(staging.from);
-        switch (staging.from) {
-            case DType::kFloat32: return cast_row<float>(from, to, scales, staging.hidden, staging.power_of_two);
-            case DType::kBFloat16:
-                return cast_row<__nv_bfloat16>(from, to, scales, staging.hidden, staging.power_of_two);
-            default: return cast_row<__half>(from, to, scales, staging.hidden, staging.power_of_two);
-        }
-    }
-    if (staging.rows != nullptr) copy_row(staging.rows + row * staging.row_bytes, to, staging.row_bytes);
+    const int64_t bytes = staging.cast ? staging.hidden * element_size(staging.from) : staging.row_bytes;
+    return {staging.rows + row * bytes,
+            peers.in_area<std::byte>(peers.rank, sequence, area.rows_at) + row * staging.row_bytes,
+            peers.in_area<float>(peers.rank, sequence, area.scales_at) + row * (staging.scale_bytes / 4)};
+}
+
+// As it is, with the scales it may have.
+__device__ inline void stage_copy(const StagedRow& at, const Staging& staging, int64_t row) {
+    if (staging.rows != nullptr) copy_row(at.from, at.to, staging.row_bytes);
     if (staging.scales == nullptr) return;
     const float* from = staging.scales + row * (staging.scale_bytes / 4);
-    for (int64_t i = threadIdx.x % 32; i < staging.scale_bytes / 4; i += 32) scales[i] = from[i];
+    for (int64_t i = threadIdx.x % 32; i < staging.scale_bytes / 4; i += 32) at.scales[i] = from[i];
 }
 
 // Rows of the pieces that a block stages are handed out to its warps one by one, and the warp that ends a piece tells
@@ -198,27 +139,44 @@ __device__ inline bool finish_staged_row(StagedRows* shared, int turn) {
     return all_done;
 }
 
-// Each warp of those that stage. piece_at(i) is the i-th piece to stage (-1: none), for i below num_pieces; stage(row),
-// by a warp, puts a row into the area, or leaves out one that no peer reads.
-template <typename PieceAt, typename Stage>
+// Each warp of those that stage. piece_at(i) is the i-th piece to stage (-1: none), for i below num_pieces;
+// stage(row, finish_last), by a warp, puts a row into the area, or leaves out one that no peer reads. `late`: its
+// stores may be under way when it returns, and it calls finish_last(), which waits for those of the row before, when it
+// has started.
+template <bool late, typename PieceAt, typename Stage>
 __device__ void stage_rows(const Peers& peers, const Staging& staging, uint32_t sequence, int64_t num_pieces,
                            StagedRows* shared, PieceAt piece_at, Stage stage) {
     const int lane = threadIdx.x % 32;
-    for (;;) {
-        const int at = __shfl_sync(0xffffffffu, lane == 0 ? atomicAdd(&shared->next, 1) : 0, 0);
-        const int turn = at / kReadyRows;
-        const int64_t i = blockIdx.x + int64_t{turn} * gridDim.x;
-        if (i >= num_pieces) return;
-        const volatile int* before = &shared->pieces[turn % kStagedPieces];
-        while (*before < turn / kStagedPieces) {
-        }
-        const int64_t piece = piece_at(i), row = piece * kReadyRows + at % kReadyRows;
-        if (piece >= 0 && row < staging.num_rows) stage(row);
-        if (!finish_staged_row(shared, turn) || piece < 0) continue;
+    int turn = -1;       // of the row that is not finished; -1: none
+    int64_t piece = -1;  // its
+    const auto finish = [&] {
+        if (turn < 0) return;
+        if (late) settle_stores();
+        const bool last = finish_staged_row(shared, turn);
+        turn = -1;
+        if (!last || piece < 0) return;
         for (int peer = lane; peer < peers.num_ranks; peer += 32) {
             store_release(peers.ready_flag(peer, peers.rank, piece), sequence);
         }
+    };
+    for (;;) {
+        const int at = __shfl_sync(0xffffffffu, lane == 0 ? atomicAdd(&shared->next, 1) : 0, 0);
+        const int next_turn = at / kReadyRows;
+        const int64_t i = blockIdx.x + int64_t{next_turn} * gridDim.x;
+        if (i >= num_pieces) break;
+        const volatile int* before = &shared->pieces[next_turn % kStagedPieces];
+        const bool taken = __any_sync(0xffffffffu, *before < next_turn / kStagedPieces);
+        if (taken) finish();  // others may wait for this row
+        while (*before < next_turn / kStagedPieces) {
+        }
+        const int64_t next_piece = piece_at(i), row = next_piece * kReadyRows + at % kReadyRows;
+        if (next_piece >= 0 && row < staging.num_rows) stage(row, finish);
+        finish();
+        turn = next_turn;
+        piece = next_piece;
+        if (!late) finish();
     }
+    finish();
 }
 
 #endif  // __CUDACC__

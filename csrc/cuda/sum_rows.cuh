@@ -1,7 +1,7 @@
 // Sums of rows by one warp, in float32 and in a fixed order.
 #pragma once
 
-#include "cuda/bulk_copy.cuh"
+#include "cuda/piece_ring.cuh"
 #include "cuda/vec.cuh"
 
 namespace ray_deepep {
@@ -36,91 +36,12 @@ __device__ inline int lane_at_position(bool taken, int position, int num_lanes) 
     return found;
 }
 
-// Pieces of rows on their way into shared memory, a ring of them for each warp, so that loads go on while sums are
-// made. By bulk copies where the chip has them: what other copies bring is written there 32 bytes at a time, which
-// keeps shared memory busy and limits a multiprocessor to half of what bulk copies reach.
-inline constexpr int kRingDepth = 6;
 inline constexpr int kPieceWidth = 4;  // vectors of a piece that each lane adds
 inline constexpr int kPieceVectors = 32 * kPieceWidth;
-inline constexpr int kPieceBytes = 16 * kPieceVectors;
-inline constexpr int kRingBytes = kRingDepth * kPieceBytes;
 
-inline constexpr int sum_shared_bytes(int threads) { return threads / 32 * kRingBytes; }
+using SumRing = PieceRing<6, kPieceWidth>;
 
-template <typename T>
-__device__ inline Vec<T> load_shared(uint32_t address) {
-    Vec<T> v;
-    asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(v.bits.x), "=r"(v.bits.y), "=r"(v.bits.z), "=r"(v.bits.w)
-                 : "r"(address)
-                 : "memory");
-    return v;
-}
-
-struct PieceRing {
-    uint32_t room;                              // address in shared memory
-    uint32_t slot = 0;                          // of the next piece to take, in bytes
-    uint32_t spare = kRingBytes - kPieceBytes;  // of the piece taken last: its loads have ended when it is filled again
-
-    __device__ static uint32_t after(uint32_t slot) {
-        return slot + kPieceBytes == kRingBytes ? 0 : slot + kPieceBytes;
-    }
-
-#if __CUDA_ARCH__ >= 900
-    uint32_t barriers;  // one for each slot
-    uint32_t parity = 0;
-
-    // Whole warp, before the block's first __syncthreads().
-    __device__ PieceRing(const uint4* of_block, const uint64_t* barriers_of_block)
-        : room(shared_address(of_block) + threadIdx.x / 32 * kRingBytes),
-          barriers(shared_address(barriers_of_block + threadIdx.x / 32 * kRingDepth)) {
-        if (threadIdx.x % 32 != 0) return;
-        for (int i = 0; i < kRingDepth; ++i) init_barrier(barriers + i * 8);
-        fence_barrier_init();
-    }
-    // Whole warp: `vectors` vectors at `row`, or as many as a piece has.
-    __device__ void put(uint32_t at, const std::byte* row, int vectors) const {
-        if (!elect_one()) return;
-        const uint32_t bytes = vectors < kPieceVectors ? vectors * 16 : kPieceBytes;
-        const uint32_t barrier = barriers + at / (kPieceBytes / 8);
-        expect_bytes(barrier, bytes);
-        bulk_load(room + at, row, bytes, barrier);
-    }
-    __device__ void wait() const { wait_barrier(barriers + slot / (kPieceBytes / 8), parity); }
-    __device__ static void commit() {}
-#else
-    __device__ PieceRing(const uint4* of_block, const uint64_t*)
-        : room(shared_address(of_block) + threadIdx.x / 32 * kRingBytes) {}
-    __device__ void put(uint32_t at, const std::byte* row, int vectors) const {
-        const uint32_t to = room + at;
-        const int end = min(vectors, kPieceVectors);
-        for (int i = threadIdx.x % 32; i < end; i += 32) {
-            asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(to + i * 16), "l"(row + i * int64_t{16})
-                         : "memory");
-        }
-    }
-    __device__ static void wait() { asm volatile("cp.async.wait_group %0;" ::"n"(kRingDepth - 2) : "memory"); }
-    // After each put, and where one would be if there is nothing left.
-    __device__ static void commit() { asm volatile("cp.async.commit_group;" ::: "memory"); }
-#endif
-
-    // This lane's vectors of the next piece.
-    template <typename T>
-    __device__ void take(Vec<T>* into) const {
-        wait();
-        const uint32_t at = room + slot + threadIdx.x % 32 * 16;
-#pragma unroll
-        for (int j = 0; j < kPieceWidth; ++j) into[j] = load_shared<T>(at + j * 512);
-        __syncwarp();
-    }
-    __device__ void advance() {
-        spare = slot;
-        slot = after(slot);
-#if __CUDA_ARCH__ >= 900
-        parity ^= slot == 0 ? 1 : 0;
-#endif
-    }
-};
+inline constexpr int sum_shared_bytes(int threads) { return threads / 32 * SumRing::kBytes; }
 
 // Sums of one piece of a token's rows.
 template <typename T, bool kGroup>
@@ -170,7 +91,7 @@ __device__ void keep_piece(const RowSum& to, int k, int first, const Vec<T>* v) 
 
 // One warp: piece by piece, the sum over all rows of the list. Between sums the ring is empty.
 template <typename T, bool kGroup>
-__device__ void sum_rows(const RowSum& to, const RowList& list, PieceRing& ring) {
+__device__ void sum_rows(const RowSum& to, const RowList& list, SumRing& ring) {
     constexpr unsigned kAllLanes = 0xffffffffu;
     const auto own_row = reinterpret_cast<uint64_t>(list.row);
     int keep = to.routes != nullptr ? 1 : 0;
@@ -188,7 +109,7 @@ __device__ void sum_rows(const RowSum& to, const RowList& list, PieceRing& ring)
     };
     if (list.count == 0) put_first = to.vectors;
     uint32_t filled = ring.slot;
-    for (int i = 0; i < kRingDepth - 1; ++i, filled = ring.after(filled)) put_next(filled);
+    for (int i = 0; i < SumRing::kDepth - 1; ++i, filled = ring.after(filled)) put_next(filled);
     for (int first = 0; first < to.vectors; first += kPieceVectors) {
         PieceSum<T, kGroup> sum;
 #pragma unroll 1
