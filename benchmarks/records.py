@@ -65,13 +65,13 @@ def append(path: Path, records: list[Record]) -> None:
 
 
 def latest(path: Path) -> list[Record]:
-    """The newest lines of each case in a results file, in the order in which cases first appear; empty if none."""
+    """The newest lines of each case and number of SMs in a results file, in the order in which these first appear."""
     if not path.is_file():
         return []
-    cases: dict[str, list[Record]] = {}
+    cases: dict[tuple[str, int | None], list[Record]] = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         record = json.loads(line)
-        lines = cases.setdefault(_case_key(record), [])
+        lines = cases.setdefault((_case_key(record), record.get("num_sms")), [])
         if lines and lines[0]["run"] != record["run"]:
             lines.clear()
         lines.append(record)

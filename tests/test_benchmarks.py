@@ -130,6 +130,13 @@ def test_newest_lines_of_each_case_are_shown(tmp_path: pathlib.Path) -> None:
     assert [record["value"] for record in records.latest(path)] == [3, 4, 2]
 
 
+def test_each_number_of_sms_is_shown_from_its_newest_run(tmp_path: pathlib.Path) -> None:
+    path, case = tmp_path / "results.jsonl", {"config": {"num_ranks": 2}}
+    lines = [("08:00", 8, 1), ("08:00", 24, 2), ("08:00", None, 3), ("09:00", 24, 4), ("09:00", None, 5)]
+    records.append(path, [case | {"run": run, "num_sms": sms, "value": value} for run, sms, value in lines])
+    assert [record["value"] for record in records.latest(path)] == [1, 4, 5]
+
+
 def test_time_of_this_process_is_not_of_others() -> None:
     watch, begin = machine.OthersWatch(), time.monotonic()
     end = time.process_time() + 0.5
