@@ -35,6 +35,7 @@ _ELEMENTWISE_FUNCTIONS = frozenset(
 _ELEMENTWISE_METHODS = frozenset(("add", "mul", "relu", "sigmoid", "tanh"))
 # Halves of a row, as gated units take them.
 _CHUNKS = (torch.chunk, "chunk")
+_WEIGHT, _BIAS = operator.itemgetter("weight"), operator.itemgetter("bias")
 _ALIGNMENT = 16
 """Bytes of which the products want rows of weights and of tokens to be multiples, on GPUs."""
 
@@ -45,9 +46,12 @@ class GroupedExperts:
     def __init__(self, experts: nn.ModuleList, graph: fx.Graph) -> None:
         self._first = experts[0]
         self._interpreter = _Interpreter([dict(expert.named_modules()) for expert in experts], graph)
-        # Looked through at each step; a walk through the modules would cost the host three times as much.
-        self._modules = tuple(experts.modules())
-        self._children = tuple((module._modules, tuple(module._modules.items())) for module in self._modules)
+        # Looked through at each step, without a loop in Python: a walk through the modules would cost the host more.
+        modules = tuple(experts.modules())
+        self._children_of = tuple(module._modules for module in modules)
+        found = [(module._modules, name, child) for module in modules for name, child in module._modules.items()]
+        self._parents, self._names, self._children = zip(*found, strict=True)
+        self._hooks = tuple(hooks for module in modules for hooks in _hooks_of(module))
 
     def __call__(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Outputs ``[S, M']`` of ``rows`` ``[S, M]``, grouped by expert; ``ends`` ``[L]`` int32: where groups end."""
@@ -55,24 +59,24 @@ class GroupedExperts:
 
     def is_current(self) -> bool:
         """Whether the experts are those that they were, made of the same modules."""
-        return all(
-            len(now) == len(then) and all(now.get(name) is module for name, module in then)
-            for now, then in self._children
-        )
+        if sum(map(len, self._children_of)) != len(self._children):
+            return False
+        return all(map(operator.is_, map(dict.get, self._parents, self._names), self._children))
 
     def problem(self, rows: torch.Tensor) -> str:
         """Why these rows must go through the experts one by one, now; empty if they need not."""
         if torch.is_autocast_enabled(rows.device.type):
             return "autocast is on"
-        if any(_has_hooks(module) for module in self._modules):
+        if any(self._hooks):
             return "an expert has hooks"
-        dtypes = {p.dtype for p in self._first.parameters()} | {rows.dtype}
+        parameters = tuple(self._first.parameters())
+        dtypes = {p.dtype for p in parameters} | {rows.dtype}
         if len(dtypes) > 1:
             return f"rows are {rows.dtype}, parameters are not all"
         if rows.device.type == "cuda":
             if rows.dtype != torch.bfloat16:
                 return f"rows are {rows.dtype}; GPUs have grouped products of bfloat16"
-            weights = [p.shape for p in self._first.parameters() if p.dim() == 2]
+            weights = [p.shape for p in parameters if p.dim() == 2]
             odd = [shape for shape in weights if any(size * 2 % _ALIGNMENT for size in shape)]
             if odd:
                 return f"a weight of shape {tuple(odd[0])} has rows or columns of no multiple of {_ALIGNMENT} bytes"
@@ -151,10 +155,8 @@ def _shapes(expert: nn.Module) -> list[tuple[str, torch.Size, torch.dtype]]:
     return [(name, p.shape, p.dtype) for name, p in expert.named_parameters()]
 
 
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks or module._forward_pre_hooks or module._backward_hooks or module._backward_pre_hooks
-    )
+def _hooks_of(module: nn.Module) -> tuple[dict, ...]:
+    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
 
 
 class _Tracer(fx.Tracer):
@@ -171,6 +173,9 @@ class _Interpreter:
         self._graph = graph
         calls = [node.target for node in graph.nodes if node.op == "call_module"]
         self._modules = {name: tuple(of_expert[name] for of_expert in modules) for name in calls}
+        self._parameters = {
+            name: tuple(module._parameters for module in of_experts) for name, of_experts in self._modules.items()
+        }
 
     def apply(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         values: dict[fx.Node, Any] = {}
@@ -193,11 +198,11 @@ class _Interpreter:
         return values[self._graph.output_node().args[0]]
 
     def _call(self, name: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        modules = self._modules[name]
-        if type(modules[0]) is not nn.Linear:
-            return modules[0](x)
-        biases = () if modules[0].bias is None else tuple(module.bias for module in modules)
-        return _GroupedLinear.apply(x, ends, *(module.weight for module in modules), *biases)
+        first, parameters = self._modules[name][0], self._parameters[name]
+        if type(first) is not nn.Linear:
+            return first(x)
+        biases = () if first.bias is None else map(_BIAS, parameters)
+        return _GroupedLinear.apply(x, ends, *map(_WEIGHT, parameters), *biases)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -258,11 +263,14 @@ def stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
     first = weights[0]
     begins = [weight.data_ptr() for weight in weights]
     step = begins[1] - begins[0] if len(begins) > 1 else first.nbytes
-    storage = first.untyped_storage().data_ptr()
     in_a_row = step >= first.nbytes and step % _ALIGNMENT == 0 and begins[0] % _ALIGNMENT == 0
-    equal = all(begin == begins[0] + i * step for i, begin in enumerate(begins))
-    shared = all(w.is_contiguous() and w.untyped_storage().data_ptr() == storage for w in weights)
-    if in_a_row and equal and shared:
+    if in_a_row and begins == list(range(begins[0], begins[-1] + 1, step)) and _share_memory(weights):
         strides = (step // first.element_size(), first.shape[1], 1)
         return first.detach().as_strided((len(weights), *first.shape), strides, first.storage_offset())
-    return torch.stack([weight.detach() for weight in weights])
+    with torch.no_grad():
+        return torch.stack(tuple(weights))
+
+
+def _share_memory(weights: Sequence[torch.Tensor]) -> bool:
+    storage = weights[0].untyped_storage().data_ptr()
+    return all(w.is_contiguous() and w.untyped_storage().data_ptr() == storage for w in weights)
