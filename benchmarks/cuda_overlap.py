@@ -6,15 +6,18 @@
 
 The operation is launched first, on its buffer's own stream, the product right after it on the current one. *together*
 is from the start of both to the end of both; *hidden* is how much of the shorter of the two the longer one covers.
-Times are medians, L2 flushed before each round, of the slowest rank. Plans are cached and rows lie in the heap.
+*told*: together, where the product's library was told how many SMs are left to it.
+Times are medians of the slowest rank. Before each round the L2 is flushed, the GPU is busy until all is launched, and
+ranks begin together. Plans are cached and rows lie in the heap.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -23,7 +26,7 @@ from tqdm import tqdm
 
 from ray_deepep import Buffer, CommConfig, Communicator, TokenMajor, Work
 
-from .cuda_timing import NUM_WARMUP, make_flush
+from .cuda_timing import NUM_WARMUP, Stopwatch
 from .cuda_traffic import Case, Inputs, Traffic
 from .plots import plot_cuda_overlap
 from .ranks import run_ranks
@@ -61,7 +64,7 @@ class OverlapRun:
         self.rank = dist.get_rank()
         torch.cuda.set_device(self.rank % torch.cuda.device_count())
         self.inputs = Inputs.make(case, self.rank)
-        self.flush, self.side = make_flush(), torch.cuda.Stream()
+        self.clock, self.side = Stopwatch(options.num_rounds), torch.cuda.Stream()
         m, n, k = options.product
         self.factors = [torch.randn(shape, device="cuda", dtype=torch.bfloat16) for shape in ((m, k), (k, n))]
         self.out = torch.empty(m, n, device="cuda", dtype=torch.bfloat16)
@@ -103,6 +106,8 @@ class OverlapRun:
         alone = self._median(lambda: self._round(lambda: operation(num_sms), product=False))
         product = self._median(lambda: self._round(None, product=True))
         both = self._median(lambda: self._round(lambda: operation(num_sms), product=True))
+        with leaving(num_sms):
+            told = self._median(lambda: self._round(lambda: operation(num_sms), product=True))
         saved = alone["whole"] + product["whole"] - both["whole"]
         return {
             "config": {**dataclasses.asdict(self.case), "product": list(self.options.product)},
@@ -113,6 +118,7 @@ class OverlapRun:
             "together_us": both["whole"],
             "operation_together_us": both["operation"],
             "product_together_us": both["product"],
+            "told_together_us": told["whole"],
             "hidden": round(saved / min(alone["whole"], product["whole"]), 4),
         }
 
@@ -127,10 +133,7 @@ class OverlapRun:
 
     def _round(self, operation: Callable[[], Work] | None, *, product: bool) -> Sample:
         start, product_end, operation_end, end = (torch.cuda.Event(enable_timing=True) for _ in range(4))
-        torch.cuda.synchronize()
-        dist.barrier()
-        # The host launches while this runs.
-        self.flush.zero_()
+        self.clock.prepare(idle=False)
         start.record()
         work = None if operation is None else operation()
         if product:
@@ -150,6 +153,19 @@ class OverlapRun:
         )
 
 
+@contextlib.contextmanager
+def leaving(num_sms: int) -> Iterator[None]:
+    """Products leave so many SMs to others: by cuBLASLt, which can be told of it."""
+    library = torch.backends.cuda.preferred_blas_library()
+    torch.backends.cuda.preferred_blas_library("cublaslt")
+    torch._C._set_sm_carveout_experimental(num_sms)
+    try:
+        yield
+    finally:
+        torch._C._set_sm_carveout_experimental(None)
+        torch.backends.cuda.preferred_blas_library(library)
+
+
 def run_case(case: Record, options: Record) -> list[Record]:
     """One case; called on every rank."""
     return OverlapRun(Case(**case), Options(**options)).run()
@@ -167,12 +183,13 @@ def table(records: list[Record]) -> str:
             f"{r['together_us']:.0f}",
             f"{r['operation_together_us']:.0f}",
             f"{r['product_together_us']:.0f}",
+            f"{r['told_together_us']:.0f}" if "told_together_us" in r else "",
             f"{r['hidden']:.0%}",
         ]
         for r in records
     ]
     header = ["operation", "SMs", "alone, us", "product alone", "one after the other", "together"]
-    return markdown_table([*header, "operation done", "product done", "hidden"], rows)
+    return markdown_table([*header, "operation done", "product done", "told", "hidden"], rows)
 
 
 def draw(records: list[Record], image: Path) -> None:

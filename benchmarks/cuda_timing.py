@@ -84,6 +84,18 @@ class Stopwatch:
         if self.group is not None:
             dist.all_reduce(self.met, group=self.group)
 
+    def prepare(self, *, idle: bool) -> None:
+        """Before each round. ``idle``: the GPU has nothing left to do; else it is busy for a while, and ranks that have
+        one each begin together then."""
+        if idle:
+            self.flush.zero_()
+        torch.cuda.synchronize()
+        dist.barrier()
+        if not idle:
+            self.flush.zero_()
+            torch.cuda._sleep(BUSY_CYCLES)
+            self._meet_on_gpus()
+
     def measure(self, call: Callable[[], object]) -> Timing:
         """Time ``call``; the same answer on every rank."""
         device_us, host_us = self._rounds(call, idle=True)
@@ -104,14 +116,7 @@ class Stopwatch:
         device_us, host_us = [], []
         for round_ in range(-NUM_WARMUP, self.num_rounds):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
-            if idle:
-                self.flush.zero_()
-            torch.cuda.synchronize()
-            dist.barrier()
-            if not idle:
-                self.flush.zero_()
-                torch.cuda._sleep(BUSY_CYCLES)
-                self._meet_on_gpus()
+            self.prepare(idle=idle)
             start.record()
             before = time.perf_counter()
             result = call()
