@@ -38,8 +38,9 @@ _TERMS = (
 EXPLANATION = (
     "Whole calls between CUDA events, us, median of the slowest rank, the L2 flushed before each. The GPU is busy "
     "until all is launched and ranks begin together, so this is what the GPUs need (calls that wait for counts show "
-    "that wait). With an idle GPU the host's time comes on top: `benchmarks/results/README.md` has both, and all "
-    f"variants. {_TERMS}; *share* is floor by the row's best time. *NCCL* is of the same run, from plain tensors, with "
+    "that wait). Each number of SMs is from its newest run. With an idle GPU the host's time comes on top: "
+    f"`benchmarks/results/README.md` has both, and all variants. {_TERMS}; *share* is floor by the row's best time. "
+    "*NCCL* is of the same run, from plain tensors, with "
     f"its ratio to ours at {COMPARED_SMS} SMs: `all_gather` and `reduce_scatter` of all tokens beside token-major rows "
     "(with two ranks and top-8 nearly every token goes to both, so that the same bytes cross; they need no plan), and "
     "sort, gather, exchange of counts and all-to-all-v, a row per route, beside the expert-major dispatch that learns "
