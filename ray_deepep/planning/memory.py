@@ -16,7 +16,7 @@ from .workload import ELEMENT_BYTES, SCALE_BLOCK, Workload
 
 PAGE = 4096
 SEGMENT_ALIGNMENT = 256
-CHUNK_TOKENS, READY_ROWS, READY_FLAG_BYTES, SIGNAL_BYTES = 64, 32, 32, 1024
+CHUNK_TOKENS, READY_ROWS, READY_FLAG_BYTES, SIGNAL_BYTES = 64, 16, 32, 1024
 """As in csrc/cuda/segment_layout.h, where the formula is needed without the core."""
 MAX_CORE_RANKS = 64
 """Ranks of one domain that the CUDA core takes."""
