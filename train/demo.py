@@ -22,11 +22,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
-from ray_deepep import job_log
 from train.config import BACKENDS
 from train.errors import ConfigError, DataError
+from train.job_bar import JobBar
 from train.local_ray import LocalRay, LocalRayError
 from train.presets import get_preset
 from train.ray_jobs import JobFailedError, JobRunner
@@ -185,18 +183,8 @@ def run_backend(options: DemoOptions, backend: str, runner: JobRunner) -> dict:
     command = options.entrypoint(backend, here=runner.head_is_here)
     log_path = options.out / f"job-{backend}.log"
     print(f"\n{backend}: submitted as a Ray job; its log: {log_path}")
-    with tqdm(total=options.num_steps, desc=backend, unit="step", dynamic_ncols=True, mininterval=0.5) as bar:
-        bar.set_postfix_str("starting workers")
-
-        def show(line: str) -> None:
-            if step := job_log.parse_step(line):
-                bar.set_postfix_str(str(step).split(" ", 2)[2], refresh=False)
-                bar.update(step.step - bar.n)
-                bar.refresh()
-            elif line.startswith(("RAY_DEEPEP_FAULT", "error:", "waiting:")):
-                bar.write(line)
-
-        return runner.run(command, log_path, show)
+    with JobBar(backend, num_steps=options.num_steps) as bar:
+        return runner.run(command, log_path, bar.show)
 
 
 def print_summary(options: DemoOptions, results: dict[str, dict], url: str) -> None:
