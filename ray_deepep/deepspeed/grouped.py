@@ -33,6 +33,8 @@ _ELEMENTWISE_FUNCTIONS = frozenset(
     + (torch.sigmoid, torch.tanh, operator.mul, operator.add)
 )
 _ELEMENTWISE_METHODS = frozenset(("add", "mul", "relu", "sigmoid", "tanh"))
+_FIRST_PARAMETER = 3
+"""Place of the first weight among the arguments of ``_GroupedLinear``."""
 # Halves of a row, as gated units take them.
 _CHUNKS = (torch.chunk, "chunk")
 _WEIGHT, _BIAS = operator.itemgetter("weight"), operator.itemgetter("bias")
@@ -176,6 +178,8 @@ class _Interpreter:
         self._parameters = {
             name: tuple(module._parameters for module in of_experts) for name, of_experts in self._modules.items()
         }
+        firsts = [of_experts[0] for of_experts in self._modules.values()]
+        self._linear = tuple(module for module in firsts if type(module) is nn.Linear)
 
     def apply(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         values: dict[fx.Node, Any] = {}
@@ -183,13 +187,15 @@ class _Interpreter:
         def value(argument: Any) -> Any:
             return fx.node.map_arg(argument, lambda node: values[node])
 
+        with_bias = any(module.bias is not None for module in self._linear)
+        expert_of_row = _expert_of_row(ends, rows.shape[0]) if with_bias else None
         given = False
         for node in self._graph.nodes:
             if node.op == "placeholder":
                 values[node] = node.args[0] if given else rows
                 given = True
             elif node.op == "call_module":
-                values[node] = self._call(node.target, value(node.args)[0], ends)
+                values[node] = self._call(node.target, value(node.args)[0], ends, expert_of_row)
             elif node.op == "call_function":
                 values[node] = node.target(*value(node.args), **value(node.kwargs))
             elif node.op == "call_method":
@@ -197,19 +203,19 @@ class _Interpreter:
                 values[node] = getattr(target, node.target)(*rest, **value(node.kwargs))
         return values[self._graph.output_node().args[0]]
 
-    def _call(self, name: str, x: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def _call(self, name: str, x: torch.Tensor, ends: torch.Tensor, expert_of_row: torch.Tensor | None) -> torch.Tensor:
         first, parameters = self._modules[name][0], self._parameters[name]
         if type(first) is not nn.Linear:
             return first(x)
         biases = () if first.bias is None else map(_BIAS, parameters)
-        return _GroupedLinear.apply(x, ends, *map(_WEIGHT, parameters), *biases)
+        return _GroupedLinear.apply(x, ends, expert_of_row, *map(_WEIGHT, parameters), *biases)
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """``x`` ``[S, I]`` to ``[S, O]``; L weights ``[O, I]``, then L biases ``[O]`` or none."""
+    """``x`` ``[S, I]`` to ``[S, O]``; L weights ``[O, I]``, L biases ``[O]`` or none; biases need ``expert_of_row``."""
 
     @staticmethod
-    def forward(ctx, x, ends, *parameters):
+    def forward(ctx, x, ends, expert_of_row, *parameters):
         count = ends.shape[0]
         weights, biases = parameters[:count], parameters[count:]
         ctx.save_for_backward(x, ends, *weights)
@@ -218,7 +224,7 @@ class _GroupedLinear(torch.autograd.Function):
         if x.shape[0]:
             out = F.grouped_mm(x, stacked(weights).transpose(1, 2), offs=ends)
             if biases:
-                out += torch.stack(biases).index_select(0, _expert_of_row(ends, x.shape[0]))
+                out += torch.stack(biases).index_select(0, expert_of_row)
         return out
 
     @staticmethod
@@ -226,21 +232,22 @@ class _GroupedLinear(torch.autograd.Function):
     def backward(ctx, grad):
         x, ends, *weights = ctx.saved_tensors
         count, out_features = len(weights), weights[0].shape[0]
+        needed = ctx.needs_input_grad[_FIRST_PARAMETER:]
         grad = grad.contiguous()
         if x.shape[0] == 0:
             grads = [torch.zeros_like(weight) for weight in weights]
             biases = [weight.new_zeros(out_features) for weight in weights] if ctx.with_bias else []
-            return torch.zeros_like(x), None, *grads, *biases
+            return torch.zeros_like(x), None, None, *grads, *biases
         grad_x = F.grouped_mm(grad, stacked(weights), offs=ends) if ctx.needs_input_grad[0] else None
         grad_weights: Sequence[torch.Tensor | None] = [None] * count
-        if any(ctx.needs_input_grad[2 : 2 + count]):
+        if any(needed[:count]):
             grad_weights = _products_by_expert(grad.t(), x, ends).unbind()
         grad_biases: Sequence[torch.Tensor | None] = [None] * count if ctx.with_bias else []
-        if ctx.with_bias and any(ctx.needs_input_grad[2 + count :]):
+        if ctx.with_bias and any(needed[count:]):
             # Sums of rows are a product with ones; eight columns, for alignment.
             ones = grad.new_ones(grad.shape[0], 8)
             grad_biases = _products_by_expert(grad.t(), ones, ends)[..., 0].contiguous().unbind()
-        return grad_x, None, *grad_weights, *grad_biases
+        return grad_x, None, None, *grad_weights, *grad_biases
 
 
 def _products_by_expert(columns: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
