@@ -40,7 +40,7 @@ class Routes:
     topk_idx: torch.Tensor
     """``[T, K]`` int32 contiguous, global expert ids, -1 = dropped."""
     locations: torch.Tensor
-    """``[T, K]`` int32 contiguous, slot of each route in its expert's block of ``capacity`` rows."""
+    """``[K, T]`` int32 as the gate made them, slot of each route in its expert's block of ``capacity`` rows."""
     gates: torch.Tensor
     """``[K, T]`` as the gate made them (float32; under autocast perhaps not); gradients flow."""
     capacity: int
@@ -112,7 +112,7 @@ def _send(x: torch.Tensor, gates: torch.Tensor, buffer: Buffer, routes: Routes, 
         routes.topk_idx,
         gates.detach().float().t().contiguous(),
         layout=layout,
-        locations=routes.locations if isinstance(layout, Padded) else None,
+        locations=routes.locations.t().contiguous() if isinstance(layout, Padded) else None,
     )
 
 

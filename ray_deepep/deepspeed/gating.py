@@ -39,7 +39,7 @@ def _route_nothing(layer: MOELayer, tokens: torch.Tensor) -> Routes:
 def _routes(indices: torch.Tensor, locations: torch.Tensor, gates: torch.Tensor, capacity: int) -> Routes:
     return Routes(
         topk_idx=indices.t().contiguous(),
-        locations=locations.t().contiguous(),
+        locations=locations,
         gates=gates,
         capacity=capacity,
     )
