@@ -139,6 +139,26 @@ def test_an_expert_that_was_replaced_is_seen() -> None:
     assert plans.of(container)[0] is not before
 
 
+def test_what_modules_hold_in_new_dictionaries_is_seen() -> None:
+    """As others put them there: ZeRO 3 changes those of parameters."""
+    container, plans = Experts(Expert(), 2), GroupedPlans()
+    experts = container.deepspeed_experts
+    rows, ends = torch.randn(6, HIDDEN), torch.tensor([2, 6], dtype=torch.int32)
+    grouped, _ = plans.of(container)
+    before = grouped(rows, ends)
+    for expert in experts:
+        expert.up._parameters = dict(expert.up._parameters)
+        expert.up.weight = nn.Parameter(torch.randn_like(expert.up.weight))
+    assert plans.of(container)[0] is grouped
+    after = grouped(rows, ends)
+    wanted = torch.cat([expert(part) for expert, part in zip(experts, rows.split((2, 4)))])
+    assert not torch.allclose(after, before) and torch.allclose(after, wanted, atol=1e-5)
+    experts[1].up._forward_hooks = {0: lambda *_: None}
+    assert grouped.problem(rows) == "an expert has hooks"
+    experts[1]._modules = dict(experts[1]._modules) | {"up": nn.Linear(HIDDEN, 24)}
+    assert not grouped.is_current()
+
+
 def auto_on_cpus(context: RankContext) -> None:
     start_deepspeed()
     layer = make_layer(LayerCase())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from types import TracebackType
 
@@ -40,7 +41,7 @@ class JobBar:
         self._ticker = threading.Thread(target=self._tick, name="job bar", daemon=True)
 
     def __enter__(self) -> JobBar:
-        if self._bar.fp.isatty():
+        if sys.stderr.isatty():
             self._ticker.start()
         return self
 

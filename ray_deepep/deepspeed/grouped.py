@@ -37,6 +37,9 @@ _FIRST_PARAMETER = 3
 """Place of the first weight among the arguments of ``_GroupedLinear``."""
 # Halves of a row, as gated units take them.
 _CHUNKS = (torch.chunk, "chunk")
+# Faster than attributes of modules, which are looked for in Python.
+_CHILDREN, _PARAMETERS = operator.attrgetter("_modules"), operator.attrgetter("_parameters")
+_HOOKS = operator.attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 _WEIGHT, _BIAS = operator.itemgetter("weight"), operator.itemgetter("bias")
 _ALIGNMENT = 16
 """Bytes of which the products want rows of weights and of tokens to be multiples, on GPUs."""
@@ -49,11 +52,9 @@ class GroupedExperts:
         self._first = experts[0]
         self._interpreter = _Interpreter([dict(expert.named_modules()) for expert in experts], graph)
         # Looked through at each step, without a loop in Python: a walk through the modules would cost the host more.
-        modules = tuple(experts.modules())
-        self._children_of = tuple(module._modules for module in modules)
-        found = [(module._modules, name, child) for module in modules for name, child in module._modules.items()]
+        self._modules = tuple(experts.modules())
+        found = [(module, name, child) for module in self._modules for name, child in module._modules.items()]
         self._parents, self._names, self._children = zip(*found, strict=True)
-        self._hooks = tuple(hooks for module in modules for hooks in _hooks_of(module))
 
     def __call__(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         """Outputs ``[S, M']`` of ``rows`` ``[S, M]``, grouped by expert; ``ends`` ``[L]`` int32: where groups end."""
@@ -61,15 +62,16 @@ class GroupedExperts:
 
     def is_current(self) -> bool:
         """Whether the experts are those that they were, made of the same modules."""
-        if sum(map(len, self._children_of)) != len(self._children):
+        if sum(map(len, map(_CHILDREN, self._modules))) != len(self._children):
             return False
-        return all(map(operator.is_, map(dict.get, self._parents, self._names), self._children))
+        now = map(dict.get, map(_CHILDREN, self._parents), self._names)
+        return all(map(operator.is_, now, self._children))
 
     def problem(self, rows: torch.Tensor) -> str:
         """Why these rows must go through the experts one by one, now; empty if they need not."""
         if torch.is_autocast_enabled(rows.device.type):
             return "autocast is on"
-        if any(self._hooks):
+        if any(map(any, map(_HOOKS, self._modules))):
             return "an expert has hooks"
         parameters = tuple(self._first.parameters())
         dtypes = {p.dtype for p in parameters} | {rows.dtype}
@@ -157,10 +159,6 @@ def _shapes(expert: nn.Module) -> list[tuple[str, torch.Size, torch.dtype]]:
     return [(name, p.shape, p.dtype) for name, p in expert.named_parameters()]
 
 
-def _hooks_of(module: nn.Module) -> tuple[dict, ...]:
-    return module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
-
-
 class _Tracer(fx.Tracer):
     """Looks into modules that are made of others."""
 
@@ -175,9 +173,6 @@ class _Interpreter:
         self._graph = graph
         calls = [node.target for node in graph.nodes if node.op == "call_module"]
         self._modules = {name: tuple(of_expert[name] for of_expert in modules) for name in calls}
-        self._parameters = {
-            name: tuple(module._parameters for module in of_experts) for name, of_experts in self._modules.items()
-        }
         firsts = [of_experts[0] for of_experts in self._modules.values()]
         self._linear = tuple(module for module in firsts if type(module) is nn.Linear)
 
@@ -204,10 +199,11 @@ class _Interpreter:
         return values[self._graph.output_node().args[0]]
 
     def _call(self, name: str, x: torch.Tensor, ends: torch.Tensor, expert_of_row: torch.Tensor | None) -> torch.Tensor:
-        first, parameters = self._modules[name][0], self._parameters[name]
-        if type(first) is not nn.Linear:
-            return first(x)
-        biases = () if first.bias is None else map(_BIAS, parameters)
+        modules = self._modules[name]
+        if type(modules[0]) is not nn.Linear:
+            return modules[0](x)
+        parameters = tuple(map(_PARAMETERS, modules))
+        biases = () if modules[0].bias is None else map(_BIAS, parameters)
         return _GroupedLinear.apply(x, ends, expert_of_row, *map(_WEIGHT, parameters), *biases)
 
 
