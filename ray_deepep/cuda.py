@@ -2,7 +2,8 @@
 
 As ``shm.py``, this file calls a compiled core (``ray_deepep._cuda``) and allocates outputs; ``cuda_arguments.py``
 unpacks torch tensors for it. Work runs on the current CUDA stream. The host waits once per new dispatch, for the counts
-that give the outputs their sizes; with ``max_recv_tokens`` it does not wait at all.
+that give the outputs their sizes, mostly while rows move already, into as much room as the last dispatch makes likely
+(``guessed_rows.py``); with ``max_recv_tokens`` it does not wait at all.
 
 A kernel takes tens of microseconds, so the host must not take as long: launch first, and make results while it runs.
 """
@@ -20,6 +21,7 @@ from .cuda_arguments import CudaArguments, CudaPlan, check_address, check_rows
 from .cuda_heap import CudaHeap, load_core
 from .errors import FaultRecord, InvalidArgumentError, ReceiveOverflowError
 from .float8 import FLOAT8, SCALE_BLOCK
+from .guessed_rows import GuessedRows
 from .handle import DispatchHandle, ExpertMajor, TokenMajor
 from .shm import ShmDomain
 from .streams import Streams
@@ -95,6 +97,7 @@ class CudaTransport:
             ),
         )
         self._first_rank = domain.peers[0].rank
+        self._guessed_rows = GuessedRows()
         self._pool = SymmPool(self._buffer.symm_address, self._buffer.symm_bytes)
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
@@ -140,10 +143,17 @@ class CudaTransport:
                 first_rank=self._first_rank,
                 plan=plan,
             )
+        guess = self._guessed_rows.of(request.layout, plan.num_rows)
+        if guess:
+            x, x_scales = self._pull(request, args, plan, guess, num_sms, stream, guessed=True)
         found = self._buffer.wait_counts()
         if found.overflow_rank >= 0:
             self._raise_overflow(request, found, plan.num_rows)
-        x, x_scales = self._pull(request, args, plan, found.num_rows, num_sms, stream)
+        self._guessed_rows.learn(request.layout, found.num_rows)
+        if not guess or found.num_rows > guess:
+            x, x_scales = self._pull(request, args, plan, found.num_rows, num_sms, stream)
+        elif found.num_rows < guess:
+            x, x_scales = x[: found.num_rows], None if x_scales is None else x_scales[: found.num_rows]
         # Only now: peers do not know of it, and wait for the rows that this rank stages while it pulls.
         self._buffer.check_routing()
         return DispatchOutput(
@@ -320,8 +330,9 @@ class CudaTransport:
         stream: int,
         *,
         cached: bool = False,
+        guessed: bool = False,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Rows and their scales."""
+        """Rows and their scales. ``guessed``: if more than ``num_rows`` arrive, nothing happens."""
         hidden, dtype, x_scales = self._geometry.hidden, request.x.dtype, None
         if request.cast is not None:
             dtype = FLOAT8
@@ -330,5 +341,5 @@ class CudaTransport:
         if dtype is FLOAT8:
             x_scales = torch.empty(num_rows, hidden // SCALE_BLOCK, device=self.device)
             args.out_scales = x_scales.data_ptr()
-        self._buffer.pull_dispatch(args, plan.core, cached, num_sms, stream)
+        self._buffer.pull_dispatch(args, plan.core, cached, num_rows if guessed else -1, num_sms, stream)
         return x, x_scales

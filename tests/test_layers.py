@@ -63,6 +63,7 @@ PYTHON_LAYERS = [
         "bounded_store",
         "core_errors",
         "fixed_shapes",
+        "guessed_rows",
         "streams",
         "fault_board",
         "transport_choice",

@@ -152,9 +152,11 @@ void register_buffer(py::module_& module) {
         .def("check_routing", &DeviceBuffer::check_routing)
         .def(
             "pull_dispatch",
-            [](DeviceBuffer& buffer, const DeviceDispatchArgs& args, const DevicePlan& plan, bool cached, int num_sms,
-               uintptr_t stream) { buffer.pull_dispatch(args, plan, cached, num_sms, as_stream(stream)); },
-            py::arg("args"), py::arg("plan"), py::arg("cached"), py::arg("num_sms"), py::arg("stream"), Release())
+            [](DeviceBuffer& buffer, const DeviceDispatchArgs& args, const DevicePlan& plan, bool cached, int64_t room,
+               int num_sms,
+               uintptr_t stream) { buffer.pull_dispatch(args, plan, cached, room, num_sms, as_stream(stream)); },
+            py::arg("args"), py::arg("plan"), py::arg("cached"), py::arg("room"), py::arg("num_sms"), py::arg("stream"),
+            Release())
         .def(
             "combine",
             [](DeviceBuffer& buffer, const DeviceCombineArgs& args, const DevicePlan& plan, int num_sms,

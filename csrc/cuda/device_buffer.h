@@ -83,8 +83,9 @@ class DeviceBuffer {
     // Counts of the last begin_dispatch(report = true); blocks the host until its plan is made. Routing that is out of
     // range is no error here: the rank must still move its rows, for its peers wait for them. check_routing() follows.
     PlanCounts wait_counts();
-    // `cached`: along a plan made earlier; a whole dispatch.
-    void pull_dispatch(const DeviceDispatchArgs& args, const DevicePlan& plan, bool cached, int num_sms,
+    // `cached`: along a plan made earlier; a whole dispatch. `room`: rows of the outputs, where wait_counts() comes
+    // only later: nothing happens if more arrive, and this is called again; else -1.
+    void pull_dispatch(const DeviceDispatchArgs& args, const DevicePlan& plan, bool cached, int64_t room, int num_sms,
                        cudaStream_t stream);
     void combine(const DeviceCombineArgs& args, const DevicePlan& plan, int num_sms, cudaStream_t stream);
     // Throw if a kernel of this buffer has reported a fault.

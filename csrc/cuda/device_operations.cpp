@@ -122,14 +122,15 @@ void DeviceBuffer::begin_dispatch(const DeviceDispatchArgs& args, const DevicePl
     launch_plan(params, stream);
 }
 
-void DeviceBuffer::pull_dispatch(const DeviceDispatchArgs& args, const DevicePlan& plan, bool cached, int num_sms,
-                                 cudaStream_t stream) {
+void DeviceBuffer::pull_dispatch(const DeviceDispatchArgs& args, const DevicePlan& plan, bool cached, int64_t room,
+                                 int num_sms, cudaStream_t stream) {
     if (cached) check();
     PullParams pull;
     pull.peers = peers_;
     pull.publication = dispatch_publication(args, plan, cached, &pull.staging);
     pull.publication.by_main = cached;
     pull.plan = plan;
+    pull.room = room;
     if (!pull.staging.cast) {
         pull.own_rows = pointer<const std::byte>(args.x);
         pull.own_scales = pointer<const float>(args.x_scales);

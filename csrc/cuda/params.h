@@ -75,6 +75,7 @@ struct PullParams {
     int64_t scale_bytes = 0;
     DType dtype = DType::kFloat32;
     bool scale_by_weights = false;
+    int64_t room = -1;  // rows that fit, where the host did not know how many come; -1: it did
     int num_warps = 0;  // of each block that pull, the first ones
     int num_sms = 1;
 };

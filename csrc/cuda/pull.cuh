@@ -40,6 +40,12 @@ __device__ inline int64_t num_clear_candidates(const DevicePlan& plan) {
     return dense ? 0 : min(int64_t{plan.counts[kNumRows]}, plan.max_rows);
 }
 
+// Every thread, first thing. A launch that the host made before it knew how many rows come does nothing where they do
+// not fit, or where a rank has more than it can take: the host then launches again, or raises.
+__device__ inline bool has_room(const PullParams& p) {
+    return p.room < 0 || (p.plan.counts[kOverflow] == 0 && p.plan.counts[kNumRows] <= p.room);
+}
+
 // Warps that stage take part in nothing else.
 __device__ inline bool is_staging_warp(const Staging& staging) {
     return staging.num_warps > 0 && threadIdx.x / 32 >= blockDim.x / 32 - staging.num_warps;

@@ -259,6 +259,7 @@ __global__ void __launch_bounds__((kMaxWarps + kStagingWarps) * 32, 1)
     __shared__ StagedRows staged;
     __shared__ WarpShared warps[kMaxWarps];
     const int local = threadIdx.x / 32, warp = blockIdx.x * p.num_warps + local;
+    if (!has_room(p)) return;
     if (local < p.num_warps && threadIdx.x % 32 == 0) {
         for (uint64_t& barrier : warps[local].barriers) init_barrier(shared_address(&barrier));
         fence_barrier_init();

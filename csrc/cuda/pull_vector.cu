@@ -114,6 +114,7 @@ __global__ void __launch_bounds__((kWarps + kStagingWarps) * 32)
     pull_vector_kernel(const __grid_constant__ PullParams p) {
     __shared__ Sources sources;
     __shared__ StagedRows staged;
+    if (!has_room(p)) return;
     init_staged_rows(&staged);
     const uint32_t sequence = begin_operation(p.peers, p.publication);
     const int local = threadIdx.x / 32;

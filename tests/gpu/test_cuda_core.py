@@ -5,14 +5,29 @@ tests/gpu/run.sh        # starts MPS, builds, runs these tests
 
 from __future__ import annotations
 
+import dataclasses
 import random
 
 import pytest
 import torch
-from cases import FLOAT8, LAYOUTS, PADDED, ROUTINGS, Case, all_modes, check_case
+from cases import (
+    FLOAT8,
+    LAYOUTS,
+    PADDED,
+    ROUTINGS,
+    Case,
+    all_modes,
+    assert_dispatched,
+    check_case,
+    check_combine,
+    dispatch,
+    make_buffer,
+    make_world,
+    some_modes,
+)
 from harness import RankContext, Ranks, error_of
 
-from ray_deepep import ExpertMajor, InvalidArgumentError, Padded, TokenMajor
+from ray_deepep import ExpertMajor, Float8Cast, InvalidArgumentError, Padded, TokenMajor
 from ray_deepep.cuda import cuda_problem
 
 pytestmark = pytest.mark.skipif(bool(cuda_problem()), reason=f"transport cuda: {cuda_problem()}")
@@ -160,6 +175,30 @@ def bad_location(context: RankContext, location: int) -> str:
 def test_location_out_of_range(ranks: Ranks, location: int) -> None:
     """The same argument is ``locations[2, 0]`` on CPUs (``test_bad_dispatch.py``), where the host can look."""
     assert ranks.run(2, bad_location, location) == ["", f"locations: must be in [0, 8); got '{location}'"]
+
+
+def sizes_in_turn(context: RankContext, layout: object, cast: bool) -> None:
+    """Rows move into outputs that were made before their number was known, or again where there were too many."""
+    torch.cuda.set_device(context.rank % torch.cuda.device_count())
+    most = Case(seed=SEED, num_tokens=(300,) * context.num_ranks, num_experts=8, hidden=256, layout=layout)
+    most = dataclasses.replace(most, dtype=torch.bfloat16, cast=Float8Cast() if cast else None)
+    with make_buffer(context, "cuda", most, make_world(most)) as buffer:
+        for number, first in enumerate((8, 9, 300, 290, 4, 0, 300, 300)):
+            tokens = tuple(max(first - 5 * rank, 0) for rank in range(context.num_ranks))
+            case = dataclasses.replace(most, seed=SEED + number, num_tokens=tokens)
+            world = make_world(case)
+            result = dispatch(buffer, world, context.rank)
+            assert_dispatched(result, world, context.rank)
+            if not cast:
+                for mode in some_modes(layout == TokenMajor()):
+                    check_combine(buffer, result.handle, world, context.rank, mode, seed=number)
+
+
+@pytest.mark.parametrize("cast", (False, True))
+@pytest.mark.parametrize("layout", (TokenMajor(), ExpertMajor(), ExpertMajor(16)), ids=str)
+@pytest.mark.parametrize("num_ranks", (1, 2, 4))
+def test_sizes_in_turn(ranks: Ranks, num_ranks: int, layout: object, cast: bool) -> None:
+    ranks.run(num_ranks, sizes_in_turn, layout, cast)
 
 
 def no_tokens_after_some(context: RankContext) -> None:
