@@ -26,6 +26,7 @@ from .handle import DispatchHandle, ExpertMajor, TokenMajor
 from .shm import ShmDomain
 from .streams import Streams
 from .symm_pool import SymmPool
+from .telemetry import TransportCounters
 from .transport import BufferGeometry, CombineOutput, CombineRequest, DispatchOutput, DispatchRequest
 from .work import Work
 
@@ -99,6 +100,7 @@ class CudaTransport:
         self._first_rank = domain.peers[0].rank
         self._guessed_rows = GuessedRows()
         self._pool = SymmPool(self._buffer.symm_address, self._buffer.symm_bytes)
+        self._segment_bytes = self._buffer.segment_bytes
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """See :meth:`Transport.dispatch`."""
@@ -291,8 +293,11 @@ class CudaTransport:
         """See :meth:`Transport.give_up_on_gone_peers`."""
         self._buffer.give_up_on_gone_peers()
 
-    def counters(self) -> None:
-        """See :meth:`Transport.counters`. Kernels count nothing."""
+    def counters(self) -> TransportCounters:
+        """See :meth:`Transport.counters`. Of operations that have ended on the GPU; they may take all of their areas."""
+        wait_ns, recv_bytes = self._buffer.traffic()
+        heap_bytes = self._segment_bytes - self._pool.free_bytes()
+        return TransportCounters(wait_ns=tuple(wait_ns), recv_bytes=tuple(recv_bytes), heap_bytes=heap_bytes)
 
     def close(self) -> None:
         """Free this rank's memory; waits for its kernels, which stop waiting for peers."""

@@ -170,6 +170,16 @@ void register_buffer(py::module_& module) {
             },
             Release())
         .def("fault_record", [](const DeviceBuffer& buffer) { return to_python(buffer.fault_record()); })
+        // By rank, ns waited and bytes received since the buffer was made.
+        .def("traffic",
+             [](const DeviceBuffer& buffer) {
+                 const DeviceTraffic traffic = buffer.traffic();
+                 const int num_ranks = buffer.sizes().num_ranks;
+                 const auto by_rank = [&](const unsigned long long* values) {
+                     return std::vector<uint64_t>(values, values + num_ranks);
+                 };
+                 return py::make_tuple(by_rank(traffic.wait_ns), by_rank(traffic.recv_bytes));
+             })
         .def("give_up_on_gone_peers", &DeviceBuffer::give_up_on_gone_peers, Release())
         .def("close", &DeviceBuffer::close, Release());
 }

@@ -30,6 +30,7 @@ __device__ inline Route load_route(const CombineParams& p, int token) {
 // What a lane adds to its token's list.
 struct Entry {
     bool keep = false;
+    bool counts = false;  // among the rows that come from there: of those summed per rank, one for each token
     int dest = 0;
     int at = 0;  // row there
 };
@@ -41,7 +42,8 @@ __device__ inline Entry make_entry(const CombineParams& p, const Route& route) {
     const bool own_group = p.fast && dest == p.peers.rank;
     const unsigned same = p.by_rank ? __match_any_sync(0xffffffffu, dest) : 0u;
     const bool first = (same & ((1u << lane) - 1)) == 0;
-    return Entry{route.expert >= 0 && (first || own_group), dest, p.by_rank && !own_group ? route.row : route.slot};
+    const int at = p.by_rank && !own_group ? route.row : route.slot;
+    return Entry{route.expert >= 0 && (first || own_group), route.expert >= 0 && first, dest, at};
 }
 
 // The order in which a token's rows are added: by rank and k, by expert and k, or by k. A lane's position is the number
@@ -179,7 +181,8 @@ __device__ inline bool wait_entries_ready(const CombineParams& p, const Sources&
 
 // A warp takes one token after the other; what it needs to know about the next is loaded while it adds.
 template <typename T, bool kFast>
-__device__ void combine_tokens(const CombineParams& p, const Sources& sources, uint32_t sequence, SumRing& ring) {
+__device__ void combine_tokens(const CombineParams& p, const Sources& sources, uint32_t sequence, SumRing& ring,
+                               int* num_rows) {
     const int lane = threadIdx.x % 32, num_warps = gridDim.x * blockDim.x / 32;
     const int64_t row_bytes = p.hidden * sizeof(T);
     uint32_t* counter = &p.peers.control->next_token;
@@ -192,6 +195,7 @@ __device__ void combine_tokens(const CombineParams& p, const Sources& sources, u
         const int after = take_token();
         const Route next_route = load_route(p, next);
         const Entry entry = make_entry(p, route);
+        if (entry.counts) atomicAdd(&num_rows[entry.dest], 1);
         const RowList list = order_rows(p, sources, route, entry);
         if (!wait_entries_ready(p, sources, entry, sequence)) return;
         const int64_t at = token * row_bytes;
@@ -227,6 +231,8 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
     __shared__ StagedRows staged;
     __shared__ uint64_t barriers[kCombineThreads / 32 * SumRing::kDepth];
     SumRing ring(room, barriers, threadIdx.x / 32);
+    __shared__ int num_rows[kMaxRanks];  // that this block reads from each rank
+    if (threadIdx.x < kMaxRanks) num_rows[threadIdx.x] = 0;
     init_staged_rows(&staged);
     const uint32_t sequence = begin_operation(p.peers, p.publication);
     const int staging = p.staging.num_warps * 32;
@@ -238,7 +244,12 @@ __global__ void __launch_bounds__(kCombineThreads, 1) combine_kernel(const __gri
     fence_bulk_copies();
     if (sources.ok) {
         if (p.topk_weights != nullptr) pull_row_weights(p, sequence);
-        if (p.has_rows) combine_tokens<T, kFast>(p, sources, sequence, ring);
+        if (p.has_rows) combine_tokens<T, kFast>(p, sources, sequence, ring, num_rows);
+    }
+    __syncthreads();
+    const int rank = threadIdx.x;
+    if (rank < p.peers.num_ranks && num_rows[rank] > 0) {
+        count_received(p.peers, rank, num_rows[rank] * p.hidden * static_cast<int64_t>(sizeof(T)));
     }
     end_operation(p.peers, p.publication, sequence);
 }

@@ -100,6 +100,8 @@ class DeviceBuffer {
     //
     // What a kernel of this buffer has reported, if it did; nothing once the buffer is closed.
     std::optional<FaultRecord> fault_record() const;
+    // What its kernels have counted; zeros once the buffer is closed.
+    DeviceTraffic traffic() const;
     // End the waits of kernels in flight where a peer's process is gone, instead of letting them run to the deadline.
     void give_up_on_gone_peers();
 

@@ -77,6 +77,16 @@ std::optional<FaultRecord> DeviceBuffer::fault_record() const {
     return reported();
 }
 
+DeviceTraffic DeviceBuffer::traffic() const {
+    const std::lock_guard<std::mutex> lock(status_mutex_);
+    DeviceTraffic traffic{};
+    if (status_ == nullptr) return traffic;
+    const volatile DeviceTraffic& from = status_->traffic;
+    std::copy(std::begin(from.wait_ns), std::end(from.wait_ns), traffic.wait_ns);
+    std::copy(std::begin(from.recv_bytes), std::end(from.recv_bytes), traffic.recv_bytes);
+    return traffic;
+}
+
 void DeviceBuffer::give_up_on_gone_peers() {
     if (look_for_gone_peers()) abort_waits();
 }

@@ -72,7 +72,8 @@ __device__ inline void find_sources(const Peers& peers, const Publication& publi
                                     const std::byte* own_rows, const float* own_scales, const int32_t* source_start,
                                     Sources* sources) {
     for (int i = threadIdx.x % 32; i <= peers.num_sources(); i += 32) sources->starts[i] = source_start[i];
-    const bool ok = wait_for_peers_warp(peers, publication.operation, sequence, publication.signature);
+    const bool count = blockIdx.x == 0;
+    const bool ok = wait_for_peers_warp(peers, publication.operation, sequence, publication.signature, count);
     for (int rank = threadIdx.x % 32; ok && rank < peers.num_ranks; rank += 32) {
         const AreaHeader* header = peers.header(rank, sequence);
         const bool own = rank == peers.rank && own_rows != nullptr;
@@ -114,6 +115,7 @@ __device__ inline void end_operation(const Peers& peers, const Publication& publ
     }
     __syncthreads();
     if (!last) return;
+    report_traffic(peers);
     if (load_volatile(&peers.control->failed) == 0) {
         raise_signals(peers, peers.layout.done_at, sequence, 0);
         const auto* done = reinterpret_cast<const uint64_t*>(peers.segments[peers.rank] + peers.layout.done_at);

@@ -11,6 +11,12 @@
 
 namespace ray_deepep {
 
+// What a rank has counted since its buffer was made, by rank; see host/traffic.h.
+struct DeviceTraffic {
+    unsigned long long wait_ns[kMaxRanks];
+    unsigned long long recv_bytes[kMaxRanks];
+};
+
 // In this rank's device memory. Sequence numbers live here rather than in launch arguments, so that a captured graph
 // can be replayed.
 struct DeviceControl {
@@ -20,6 +26,7 @@ struct DeviceControl {
     uint32_t next_token;      // of a combine in flight
     uint32_t published;       // the row-moving kernel in flight has published its operation itself
     uint32_t failed;          // set once; kernels then return at once
+    DeviceTraffic traffic;
 };
 
 inline constexpr uint64_t kLocationSeen = uint64_t{1} << 32;
@@ -42,6 +49,7 @@ struct HostStatus {
     int32_t overflow_rows;  // that it needs there
     int32_t bad_expert;     // 1 + an expert id out of range that was seen; 0: none. Its route is dropped.
     uint64_t bad_location;  // kLocationSeen | a location out of range that was seen; 0: none. Its route is dropped.
+    DeviceTraffic traffic;  // a copy, for threads that ask at any time
     // int32 expert_count[L] and expert_offset[L + 1] follow
 };
 
@@ -168,13 +176,24 @@ __device__ bool poll(const P& peers, const WaitFor& wait, Load load) {
     }
 }
 
+// `count`: whether the time is to be counted that a peer let this rank wait.
 __device__ inline bool wait_for_signal(const Peers& peers, uint32_t operation, int peer, uint32_t sequence,
-                                       uint32_t signature) {
+                                       uint32_t signature, bool count) {
     const auto* signal = reinterpret_cast<const uint64_t*>(peers.segments[peers.rank] + peers.layout.signals_at) + peer;
     const WaitFor wait{Phase::kPublished, operation, peer, sequence};
-    uint64_t value = 0;
-    const auto load = [&] { return static_cast<uint32_t>((value = load_acquire(signal)) >> 32); };
+    const uint64_t begin = count ? global_time_ns() : 0;
+    uint64_t value = 0, waited_ns = 0;
+    uint32_t looks = 0;
+    const auto load = [&] {
+        value = load_acquire(signal);
+        // Taken here: lanes with other peers leave the loop together with the last.
+        if (count && looks++ > 0 && waited_ns == 0 && static_cast<int32_t>((value >> 32) - sequence) >= 0) {
+            waited_ns = global_time_ns() - begin;
+        }
+        return static_cast<uint32_t>(value >> 32);
+    };
     if (!poll(peers, wait, load)) return false;
+    if (waited_ns > 0) atomicAdd(&peers.control->traffic.wait_ns[peer], static_cast<unsigned long long>(waited_ns));
     // A peer that is ahead has agreed already, and its signature belongs to a later operation.
     const uint32_t seen = static_cast<uint32_t>(value >> 32);
     if (seen != sequence || static_cast<uint32_t>(value) == signature) return true;
@@ -184,12 +203,12 @@ __device__ inline bool wait_for_signal(const Peers& peers, uint32_t operation, i
 
 // One warp: wait until all peers have published. What they wrote before is visible to this warp afterwards.
 __device__ inline bool wait_for_peers_warp(const Peers& peers, uint32_t operation, uint32_t sequence,
-                                           uint32_t signature) {
+                                           uint32_t signature, bool count) {
     // Not waited for before the signals are: a wait sees by itself, if a little later, that there is no use in it.
     const uint32_t failed = load_volatile(&peers.control->failed);
     bool ok = true;
     for (int peer = threadIdx.x % 32; ok && peer < peers.num_ranks; peer += 32) {
-        ok = wait_for_signal(peers, operation, peer, sequence, signature);
+        ok = wait_for_signal(peers, operation, peer, sequence, signature, count && peer != peers.rank);
     }
     ok = ok && failed == 0;
     ok = __all_sync(0xffffffffu, ok) != 0;
@@ -197,9 +216,9 @@ __device__ inline bool wait_for_peers_warp(const Peers& peers, uint32_t operatio
     return ok;
 }
 
-// Whole block.
+// Whole block, one of the grid.
 __device__ inline bool wait_for_peers(const Peers& peers, uint32_t operation, uint32_t sequence, uint32_t signature) {
-    const bool ok = threadIdx.x >= 32 || wait_for_peers_warp(peers, operation, sequence, signature);
+    const bool ok = threadIdx.x >= 32 || wait_for_peers_warp(peers, operation, sequence, signature, true);
     return __syncthreads_and(ok) != 0;
 }
 
@@ -210,6 +229,20 @@ __device__ inline void raise_signals(const Peers& peers, int64_t signals_at, uin
         auto* signals = reinterpret_cast<uint64_t*>(peers.segments[peer] + signals_at);
         store_release(&signals[peers.rank], (static_cast<uint64_t>(sequence) << 32) | signature);
     }
+}
+
+__device__ inline void count_received(const Peers& peers, int rank, int64_t bytes) {
+    atomicAdd(&peers.control->traffic.recv_bytes[rank], static_cast<unsigned long long>(bytes));
+}
+
+// The last threads of the grid's last block: the host's copy of the sums.
+__device__ inline void report_traffic(const Peers& peers) {
+    const int peer = blockDim.x - 1 - threadIdx.x;
+    if (peer >= peers.num_ranks) return;
+    const volatile DeviceTraffic& here = peers.control->traffic;
+    volatile DeviceTraffic& on_host = peers.status->traffic;
+    on_host.wait_ns[peer] = here.wait_ns[peer];
+    on_host.recv_bytes[peer] = here.recv_bytes[peer];
 }
 
 #endif  // __CUDACC__

@@ -51,12 +51,26 @@ __device__ inline bool is_staging_warp(const Staging& staging) {
     return staging.num_warps > 0 && threadIdx.x / 32 >= blockDim.x / 32 - staging.num_warps;
 }
 
+// One warp of the grid: rows that come from each rank, with their scales.
+__device__ inline void count_pulled(const PullParams& p, const Sources& sources) {
+    const int room = static_cast<int>(p.plan.max_recv_tokens), num_ranks = p.peers.num_ranks;
+    const int64_t bytes = p.row_bytes + (p.out_scales != nullptr ? p.scale_bytes : 0);
+    for (int rank = threadIdx.x % 32; rank < num_ranks; rank += 32) {
+        int rows = 0;
+        for (int source = rank; source < p.peers.num_sources(); source += num_ranks) {
+            rows += min(sources.starts[source + 1], room) - min(sources.starts[source], room);
+        }
+        count_received(p.peers, rank, rows * bytes);
+    }
+}
+
 // Every warp that pulls.
 __device__ inline bool learn_sources(const PullParams& p, uint32_t sequence, Sources* sources) {
     if (threadIdx.x < 32) {
         find_sources(p.peers, p.publication, sequence, p.own_rows, p.own_scales, p.plan.source_start, sources);
     }
     sync_warps(BlockBarrier::kSources, p.num_warps * 32);
+    if (blockIdx.x == 0 && threadIdx.x < 32 && sources->ok) count_pulled(p, *sources);
     fence_bulk_copies();
     return sources->ok;
 }
