@@ -294,7 +294,7 @@ class CudaTransport:
         self._buffer.give_up_on_gone_peers()
 
     def counters(self) -> TransportCounters:
-        """See :meth:`Transport.counters`. Of operations that have ended on the GPU; they may take all of their areas."""
+        """See :meth:`Transport.counters`. Of operations that have ended; they may take all of their areas."""
         wait_ns, recv_bytes = self._buffer.traffic()
         heap_bytes = self._segment_bytes - self._pool.free_bytes()
         return TransportCounters(wait_ns=tuple(wait_ns), recv_bytes=tuple(recv_bytes), heap_bytes=heap_bytes)

@@ -294,7 +294,7 @@ class CudaHopTransport:
             self._domain.abort_waits()
 
     def counters(self) -> None:
-        """See :meth:`Transport.counters`. What the node's own buffer counts does not tell ranks of other nodes apart."""
+        """See :meth:`Transport.counters`. A node's own buffer cannot tell ranks of other nodes apart."""
 
     def close(self) -> None:
         """Free this rank's memory; not collective."""
