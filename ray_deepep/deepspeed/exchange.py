@@ -43,8 +43,9 @@ class Routes:
     """``[K, T]`` int32 as the gate made them, slot of each route in its expert's block of ``capacity`` rows."""
     gates: torch.Tensor
     """``[K, T]`` as the gate made them (float32; under autocast perhaps not); gradients flow."""
-    capacity: int
-    """C of this rank; others may have another."""
+    capacity: torch.Tensor
+    """C of this rank; others may have another. Where the gate drops nothing it is on the rows' device: padded blocks
+    alone need to know it, and whoever reads it waits."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -149,12 +149,12 @@ def _dispatch_padded(shared: SharedBuffer, tokens: torch.Tensor, routes: Routes,
     """
     if not shared.capacities_differ:
         try:
-            return dispatch(shared.buffer, tokens, routes, layout=Padded(routes.capacity), **how)
+            return dispatch(shared.buffer, tokens, routes, layout=Padded(int(routes.capacity)), **how)
         except MismatchError as error:
             if error.field not in CAPACITY_FIELDS:
                 raise
             shared.capacities_differ = True
-    capacity = _largest_capacity(shared, tokens, routes.capacity)
+    capacity = _largest_capacity(shared, tokens, int(routes.capacity))
     return dispatch(shared.buffer, tokens, routes, layout=Padded(capacity), **how)
 
 
@@ -177,9 +177,9 @@ def _check_room(shared: SharedBuffer, tokens: torch.Tensor, routes: Routes) -> N
     if tokens.shape[0] > geometry.max_tokens:
         rule = f"must hold at most {geometry.max_tokens} tokens {more}"
         raise InvalidArgumentError("hidden_states", tuple(tokens.shape), rule)
-    if geometry.max_capacity and routes.capacity > geometry.max_capacity:
+    if geometry.max_capacity and int(routes.capacity) > geometry.max_capacity:
         rule = f"must be at most {geometry.max_capacity} {more}; layout='compact' needs no capacity"
-        raise InvalidArgumentError("capacity", routes.capacity, rule)
+        raise InvalidArgumentError("capacity", int(routes.capacity), rule)
 
 
 @contextmanager

@@ -18,7 +18,7 @@ def route(layer: MOELayer, tokens: torch.Tensor, used_token: torch.Tensor | None
     layer.l_aux, capacity, _, indices, locations, gates, layer.exp_counts = layer.gate(
         tokens, used_token, True, layer.use_tutel
     )
-    return _routes(indices, locations, gates, int(capacity))
+    return _routes(indices, locations, gates, capacity)
 
 
 def _route_nothing(layer: MOELayer, tokens: torch.Tensor) -> Routes:
@@ -33,10 +33,10 @@ def _route_nothing(layer: MOELayer, tokens: torch.Tensor) -> Routes:
     )
     # Means over no tokens are NaN. No tokens means nothing to balance; gradients are zero either way.
     layer.l_aux = l_aux.nan_to_num(0.0)
-    return _routes(indices[:, :0], locations[:, :0], gates[:, :0], int(capacity))
+    return _routes(indices[:, :0], locations[:, :0], gates[:, :0], capacity)
 
 
-def _routes(indices: torch.Tensor, locations: torch.Tensor, gates: torch.Tensor, capacity: int) -> Routes:
+def _routes(indices: torch.Tensor, locations: torch.Tensor, gates: torch.Tensor, capacity: torch.Tensor) -> Routes:
     return Routes(
         topk_idx=indices.t().contiguous(),
         locations=locations,

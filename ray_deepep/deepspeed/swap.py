@@ -8,8 +8,8 @@
     ...
     engine.destroy()                    # frees its buffers; swap.close() does too
 
-Only ``MOELayer.forward`` is replaced, on the class: modules, ``isinstance``, state_dict keys and checkpoints are
-stock's.
+Only ``MOELayer.forward`` is replaced, on the class, and the gates' cumulative sums (``gate_sums.py``): modules,
+``isinstance``, state_dict keys and checkpoints are stock's.
 """
 
 from __future__ import annotations

@@ -9,13 +9,17 @@ from __future__ import annotations
 import functools
 from typing import TYPE_CHECKING
 
+from deepspeed.moe import sharded_moe
 from deepspeed.moe.sharded_moe import MOELayer
 from deepspeed.runtime.engine import DeepSpeedEngine
+
+from .gate_sums import with_sums
 
 if TYPE_CHECKING:
     from .swap import Swap
 
 _ATTRIBUTE = "ray_deepep_switch"
+_GATINGS = ("top1gating", "top2gating", "topkgating")
 
 
 class ForwardSwitch:
@@ -92,6 +96,9 @@ class ForwardSwitch:
             (DeepSpeedEngine, "destroy"): (self._stock_destroy, destroy),
             (DeepSpeedEngine, "__del__"): (self._stock_del, __del__),
         }
+        for name in _GATINGS:
+            stock = getattr(sharded_moe, name)
+            self._ours[sharded_moe, name] = (stock, with_sums(stock))
         for (owner, name), (_, ours) in self._ours.items():
             setattr(owner, name, ours)
 
