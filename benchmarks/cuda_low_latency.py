@@ -37,8 +37,8 @@ _TERMS = (
     "*p50* and *p99* of single replays: of a graph with one call between two events, which are in the figures and add "
     "some microseconds; *send*: how long a call with a hook keeps the GPU busy before the hook, between two events, "
     "and its kernel alone. "
-    "*Exact* brings back a row for each route, not one for each token and rank. *Heap* is memory that peers read, per "
-    "rank."
+    "*Exact* brings back a row for each route, not one for each token and rank; with *zero copy* peers read the rows "
+    "where experts left them. *Heap* is memory that peers read, per rank."
 )
 EXPLANATION = (
     "Calls of a decode step, with fixed shapes and in CUDA graphs; us of the slowest rank. By number of SMs: one call "
@@ -60,12 +60,20 @@ class Case:
     hidden: int
     num_topk: int
     num_experts: int
+    masked: bool = False
+    """The last rank and the others have masked each other."""
 
     @property
     def title(self) -> str:
         """One line."""
         sizes = f"{self.num_tokens} × {self.hidden}, top-{self.num_topk} of {self.num_experts}"
-        return f"{self.num_ranks} rank{'s' if self.num_ranks > 1 else ''}, {sizes}"
+        ranks = f"{self.num_ranks} rank{'s' if self.num_ranks > 1 else ''}"
+        return f"{ranks}{', the last one masked' if self.masked else ''}, {sizes}"
+
+    @property
+    def rows_bytes(self) -> int:
+        """Of a block for each expert of a rank, in bfloat16."""
+        return self.num_experts * self.num_tokens * self.hidden * 2
 
 
 class Calls:
@@ -79,6 +87,7 @@ class Calls:
         self.x = x.to(torch.bfloat16)
         self.weights, self.topk_idx = torch.rand(shape, generator=generator, device="cuda").topk(case.num_topk)
         self.rows = torch.ones_like(self.dispatch().x)
+        self.rows_in_heap = buffer.symm_empty(self.rows.shape[:-1].numel()).view(self.rows.shape).fill_(1.0)
         self.handle = self.dispatch().handle
 
     def dispatch(self, **more: object):
@@ -88,6 +97,10 @@ class Calls:
 
     def combine(self, **more: object):
         return self.buffer.low_latency_combine(self.rows, self.handle, num_sms=self.num_sms, **more)
+
+    def combine_in_place(self, **more: object):
+        options = {"reduce": "exact", "zero_copy": True, "num_sms": self.num_sms, **more}
+        return self.buffer.low_latency_combine(self.rows_in_heap, self.handle, **options)
 
     def step(self) -> None:
         """A decode step's two calls."""
@@ -101,6 +114,7 @@ class Calls:
             "dispatch fp8": lambda **more: self.dispatch(cast=Float8Cast(), **more),
             "combine bf16": self.combine,
             "combine bf16, exact": lambda **more: self.combine(reduce="exact", **more),
+            "combine bf16, exact, zero copy": self.combine_in_place,
             "dispatch fp8 + combine": self.step,
         }
 
@@ -178,8 +192,13 @@ def run_case(case_fields: Record, all_num_sms: list[int], num_singles: int, only
             num_topk=case.num_topk,
             max_tokens=0,
             low_latency_max_tokens=case.num_tokens,
+            symm_bytes=case.rows_bytes,
             max_element_size=2,
         )
+        last = case.num_ranks - 1
+        for peer in range(case.num_ranks if case.masked else 0):
+            if (peer == last) != (rank == last):
+                buffer.mask_rank(peer)
         calls = Calls(case, buffer, rank)
         turns = [turn for turn in itertools.product(all_num_sms, calls.all().items()) if only in turn[1][0]]
         for num_sms, (name, call) in tqdm(turns, desc=case.title, unit="variant", disable=rank != 0):
@@ -261,7 +280,7 @@ def _case_table(records: list[Record]) -> str:
 def is_headline(record: Record) -> bool:
     """The case that stands for the others, over a wire."""
     wanted = {"num_tokens": 128, "hidden": 7168, "num_topk": 8, "num_experts": 288}
-    return has_own_gpus(record) and wanted.items() <= record["config"].items()
+    return has_own_gpus(record) and wanted.items() <= record["config"].items() and not record["config"].get("masked")
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -275,6 +294,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--num-sms", type=int, nargs="+", default=[24, 64, 132])
     parser.add_argument("--replays", type=int, default=10_000, help="of a graph with one call, for p50 and p99")
     parser.add_argument("--only", default="", help="calls whose name holds this")
+    parser.add_argument("--masked", action="store_true", help="with the last rank masked")
     parser.add_argument("--out", type=Path, default=RESULTS_PATH, help="results file to append to")
     return parser.parse_args(argv)
 
@@ -288,6 +308,7 @@ def main(argv: list[str] | None = None) -> None:
             hidden=args.hidden,
             num_topk=args.topk,
             num_experts=args.experts,
+            masked=args.masked,
         )
         gpus = torch.cuda.device_count()
         facts = {**run_facts(), "benchmark": NAME, "gpu": torch.cuda.get_device_name(), "gpus": gpus}

@@ -292,9 +292,10 @@ class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
         """Free the heap of this rank. Not collective: peers that already hold the rows keep them."""
         if not self._closed:
             self._closed = True
-            self._transport.close()
+            # First: it reads what lies in the transport's heap.
             if self._low_latency is not None:
                 self._low_latency.close()
+            self._transport.close()
             self.comm.release(self)
 
     def __enter__(self) -> Buffer:

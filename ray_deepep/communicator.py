@@ -199,13 +199,13 @@ class Communicator:
         self.check_usable("allocate")
         return self._allocate(lambda: self._make_transport(geometry))
 
-    def make_low_latency(self, geometry: BufferGeometry) -> LowLatencyTransport:
-        """The low-latency calls of one buffer; collective. Raises as ``make_transport``."""
+    def make_low_latency(self, geometry: BufferGeometry, normal: Transport) -> LowLatencyTransport:
+        """The low-latency calls of one buffer, beside its transport; collective. Raises as ``make_transport``."""
         if self.transport == "cuda" and self.domains.num_nodes == 1:
             options = self._heap_options()
-            return self._allocate(lambda: CudaLowLatency(self._domain, geometry, **options))
+            return self._allocate(lambda: CudaLowLatency(self._domain, geometry, normal, **options))
         if self.transport == "shm" and self.domains.num_nodes == 1:
-            return self._allocate(lambda: ShmLowLatency(self._domain, geometry, on_fault=self.mark_fault))
+            return self._allocate(lambda: ShmLowLatency(self._domain, geometry, normal, on_fault=self.mark_fault))
         return ReferenceLowLatency(self, geometry)
 
     def _allocate(self, make: Callable[[], R]) -> R:

@@ -99,7 +99,7 @@ class CudaTransport:
         )
         self._first_rank = domain.peers[0].rank
         self._guessed_rows = GuessedRows()
-        self._pool = SymmPool(self._buffer.symm_address, self._buffer.symm_bytes)
+        self.symm_pool = SymmPool(self._buffer.symm_address, self._buffer.symm_bytes)
         self._segment_bytes = self._buffer.segment_bytes
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
@@ -230,7 +230,7 @@ class CudaTransport:
         self, run: Callable[[], R], inputs: tuple[torch.Tensor | None, ...], after: torch.cuda.Event | None
     ) -> Work[R]:
         """See :meth:`Transport.start`."""
-        return self._streams.start(run, inputs, after, lambda tensor: self._pool.holds(tensor.data_ptr()))
+        return self._streams.start(run, inputs, after, lambda tensor: self.symm_pool.holds(tensor.data_ptr()))
 
     def wait_for(self, after: torch.cuda.Event) -> None:
         """See :meth:`Transport.wait_for`."""
@@ -242,7 +242,7 @@ class CudaTransport:
         if num_rows == 0:
             return torch.empty(shape, dtype=dtype, device=self.device)
         self._streams.release_inputs()
-        block = self._pool.take(num_rows * self._geometry.hidden * dtype.itemsize)
+        block = self.symm_pool.take(num_rows * self._geometry.hidden * dtype.itemsize)
         return torch.as_tensor(block, device=self.device).view(dtype).view(shape)
 
     # What a hop in front of this buffer needs of it.
@@ -253,11 +253,16 @@ class CudaTransport:
         Raises:
             HeapFullError: there is no room.
         """
-        return torch.as_tensor(self._pool.take(num_bytes), device=self.device)
+        return torch.as_tensor(self.symm_pool.take(num_bytes), device=self.device)
 
     def offset_in_segment(self, tensor: torch.Tensor) -> int:
         """Where a tensor of this rank's heap begins, from that heap's begin for tensors."""
         return tensor.data_ptr() - self._buffer.symm_address
+
+    @property
+    def symm_addresses(self) -> list[int]:
+        """GPU addresses of all ranks' room for tensors of ``symm_empty``, by rank."""
+        return self._buffer.symm_addresses
 
     @property
     def control_address(self) -> int:
@@ -296,7 +301,7 @@ class CudaTransport:
     def counters(self) -> TransportCounters:
         """See :meth:`Transport.counters`. Of operations that have ended; they may take all of their areas."""
         wait_ns, recv_bytes = self._buffer.traffic()
-        heap_bytes = self._segment_bytes - self._pool.free_bytes()
+        heap_bytes = self._segment_bytes - self.symm_pool.free_bytes()
         return TransportCounters(wait_ns=tuple(wait_ns), recv_bytes=tuple(recv_bytes), heap_bytes=heap_bytes)
 
     def close(self) -> None:

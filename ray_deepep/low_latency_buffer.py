@@ -125,6 +125,7 @@ class LowLatencyCalls:
         topk_weights: torch.Tensor | None = None,
         *,
         reduce: str = "fast",
+        zero_copy: bool = False,
         out: torch.Tensor | None = None,
         on_timeout: str = "raise",
         timeout_s: float | None = None,
@@ -143,10 +144,14 @@ class LowLatencyCalls:
             reduce: ``fast``: rows are weighted and added up where the experts are, in k order, and rounded; one row
                 per (token, rank) crosses, and these are added by rank. ``exact``: one row per (token, expert)
                 crosses, and the source adds them in k order and rounds once: the same bits for any number of ranks.
+            zero_copy: peers read ``rows`` where they are, instead of a copy; with ``exact`` (``fast`` sends sums, and
+                copies nothing). ``rows`` are of this buffer's :meth:`symm_empty`, and must stay as they are until
+                peers have read them: until the next call was received that this rank sent after receiving this one.
+                In a decode loop that is the next dispatch. The same on all ranks.
             out: ``[T, H]``, dtype of ``rows``: written and returned as the result's ``x``.
             stats: only ``wait_ns`` is added to.
             on_timeout, timeout_s, num_sms, return_recv_hook, async_op, after: as for :meth:`low_latency_dispatch`.
-                After a send ``rows`` and ``topk_weights`` may be overwritten; ``out`` may not.
+                After a send ``rows`` (without ``zero_copy``) and ``topk_weights`` may be overwritten; ``out`` may not.
 
         Raises:
             As :meth:`low_latency_dispatch`.
@@ -161,9 +166,13 @@ class LowLatencyCalls:
             handle=handle,
             topk_weights=topk_weights,
             reduce=reduce,
+            zero_copy=zero_copy,
             out=out,
             options=options,
         )
+        if zero_copy and not engine.transport.in_heap(request.rows):
+            rule = "must lie in the buffer's heap with zero_copy (Buffer.symm_empty, symm_bytes)"
+            raise InvalidArgumentError("rows", tuple(request.rows.shape), rule)
         request.plan = engine.plan_of(handle)
         if out is None:
             shape = (handle.num_tokens, self.geometry.hidden)
@@ -231,7 +240,9 @@ class LowLatencyCalls:
         return self._low_latency
 
     def _make_low_latency(self) -> LowLatency | None:
-        return LowLatency(self.comm, self.geometry) if self.geometry.low_latency_max_tokens else None
+        if not self.geometry.low_latency_max_tokens:
+            return None
+        return LowLatency(self.comm, self.geometry, self._transport)
 
     def _options(
         self,

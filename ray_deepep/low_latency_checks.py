@@ -162,10 +162,11 @@ def combine_request(
     handle: LowLatencyHandle,
     topk_weights: object,
     reduce: object,
+    zero_copy: object,
     out: object,
     options: CallOptions,
 ) -> LowLatencyCombineRequest:
-    """Check the arguments of ``Buffer.low_latency_combine``."""
+    """Check the arguments of ``Buffer.low_latency_combine``, but for where ``rows`` lie."""
     rows = checks._tensor("rows", rows, COMBINE_DTYPES, handle.rows_shape)
     if reduce not in LOW_LATENCY_REDUCE_MODES:
         raise InvalidArgumentError("reduce", reduce, f"must be one of {', '.join(LOW_LATENCY_REDUCE_MODES)}")
@@ -177,12 +178,18 @@ def combine_request(
             )
         shape = (handle.num_tokens, handle.num_topk)
         topk_weights = checks._tensor("topk_weights", topk_weights, (torch.float32,), shape)
+    if not isinstance(zero_copy, bool):
+        raise InvalidTypeError("zero_copy", type(zero_copy).__name__, "must be a bool")
+    if zero_copy and reduce != "exact":
+        rule = f'goes with reduce="exact" only; {reduce!r} sends sums, and copies nothing either'
+        raise InvalidArgumentError("zero_copy", True, rule)
     if out is not None:
         checks._tensor("out", out, (rows.dtype,), (handle.num_tokens, geometry.hidden))
     return LowLatencyCombineRequest(
         rows=rows,
         plan=None,
         topk_weights=topk_weights,
+        zero_copy=zero_copy,
         reduce=reduce,
         reuses_input=options.return_recv_hook,
         num_sms=options.num_sms,

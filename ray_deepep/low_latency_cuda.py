@@ -31,6 +31,7 @@ from .streams import Streams
 from .transport import BufferGeometry
 
 if TYPE_CHECKING:
+    from .cuda import CudaTransport
     from .nvshmem import NvshmemRuntime
 
 
@@ -63,6 +64,7 @@ class CudaLowLatency(CoreMasks):
         self,
         domain: ShmDomain,
         geometry: BufferGeometry,
+        normal: CudaTransport,
         *,
         heap_provider: str,
         nvshmem: NvshmemRuntime | None,
@@ -87,11 +89,18 @@ class CudaLowLatency(CoreMasks):
                 sizes,
                 provider=provider,
                 segments=segments,
+                symm_addresses=normal.symm_addresses,
+                symm_bytes=normal.symm_pool.num_bytes,
                 bootstrap_deadline_s=domain.config.bootstrap_deadline_s,
             ),
         )
 
         self.heap_bytes = self._buffer.segment_bytes
+        self._symm_pool = normal.symm_pool
+
+    def in_heap(self, rows: torch.Tensor) -> bool:
+        """See the protocol."""
+        return self._symm_pool.holds(rows.data_ptr(), rows.nbytes)
 
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """See the protocol."""
@@ -142,6 +151,7 @@ class CudaLowLatency(CoreMasks):
         check_rows("rows", rows)
         args = self._core.LowLatencyCombineArgs()
         args.rows, args.dtype, args.exact = rows.data_ptr(), self._dtypes[rows.dtype], request.reduce == "exact"
+        args.zero_copy = request.zero_copy
         args.plan, args.num_tokens, args.num_topk = plan.memory.data_ptr(), plan.num_tokens, plan.num_topk
         weights = request.topk_weights
         if weights is not None and request.reuses_input:

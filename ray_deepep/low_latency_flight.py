@@ -16,7 +16,7 @@ from .low_latency_transport import LowLatencyTransport
 
 if TYPE_CHECKING:
     from .communicator import Communicator
-    from .transport import BufferGeometry
+    from .transport import BufferGeometry, Transport
 
 MAX_IN_FLIGHT = 2
 """Operations that may be sent and not yet received: two micro-batches."""
@@ -41,8 +41,8 @@ class Flight:
 class LowLatency:
     """Operations in flight on one transport, and the statistics of the buffer. Making one is collective."""
 
-    def __init__(self, comm: Communicator, geometry: BufferGeometry) -> None:
-        self.transport: LowLatencyTransport = comm.make_low_latency(geometry)
+    def __init__(self, comm: Communicator, geometry: BufferGeometry, normal: Transport) -> None:
+        self.transport: LowLatencyTransport = comm.make_low_latency(geometry, normal)
         self.rank, self.num_ranks = comm.rank, comm.num_ranks
         self.num_local_experts = geometry.num_experts // comm.num_ranks
         self.device = self.transport.device

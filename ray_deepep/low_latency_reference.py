@@ -75,6 +75,10 @@ class ReferenceLowLatency(HostLowLatency):
         self._mailbox = Mailbox(comm)
         self._closed = False
 
+    def in_heap(self, rows: torch.Tensor) -> bool:
+        """See the protocol."""
+        return True
+
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """See the protocol."""
         return torch.empty(shape, dtype=dtype, device=device)
@@ -142,7 +146,7 @@ class ReferenceLowLatency(HostLowLatency):
             "dtype": str(rows.dtype).removeprefix("torch."),
             "num_topk": plan.topk_idx.shape[1],
             "handle (dispatch number)": plan.sequence,
-            "reduce": request.reduce,
+            "reduce": "exact, zero_copy" if request.zero_copy else request.reduce,
         }
         weights = plan.topk_weights if request.topk_weights is None else request.topk_weights.clone()
         return self._send("low_latency_combine", signature, messages, plan.topk_idx, weights)

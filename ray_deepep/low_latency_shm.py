@@ -19,7 +19,7 @@ from .low_latency_transport import (
     LowLatencyDispatchRequest,
     LowLatencyWait,
 )
-from .shm import ShmDomain, address, pooled_empty
+from .shm import ShmDomain, ShmTransport, address, pooled_empty
 from .transport import BufferGeometry
 
 NUM_KEPT_OUTPUTS = 4
@@ -32,9 +32,14 @@ class ShmLowLatency(CoreMasks, HostLowLatency):
     device = torch.device("cpu")
 
     def __init__(
-        self, domain: ShmDomain, geometry: BufferGeometry, *, on_fault: Callable[[FaultRecord], FaultRecord]
+        self,
+        domain: ShmDomain,
+        geometry: BufferGeometry,
+        normal: ShmTransport,
+        *,
+        on_fault: Callable[[FaultRecord], FaultRecord],
     ) -> None:
-        self._core = domain.core
+        self._core, self._symm_pool = domain.core, normal.symm_pool
         # Blocks per expert are large and mostly empty: in the domain's pool they would leave no room for others, and
         # fresh ones at every call would cost a page fault for every row.
         rows = geometry.num_experts * geometry.low_latency_max_tokens
@@ -53,9 +58,14 @@ class ShmLowLatency(CoreMasks, HostLowLatency):
             self._buffer = self._core.LowLatencyBuffer(
                 domain.core_domain,
                 sizes,
+                normal.symm_region,
                 bootstrap_deadline_s=config.bootstrap_deadline_s,
                 num_threads=domain.num_threads,
             )
+
+    def in_heap(self, rows: torch.Tensor) -> bool:
+        """See the protocol."""
+        return self._symm_pool.holds(rows.data_ptr(), rows.nbytes)
 
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """See the protocol."""
@@ -94,6 +104,7 @@ class ShmLowLatency(CoreMasks, HostLowLatency):
         """Publish sums or rows. Returns the core's call and its arguments, for the receive."""
         args = self._core.LowLatencyCombineArgs()
         args.rows, args.dtype = request.rows.data_ptr(), self._dtypes[request.rows.dtype]
+        args.zero_copy = request.zero_copy
         args.topk_weights, args.reduce = address(request.topk_weights), getattr(self._core.Reduce, request.reduce)
         with self._lock, self._errors:
             return self._buffer.send_combine(args, request.plan), args

@@ -71,6 +71,8 @@ class LowLatencyCombineRequest:
     plan: Any
     topk_weights: torch.Tensor | None
     """Only with ``exact``; None: those of the dispatch."""
+    zero_copy: bool
+    """With ``exact``: peers read ``rows`` where they are; ``reuses_input`` is not about them then."""
     reduce: str
     """``fast``: a rank adds up its experts' rows of a token (float32, k order, rounded once) and sends one row; the
     source adds these by rank. ``exact``: every route's row comes, and the source adds them in k order, in float32."""
@@ -107,6 +109,9 @@ class LowLatencyTransport(Protocol):
     def receive_combine(
         self, call: Any, request: LowLatencyCombineRequest, out: LowLatencyCombineOutputs, wait: LowLatencyWait
     ) -> None: ...
+
+    def in_heap(self, rows: torch.Tensor) -> bool:
+        """Whether peers can read ``rows`` where they are, or need not because rows are sent as messages."""
 
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """Memory of an output, not initialised."""

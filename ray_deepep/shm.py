@@ -153,7 +153,7 @@ class ShmTransport(BlockingTransport):
         with self._errors:
             self._buffer = domain.make_buffer(geometry)
             self._region = self._buffer.symm_region()
-        self._pool = SymmPool(self._region.address, self._region.num_bytes)
+        self.symm_pool = SymmPool(self._region.address, self._region.num_bytes)
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput:
         """See :meth:`Transport.dispatch`."""
@@ -224,11 +224,16 @@ class ShmTransport(BlockingTransport):
         """See :meth:`Transport.symm_empty`."""
         shape = (num_rows, self._geometry.hidden)
         num_bytes = math.prod(shape) * dtype.itemsize
-        if num_bytes == 0 or self._pool.num_bytes == 0:
+        if num_bytes == 0 or self.symm_pool.num_bytes == 0:
             return torch.empty(shape, dtype=dtype)
-        block = self._pool.take(num_bytes)
+        block = self.symm_pool.take(num_bytes)
         held = self._region.bytes(block.address, num_bytes, owner=block)
         return torch.frombuffer(held, dtype=torch.uint8).view(dtype).view(shape)
+
+    @property
+    def symm_region(self):
+        """The room for tensors of ``symm_empty``, as the core knows it."""
+        return self._region
 
     def fault_record(self) -> FaultRecord | None:
         """See :meth:`Transport.fault_record`."""
@@ -237,7 +242,7 @@ class ShmTransport(BlockingTransport):
     def counters(self) -> TransportCounters | None:
         """See :meth:`Transport.counters`. Operations use two areas by turns."""
         wait_ns, recv_bytes, used_bytes = self._buffer.traffic()
-        heap_bytes = 2 * used_bytes + self._pool.num_bytes - self._pool.free_bytes()
+        heap_bytes = 2 * used_bytes + self.symm_pool.num_bytes - self.symm_pool.free_bytes()
         return TransportCounters(wait_ns=tuple(wait_ns), recv_bytes=tuple(recv_bytes), heap_bytes=heap_bytes)
 
     def close(self) -> None:

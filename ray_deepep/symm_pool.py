@@ -83,9 +83,9 @@ class SymmPool:
             self._collect()
             return sum(piece.end - piece.begin for piece in self._free)
 
-    def holds(self, address: int) -> bool:
-        """Whether an address lies in the region."""
-        return self._address <= address < self._address + self.num_bytes
+    def holds(self, address: int, num_bytes: int = 1) -> bool:
+        """Whether these bytes lie in the region."""
+        return self._address <= address and address + num_bytes <= self._address + self.num_bytes
 
     def _collect(self) -> None:
         """Put returned pieces among the free ones, joined with their neighbours."""

@@ -55,6 +55,8 @@ class Case:
     reduce: str = "fast"
     own_weights: bool = False
     """Combine gets weights of its own (``exact`` only)."""
+    zero_copy: bool = False
+    """The experts' answers lie in the heap, and are read there (``exact`` only)."""
     absent: frozenset[int] = frozenset()
     """Ranks that take no part."""
 
@@ -65,6 +67,12 @@ class Case:
     @property
     def num_local(self) -> int:
         return self.num_experts // self.num_ranks
+
+    @property
+    def symm_bytes(self) -> int:
+        """Room for the experts' answers, twice."""
+        rows = self.num_local * self.num_ranks * self.max_tokens + self.num_local * 32
+        return 2 * (rows * self.hidden * 4 + 4096) if self.zero_copy else 0
 
 
 class World:
@@ -164,6 +172,7 @@ def make_buffer(context: RankContext, transport: str, case: Case) -> Buffer | On
         num_topk=case.num_topk,
         max_tokens=0,
         low_latency_max_tokens=case.max_tokens,
+        symm_bytes=case.symm_bytes,
     )
 
 
@@ -201,7 +210,17 @@ def combine(
         for position in range(len(group)):
             flat[first + position] = world.output(rank, expert, position)
     weights = world.combine_weights[rank] if case.own_weights else None
+    if case.zero_copy:
+        rows = in_heap(buffer, rows)
+        options["zero_copy"] = True
     return buffer.low_latency_combine(rows, result.handle, weights, reduce=case.reduce, **options)
+
+
+def in_heap(buffer: Buffer, rows: torch.Tensor) -> torch.Tensor:
+    """The same rows where peers read them."""
+    held = buffer.symm_empty(rows.numel() // rows.shape[-1], rows.dtype).view(rows.shape)
+    held.copy_(rows)
+    return held
 
 
 def check_dispatch(world: World, rank: int, result: LowLatencyDispatchResult) -> None:
@@ -300,4 +319,5 @@ def fuzz_case(generator: random.Random, num_ranks: int) -> Case:
         combine_dtype=generator.choice(ROW_DTYPES),
         reduce=reduce,
         own_weights=reduce == "exact" and generator.random() < 0.5,
+        zero_copy=reduce == "exact" and generator.random() < 0.5,
     )

@@ -85,8 +85,8 @@ class OnDevice:
         moved = {k: _moved(v, "cuda") for k, v in kwargs.items()}
         result = operation(*(_moved(a, "cuda") for a in args), **moved)
         if kwargs.get("return_recv_hook"):
-            # Of what was sent, nothing need be there any more.
-            for tensor in (*args, *moved.values()):
+            # Of what was sent, nothing need be there any more, but for rows that are read in place.
+            for tensor in (*args[1 if kwargs.get("zero_copy") else 0 :], *moved.values()):
                 if isinstance(tensor, torch.Tensor) and tensor.is_cuda:
                     tensor.zero_()
             return Received(self.buffer, result)

@@ -52,7 +52,8 @@ void register_arguments(py::module_& module) {
         .def_readwrite("rows", &LowLatencyCombineArgs::rows)
         .def_readwrite("topk_weights", &LowLatencyCombineArgs::topk_weights)
         .def_readwrite("dtype", &LowLatencyCombineArgs::dtype)
-        .def_readwrite("reduce", &LowLatencyCombineArgs::reduce);
+        .def_readwrite("reduce", &LowLatencyCombineArgs::reduce)
+        .def_readwrite("zero_copy", &LowLatencyCombineArgs::zero_copy);
     py::class_<LowLatencyCombineOutputs>(module, "LowLatencyCombineOutputs")
         .def(py::init())
         .def_readwrite("x", &LowLatencyCombineOutputs::x)
@@ -73,12 +74,13 @@ void register_low_latency(py::module_& module) {
     using Release = py::call_guard<py::gil_scoped_release>;
     using Self = LowLatencyBuffer;
     py::class_<Self>(module, "LowLatencyBuffer")
-        .def(py::init([](std::shared_ptr<Domain> domain, const LowLatencySizes& sizes, double bootstrap_deadline_s,
-                         int num_threads) {
-                 return std::make_unique<Self>(std::move(domain), sizes, bootstrap_deadline_s, num_threads,
+        .def(py::init([](std::shared_ptr<Domain> domain, const LowLatencySizes& sizes,
+                         const HostBuffer::SymmRegion& symm, double bootstrap_deadline_s, int num_threads) {
+                 return std::make_unique<Self>(std::move(domain), sizes, symm, bootstrap_deadline_s, num_threads,
                                                run_signal_handlers);
              }),
-             py::arg("domain"), py::arg("sizes"), py::arg("bootstrap_deadline_s"), py::arg("num_threads"), Release())
+             py::arg("domain"), py::arg("sizes"), py::arg("symm"), py::arg("bootstrap_deadline_s"),
+             py::arg("num_threads"), Release())
         .def("send_dispatch", &Self::send_dispatch, py::arg("args"), Release())
         .def("receive_dispatch", &Self::receive_dispatch, py::arg("call"), py::arg("args"), py::arg("out"),
              py::arg("wait"), Release())

@@ -135,6 +135,7 @@ void register_buffer(py::module_& module) {
         .def_property_readonly("segment_bytes", &DeviceBuffer::segment_bytes)
         .def_property_readonly("symm_address", &DeviceBuffer::symm_address)
         .def_property_readonly("symm_bytes", &DeviceBuffer::symm_bytes)
+        .def_property_readonly("symm_addresses", &DeviceBuffer::symm_addresses)
         .def_property_readonly("control_address", &DeviceBuffer::control_address)
         .def_property_readonly("status_address", &DeviceBuffer::status_address)
         .def("abort_waits", &DeviceBuffer::abort_waits)

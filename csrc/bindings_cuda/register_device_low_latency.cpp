@@ -67,7 +67,8 @@ void register_arguments(py::module_& module) {
         .def_readwrite("num_tokens", &Combine::num_tokens)
         .def_readwrite("num_topk", &Combine::num_topk)
         .def_readwrite("dtype", &Combine::dtype)
-        .def_readwrite("exact", &Combine::exact);
+        .def_readwrite("exact", &Combine::exact)
+        .def_readwrite("zero_copy", &Combine::zero_copy);
 }
 
 }  // namespace
@@ -78,13 +79,15 @@ void register_device_low_latency(py::module_& module) {
     using Self = DeviceLowLatency;
     py::class_<Self>(module, "DeviceLowLatency")
         .def(py::init([](std::shared_ptr<Domain> domain, const DeviceLowLatencySizes& sizes, HeapProvider provider,
-                         std::vector<uintptr_t> segments, double bootstrap_deadline_s) {
+                         std::vector<uintptr_t> segments, std::vector<uintptr_t> symm_addresses, int64_t symm_bytes,
+                         double bootstrap_deadline_s) {
                  const HeapSource source{provider, std::move(segments)};
-                 return std::make_unique<Self>(std::move(domain), sizes, source, bootstrap_deadline_s,
+                 return std::make_unique<Self>(std::move(domain), sizes, source,
+                                               SymmRoom{std::move(symm_addresses), symm_bytes}, bootstrap_deadline_s,
                                                run_signal_handlers);
              }),
-             py::arg("domain"), py::arg("sizes"), py::arg("provider"), py::arg("segments"),
-             py::arg("bootstrap_deadline_s"), Release())
+             py::arg("domain"), py::arg("sizes"), py::arg("provider"), py::arg("segments"), py::arg("symm_addresses"),
+             py::arg("symm_bytes"), py::arg("bootstrap_deadline_s"), Release())
         .def_property_readonly("segment_bytes", &Self::segment_bytes)
         .def("plan_ints", &Self::plan_ints, py::arg("num_tokens"), py::arg("num_topk"))
         .def(

@@ -67,6 +67,8 @@ class DeviceBuffer {
         return reinterpret_cast<uintptr_t>(peers_.segments[sizes_.rank]) + layout_.symm_at;
     }
     int64_t symm_bytes() const { return layout_.symm_bytes; }
+    // By rank.
+    std::vector<uintptr_t> symm_addresses() const;
 
     // Where kernels of a hop in front of this buffer's report faults, to stop its own; and where these stop them.
     uintptr_t control_address() const { return reinterpret_cast<uintptr_t>(control_.get()); }

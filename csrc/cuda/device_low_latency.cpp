@@ -19,10 +19,12 @@ uint32_t hash_of(const int32_t* fields, int count) {
 }  // namespace
 
 DeviceLowLatency::DeviceLowLatency(std::shared_ptr<Domain> domain, const DeviceLowLatencySizes& sizes,
-                                   const HeapSource& source, double bootstrap_deadline_s, Interrupt interrupt)
+                                   const HeapSource& source, SymmRoom symm, double bootstrap_deadline_s,
+                                   Interrupt interrupt)
     : domain_(std::move(domain)),
       sizes_(sizes),
       layout_(make_low_latency_layout(sizes)),
+      symm_(std::move(symm)),
       interrupt_(std::move(interrupt)),
       admitted_(sizes.num_ranks, 0),
       admissions_(sizes.num_ranks, 0) {
@@ -89,7 +91,7 @@ LowLatencyPlanArrays DeviceLowLatency::plan_at(uintptr_t address, int num_tokens
 }
 
 LowLatencyStep DeviceLowLatency::step(Operation operation, const LowLatencyLaunch& launch, int num_tokens, int num_topk,
-                                      DType dtype, bool exact) const {
+                                      DType dtype, int reduce) const {
     LowLatencyStep step;
     step.sends = launch.sends;
     step.receives = launch.receives;
@@ -97,7 +99,7 @@ LowLatencyStep DeviceLowLatency::step(Operation operation, const LowLatencyLaunc
     step.fields[0] = static_cast<int32_t>(operation);
     step.fields[1] = static_cast<int32_t>(dtype);
     step.fields[2] = num_topk;
-    step.fields[3] = exact ? 1 : 0;
+    step.fields[3] = reduce;
     step.signature = hash_of(step.fields, 4);
     step.num_tokens = num_tokens;
     step.num_topk = num_topk;
@@ -114,7 +116,7 @@ void DeviceLowLatency::dispatch(const DeviceLowLatencyDispatch& args, const LowL
     check();
     LowLatencyDispatchParams params;
     params.peers = peers_;
-    params.step = step(Operation::kLowLatencyDispatch, launch, args.num_tokens, args.num_topk, args.dtype, false);
+    params.step = step(Operation::kLowLatencyDispatch, launch, args.num_tokens, args.num_topk, args.dtype, 0);
     params.x = pointer<const std::byte>(args.x);
     params.x_scales = pointer<const float>(args.x_scales);
     params.topk_idx = pointer<const void>(args.topk_idx);
@@ -140,6 +142,23 @@ void DeviceLowLatency::dispatch(const DeviceLowLatencyDispatch& args, const LowL
     launch_low_latency_dispatch(params, stream);
 }
 
+void DeviceLowLatency::read_in_place(uintptr_t rows, LowLatencyCombineParams* params) const {
+    constexpr int64_t kUnit = 16, kMost = int64_t{kNoRow} * kUnit;
+    const uintptr_t begin = symm_.bytes > 0 ? symm_.addresses[sizes_.rank] : 0;
+    if (rows < begin || rows >= begin + symm_.bytes || (rows - begin) % kUnit != 0) {
+        throw ArgumentError("rows", "elsewhere", "must lie in the heap, with zero_copy");
+    }
+    if (symm_.bytes > kMost) {
+        throw ArgumentError("symm_bytes", std::to_string(symm_.bytes),
+                            "must be at most " + std::to_string(kMost) + " with zero_copy");
+    }
+    params->step.in_place = true;
+    params->rows_at = static_cast<uint32_t>((rows - begin) / kUnit);
+    for (int rank = 0; rank < sizes_.num_ranks; ++rank) {
+        params->symm[rank] = pointer<std::byte>(symm_.addresses[rank]);
+    }
+}
+
 void DeviceLowLatency::combine(const DeviceLowLatencyCombine& args, const LowLatencyLaunch& launch,
                                cudaStream_t stream) {
     check();
@@ -151,7 +170,8 @@ void DeviceLowLatency::combine(const DeviceLowLatencyCombine& args, const LowLat
     }
     LowLatencyCombineParams params;
     params.peers = peers_;
-    params.step = step(Operation::kLowLatencyCombine, launch, args.num_tokens, args.num_topk, args.dtype, args.exact);
+    params.step = step(Operation::kLowLatencyCombine, launch, args.num_tokens, args.num_topk, args.dtype,
+                       !args.exact ? kReduceFast : (args.zero_copy ? kReduceInPlace : kReduceExact));
     params.plan = plan_at(args.plan, args.num_tokens, args.num_topk);
     params.rows = pointer<const std::byte>(args.rows);
     params.topk_weights = pointer<const float>(args.topk_weights);
@@ -159,6 +179,7 @@ void DeviceLowLatency::combine(const DeviceLowLatencyCombine& args, const LowLat
     params.dtype = args.dtype;
     params.exact = args.exact;
     params.max_routes_here = sizes_.max_routes_here();
+    if (args.zero_copy) read_in_place(args.rows, &params);
     deadline_s_ = launch.timeout_s;
     launch_low_latency_combine(params, stream);
 }

@@ -50,13 +50,20 @@ struct DeviceLowLatencyCombine {
     int num_tokens = 0, num_topk = 0;
     DType dtype = DType::kFloat32;
     bool exact = false;
+    bool zero_copy = false;  // exact: peers read `rows` where they are
+};
+
+// The ranks' room for tensors of the user's, as this GPU reaches it.
+struct SymmRoom {
+    std::vector<uintptr_t> addresses;
+    int64_t bytes = 0;
 };
 
 class DeviceLowLatency {
   public:
-    // Collective over `domain`.
+    // Collective over `domain`. `symm` outlives it.
     DeviceLowLatency(std::shared_ptr<Domain> domain, const DeviceLowLatencySizes& sizes, const HeapSource& source,
-                     double bootstrap_deadline_s, Interrupt interrupt);
+                     SymmRoom symm, double bootstrap_deadline_s, Interrupt interrupt);
     ~DeviceLowLatency() { close(); }
 
     int64_t segment_bytes() const { return layout_.bytes; }
@@ -82,7 +89,8 @@ class DeviceLowLatency {
 
   private:
     LowLatencyStep step(Operation operation, const LowLatencyLaunch& launch, int num_tokens, int num_topk, DType dtype,
-                        bool exact) const;
+                        int reduce) const;
+    void read_in_place(uintptr_t rows, LowLatencyCombineParams* params) const;
     LowLatencyPlanArrays plan_at(uintptr_t address, int num_tokens, int num_topk) const;
     FaultRecord reported() const;
     [[noreturn]] void throw_mismatch();
@@ -95,6 +103,7 @@ class DeviceLowLatency {
     std::shared_ptr<Domain> domain_;
     DeviceLowLatencySizes sizes_;
     LowLatencyLayout layout_;
+    SymmRoom symm_;
     Interrupt interrupt_;
     DeviceHeap heap_;
     DeviceMemory<LowLatencyDeviceState> device_;

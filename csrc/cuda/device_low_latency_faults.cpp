@@ -34,7 +34,7 @@ std::string field_text(int field, int32_t value) {
     switch (field) {
         case 0: return to_string(static_cast<Operation>(value));
         case 1: return to_string(static_cast<DType>(value));
-        case 3: return value != 0 ? "exact" : "fast";
+        case 3: return value == kReduceFast ? "fast" : (value == kReduceExact ? "exact" : "exact, zero_copy");
         default: return std::to_string(value);
     }
 }

@@ -7,6 +7,14 @@
 
 namespace ray_deepep {
 
+std::vector<uintptr_t> DeviceBuffer::symm_addresses() const {
+    std::vector<uintptr_t> addresses;
+    for (int rank = 0; rank < sizes_.num_ranks; ++rank) {
+        addresses.push_back(reinterpret_cast<uintptr_t>(peers_.segments[rank]) + layout_.symm_at);
+    }
+    return addresses;
+}
+
 int64_t DeviceBuffer::offset_in_heap(uintptr_t address) const {
     const uintptr_t first = symm_address();
     if (address < first || address >= first + static_cast<uintptr_t>(layout_.symm_bytes)) return -1;

@@ -305,15 +305,17 @@ __device__ inline Arrivals await_arrivals(const LowLatencyPeers& peers, const Lo
 }
 
 // Whole block, last thing in a receive. Peers that masked this rank did not wait for its reads: had they begun to
-// overwrite what it read? Each block asks after its own reads, beside counting itself finished.
+// overwrite what it read? Each block asks after its own reads, beside counting itself finished. Rows that were read in
+// place may be overwritten as soon as the next operation was.
 __device__ inline void finish_receive(const LowLatencyPeers& peers, const LowLatencyStep& step,
                                       const LowLatencyStart& start, const Arrivals& arrivals) {
     const uint32_t sequence = start.sequence, sent = threadIdx.x == 0 ? load_volatile(&peers.device->sent) : 0;
+    const int allowed = step.in_place ? 1 : kLowLatencyTurns - 1;
     __syncthreads();
     for (int peer = blockDim.x - 1 - threadIdx.x; arrivals.ok && peer < peers.num_ranks; peer += blockDim.x) {
         if ((arrivals.absent & bit_of(peer)) != 0) continue;
         const uint32_t left = load_acquire(in_segment<uint32_t>(peers, peers.rank, peers.layout.left_at) + peer);
-        if (left == 0 || static_cast<int32_t>(left - sequence) < kLowLatencyTurns - 1) continue;
+        if (left == 0 || static_cast<int32_t>(left - sequence) < allowed) continue;
         report_fault(peers, step, LowLatencyFault::kLeftBehind, peer, sequence, left, 0);
     }
     if (threadIdx.x != 0 || add_acquire(&peers.device->receive_blocks) != gridDim.x - 1) return;

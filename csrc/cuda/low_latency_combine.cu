@@ -183,6 +183,22 @@ __device__ void stage_tokens(const Params& p, uint32_t sequence, int count, Toke
     }
 }
 
+// Where its routes' rows are, each source is told.
+__device__ uint32_t* places_for(const LowLatencyPeers& peers, int reader, int source, uint32_t sequence) {
+    return reinterpret_cast<uint32_t*>(mailbox(peers, reader, source, sequence) + peers.layout.topk_idx_at);
+}
+
+__device__ void push_places(const Params& p, const LowLatencyStart& start) {
+    const int routes = static_cast<int>(p.peers.max_tokens) * p.step.num_topk;
+    const auto row_units = static_cast<uint32_t>(p.peers.hidden * element_size(p.dtype) / 16);
+    for (int i = threadIdx.x * gridDim.x + blockIdx.x; i < p.peers.num_ranks * routes; i += gridDim.x * blockDim.x) {
+        const int slot = p.plan.slot[i], source = i / routes;
+        if (slot == -1 || (start.masked & bit_of(source)) != 0) continue;
+        places_for(p.peers, source, p.peers.rank, start.sequence)[i % routes] =
+            slot < 0 ? kNoRow : p.rows_at + static_cast<uint32_t>(slot) * row_units;
+    }
+}
+
 // A launch that sends and receives adds up its own tokens' rows while peers' are on their way. Each piece of them is
 // read by the warp that wrote it.
 __device__ bool stages_own_late(const Params& p) { return p.step.sends && p.step.receives && !p.exact; }
@@ -231,9 +247,15 @@ __device__ Rows rows_of_token(const Params& p, uint32_t sequence, const TokenRou
     if (p.exact) {
         const unsigned same = __match_any_sync(kAllLanes, rank);
         if (rank < 0 || (absent & bit_of(rank)) != 0) return rows;
+        rows.weight = route.weight;
+        if (p.step.in_place) {
+            const int64_t at = int64_t{route.token} * p.step.num_topk + lane;
+            const uint32_t place = load_volatile(&places_for(peers, peers.rank, rank, sequence)[at]);
+            if (place != kNoRow) rows.row = p.symm[rank] + int64_t{place} * 16;
+            return rows;
+        }
         const int turn = __popc(same & ((1u << lane) - 1));
         rows.row = area_rows(peers, rank, sequence) + (home * p.max_routes_here + turn) * row_bytes;
-        rows.weight = route.weight;
         return rows;
     }
     uint64_t ranks = rank >= 0 ? bit_of(rank) : 0;
@@ -276,7 +298,11 @@ __global__ void __launch_bounds__(kLowLatencyThreads) low_latency_combine_kernel
     if (p.step.sends) {
         if (!start.failed) {
             if (blockIdx.x == 0) write_headers(p.peers, p.step, start, plan_sequence);
-            stage_home<T>(p, start.sequence);
+            if (p.step.in_place) {
+                push_places(p, start);
+            } else {
+                stage_home<T>(p, start.sequence);
+            }
         }
         finish_send(p.peers, start, full_signature(p.step, plan_sequence));
     }

@@ -38,13 +38,18 @@ struct LowLatencyLayout {
     int64_t rejoining_at = 0;                // uint32: whether it waits to be let in again
     int64_t mail_at[kLowLatencyTurns] = {};  // [N] mailboxes
     int64_t mail_bytes = 0;                  // of one, which begins with a MailHeader
-    int64_t topk_idx_at = 0;                 // in a mailbox: int32 [T, K]
+    int64_t topk_idx_at = 0;                 // in a mailbox: int32 [T, K]; combine in place: uint32, the routes' places
     int64_t topk_weights_at = 0;             // in a mailbox: float [T, K]
     int64_t area_at[kLowLatencyTurns] = {};
     int64_t scales_at = 0;  // in an area: float [T, H / 128]
     int64_t rows_at = 0;    // in an area
     int64_t bytes = 0;
 };
+
+// In place of a route's place: there was no room for its row.
+inline constexpr uint32_t kNoRow = 0xffffffffu;
+// How a combine brings rows home, in MailHeader::fields[3].
+enum : int { kReduceFast = 0, kReduceExact = 1, kReduceInPlace = 2 };
 
 // What a rank says about an operation that it sent.
 struct MailHeader {

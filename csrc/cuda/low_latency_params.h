@@ -65,6 +65,7 @@ struct LowLatencyStep {
     int num_topk = 0;    // K
     uint64_t timeout_ns = 0;
     bool mask_late = false;
+    bool in_place = false;       // peers' rows are read where their callers left them
     int64_t* wait_ns = nullptr;  // [N], added to
     bool* absent = nullptr;      // [N]
     int num_sms = 1;
@@ -118,6 +119,9 @@ struct LowLatencyCombineParams {
     DType dtype = DType::kFloat32;
     bool exact = false;
     int64_t max_routes_here = 1;
+    // With step.in_place: each rank's room for tensors of the user's, and where in it `rows` begin, in 16 bytes.
+    std::byte* symm[kMaxRanks] = {};
+    uint32_t rows_at = 0;
 };
 
 void launch_low_latency_dispatch(const LowLatencyDispatchParams& params, cudaStream_t stream);

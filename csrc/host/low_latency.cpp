@@ -15,6 +15,12 @@ constexpr double kPoll_s = 0.001;
 
 int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1) / multiple * multiple; }
 
+// As the CUDA core says it.
+const char* reduce_text(const LowLatencyHeader& header) {
+    if (header.reduce == Reduce::kFast) return "fast";
+    return header.in_place != 0 ? "exact, zero_copy" : "exact";
+}
+
 int64_t control_bytes(int num_ranks) {
     return kPage + round_up(static_cast<int64_t>(sizeof(LowLatencyControl)) +
                                 num_ranks * static_cast<int64_t>(sizeof(PeerView)),
@@ -41,10 +47,12 @@ int64_t LowLatencySizes::segment_bytes(int num_ranks) const {
 }
 
 LowLatencyBuffer::LowLatencyBuffer(std::shared_ptr<Domain> domain, const LowLatencySizes& sizes,
-                                   double bootstrap_deadline_s, int num_threads, Interrupt interrupt)
+                                   HostBuffer::SymmRegion symm, double bootstrap_deadline_s, int num_threads,
+                                   Interrupt interrupt)
     : domain_(std::move(domain)),
       geometry_{domain_->rank(), domain_->num_ranks(), sizes.num_experts},
       sizes_(sizes),
+      symm_(std::move(symm)),
       map_(sizes.area(geometry_.num_ranks)),
       control_bytes_(control_bytes(geometry_.num_ranks)),
       interrupt_(std::move(interrupt)),
@@ -70,6 +78,7 @@ void LowLatencyBuffer::close() {
     signals_->close();
     signals_.reset();
     heap_.segments.clear();
+    symm_ = {};
 }
 
 std::byte* LowLatencyBuffer::area(int rank, uint32_t sequence) const {
@@ -161,7 +170,8 @@ bool LowLatencyBuffer::given_up(int peer, const LowLatencyWait& wait, const std:
 
 // Throw if a peer went on without this rank. Before a send: it has masked this rank. Before a pull: it had when it
 // sent. Always: it is so far ahead that what it sent is no longer there. An operation that came whole is good, also if
-// a peer masked this rank since.
+// a peer masked this rank since; but nobody can tell whether it did where rows were read in place, which the peer's
+// caller may have overwritten after its next operation.
 void LowLatencyBuffer::check_not_left(const LowLatencyCall& call, const std::vector<uint8_t>& absent, Step step) const {
     std::atomic_thread_fence(std::memory_order_acquire);
     std::vector<int> by;
@@ -169,7 +179,8 @@ void LowLatencyBuffer::check_not_left(const LowLatencyCall& call, const std::vec
         if (absent[peer] != 0 || peer == geometry_.rank) continue;
         const auto ahead = static_cast<int32_t>(control(peer).begun.load(std::memory_order_relaxed) - call.sequence);
         bool left = ahead >= kLowLatencyAreas;
-        if (step == Step::kSend) left |= view(peer, geometry_.rank).masked.load(std::memory_order_relaxed) != 0;
+        if (step == Step::kSend || step == Step::kPulledInPlace)
+            left |= view(peer, geometry_.rank).masked.load(std::memory_order_relaxed) != 0;
         if (step == Step::kPull) {
             left |= header(peer, call.sequence).sequence != call.sequence ||
                     at<uint8_t>(peer, call.sequence, map_.masked_at)[geometry_.rank] != 0;
@@ -193,8 +204,7 @@ void LowLatencyBuffer::check_agreement(const LowLatencyCall& call, const std::ve
         differ("dtype", to_string(first.dtype), to_string(other.dtype));
         differ("num_topk", std::to_string(first.num_topk), std::to_string(other.num_topk));
         differ("handle (dispatch number)", std::to_string(first.plan_sequence), std::to_string(other.plan_sequence));
-        differ("reduce", first.reduce == Reduce::kFast ? "fast" : "exact",
-               other.reduce == Reduce::kFast ? "fast" : "exact");
+        differ("reduce", reduce_text(first), reduce_text(other));
     }
 }
 

@@ -6,7 +6,8 @@
 // whose area s takes. A rank that is masked is not waited for, so its reads may be overtaken; it looks after each pull.
 //
 // Rows that combine sends stand at (source rank, token): no plan is needed to find them, so ranks need not agree about
-// who is masked.
+// who is masked. Rows that are read in place lie anywhere in the room for the caller's tensors: the area then says
+// which row each route has.
 #pragma once
 
 #include <atomic>
@@ -20,6 +21,7 @@
 #include "heap/symmetric_heap.h"
 #include "host/control.h"
 #include "host/float8.h"
+#include "host/host_buffer.h"
 #include "host/thread_pool.h"
 #include "host/wait.h"
 
@@ -62,8 +64,10 @@ struct LowLatencyHeader {
     int32_t num_topk;
     Reduce reduce;           // combine
     uint32_t plan_sequence;  // combine: of its dispatch
+    int32_t in_place;        // combine: rows are not in the area
 
     uint32_t sequence;
+    int64_t rows_at;  // in place: from the begin of the room for the caller's tensors
     int64_t num_tokens;
     int64_t sent_ns;  // CLOCK_MONOTONIC, the same clock on all ranks of a host
 };
@@ -115,6 +119,7 @@ struct LowLatencyCombineArgs {
     uintptr_t rows = 0, topk_weights = 0;
     DType dtype = DType::kFloat32;
     Reduce reduce = Reduce::kFast;
+    bool zero_copy = false;  // exact: peers read `rows` where they are
 };
 
 struct LowLatencyCombineOutputs {
@@ -129,9 +134,9 @@ struct LowLatencyWait {
 
 class LowLatencyBuffer {
   public:
-    // Collective over `domain`.
-    LowLatencyBuffer(std::shared_ptr<Domain> domain, const LowLatencySizes& sizes, double bootstrap_deadline_s,
-                     int num_threads, Interrupt interrupt);
+    // Collective over `domain`. `symm`: the room for the caller's tensors.
+    LowLatencyBuffer(std::shared_ptr<Domain> domain, const LowLatencySizes& sizes, HostBuffer::SymmRegion symm,
+                     double bootstrap_deadline_s, int num_threads, Interrupt interrupt);
     ~LowLatencyBuffer() { close(); }
 
     // Sends never wait. Receives come in the order of the sends, at most two behind.
@@ -151,7 +156,7 @@ class LowLatencyBuffer {
     void close();
 
   private:
-    enum class Step { kSend, kPull, kPulled };
+    enum class Step { kSend, kPull, kPulled, kPulledInPlace };
 
     std::byte* area(int rank, uint32_t sequence) const;
     LowLatencyHeader& header(int rank, uint32_t sequence) const {
@@ -182,10 +187,13 @@ class LowLatencyBuffer {
                    const LowLatencyPlan& plan);
     void stage_sums(const LowLatencyCombineArgs& args, const LowLatencyPlan& plan, std::byte* staged);
     void stage_routes(const LowLatencyCombineArgs& args, const LowLatencyPlan& plan, std::byte* staged);
+    int64_t offset_of_rows(const LowLatencyCombineArgs& args) const;
+    const std::byte* route_row(int rank, uint32_t sequence, int64_t route, int64_t row_bytes) const;
 
     std::shared_ptr<Domain> domain_;
     Geometry geometry_;
     LowLatencySizes sizes_;
+    HostBuffer::SymmRegion symm_;
     LowLatencyAreaMap map_;
     int64_t control_bytes_ = 0;
     Interrupt interrupt_;

@@ -27,10 +27,39 @@ void ranks_of(const int32_t* routes, int num_topk, int num_local, std::vector<in
     ranks->erase(std::unique(ranks->begin(), ranks->end()), ranks->end());
 }
 
+// The row of each route, at (source rank, token, k).
+void show_slots(const LowLatencyPlan& plan, int64_t* slots) {
+    for (size_t i = 0; i < plan.recv_token.size(); ++i) {
+        for (int64_t r = plan.route_begin[i]; r < plan.route_begin[i + 1]; ++r) {
+            slots[plan.recv_token[i] * plan.num_topk + plan.route_k[r]] = plan.route_slot[r];
+        }
+    }
+}
+
 }  // namespace
+
+int64_t LowLatencyBuffer::offset_of_rows(const LowLatencyCombineArgs& args) const {
+    const auto begin = reinterpret_cast<uintptr_t>(symm_.data);
+    if (args.rows < begin || args.rows >= begin + symm_.bytes) {
+        throw ArgumentError("rows", "elsewhere", "must lie in the heap, with zero_copy");
+    }
+    return static_cast<int64_t>(args.rows - begin);
+}
+
+// Null: there was no room for the route. `route`: (source rank, token, k), which `rank` has an expert for.
+const std::byte* LowLatencyBuffer::route_row(int rank, uint32_t sequence, int64_t route, int64_t row_bytes) const {
+    const LowLatencyHeader& from = header(rank, sequence);
+    const auto* staged = at<const std::byte>(rank, sequence, map_.rows_at);
+    if (from.in_place == 0) return staged + route * row_bytes;
+    const int64_t slot = reinterpret_cast<const int64_t*>(staged)[route];
+    if (slot < 0) return nullptr;
+    const std::byte* own_segment = symm_.heap->segments[geometry_.rank].data();
+    return symm_.heap->segments[rank].data() + (symm_.data - own_segment) + from.rows_at + slot * row_bytes;
+}
 
 std::shared_ptr<LowLatencyCall> LowLatencyBuffer::send_combine(const LowLatencyCombineArgs& args,
                                                                const LowLatencyPlan& plan) {
+    const int64_t rows_at = args.zero_copy ? offset_of_rows(args) : 0;
     const auto call = begin(Operation::kLowLatencyCombine);
     LowLatencyHeader& own = header(geometry_.rank, call->sequence);
     own.dtype = args.dtype;
@@ -38,8 +67,14 @@ std::shared_ptr<LowLatencyCall> LowLatencyBuffer::send_combine(const LowLatencyC
     own.num_tokens = plan.num_tokens;
     own.reduce = args.reduce;
     own.plan_sequence = plan.sequence;
+    own.in_place = args.zero_copy ? 1 : 0;
+    own.rows_at = rows_at;
     auto* staged = at<std::byte>(geometry_.rank, call->sequence, map_.rows_at);
-    args.reduce == Reduce::kFast ? stage_sums(args, plan, staged) : stage_routes(args, plan, staged);
+    if (args.zero_copy) {
+        show_slots(plan, reinterpret_cast<int64_t*>(staged));
+    } else {
+        args.reduce == Reduce::kFast ? stage_sums(args, plan, staged) : stage_routes(args, plan, staged);
+    }
     publish(*call);
     return call;
 }
@@ -105,14 +140,15 @@ void LowLatencyBuffer::receive_combine(const LowLatencyCall& call, const LowLate
             } else {
                 for (int k = 0; k < num_topk; ++k) {
                     if (routes[k] < 0 || absent[routes[k] / num_local] != 0) continue;
-                    const int64_t row = (first_token + t) * num_topk + k;
-                    sum.add_scaled(staged[routes[k] / num_local] + row * bytes, weights[t * num_topk + k]);
+                    const int64_t route = (first_token + t) * num_topk + k;
+                    const std::byte* row = route_row(routes[k] / num_local, call.sequence, route, bytes);
+                    if (row != nullptr) sum.add_scaled(row, weights[t * num_topk + k]);
                 }
             }
             sum.take(pointer<std::byte>(out.x) + t * bytes);
         }
     });
-    check_not_left(call, absent, Step::kPulled);
+    check_not_left(call, absent, args.zero_copy ? Step::kPulledInPlace : Step::kPulled);
 }
 
 }  // namespace ray_deepep
