@@ -45,11 +45,10 @@ __device__ void store_piece(std::byte* row, const PieceRange& range, const Piece
     }
 }
 
-// A warp's sum of one piece; the first row is set, not added to 0, which would lose the sign of -0.
+// A warp's sum of one piece, from 0 on, as the CPU core and the reference add up.
 template <typename T>
 struct Sum {
     float values[kWidth][Vec<T>::kCount];
-    bool empty = true;
     __device__ Sum() {
 #pragma unroll
         for (auto& vector : values) {
@@ -65,10 +64,9 @@ struct Sum {
 #pragma unroll
             for (int i = 0; i < Vec<T>::kCount; ++i) {
                 const float term = weighted ? __fmul_rn(weight, terms[i]) : terms[i];
-                values[j][i] = empty ? term : __fadd_rn(values[j][i], term);
+                values[j][i] = __fadd_rn(values[j][i], term);
             }
         }
-        empty = false;
     }
     __device__ void store(std::byte* row, const PieceRange& range) const {
         Piece<T> v;
