@@ -314,7 +314,9 @@ def main(argv: list[str] | None = None) -> None:
         facts = {**run_facts(), "benchmark": NAME, "gpu": torch.cuda.get_device_name(), "gpus": gpus}
         facts["shared_gpu"] = gpus < num_ranks
         found = run_ranks(run_case, num_ranks, dataclasses.asdict(case), args.num_sms, args.replays, args.only)
-        records = [facts | record for record in found]
+        # Lines of before there were masks have no such word.
+        config = {name: value for name, value in dataclasses.asdict(case).items() if value is not False}
+        records = [facts | record | {"config": config} for record in found]
         append(args.out, records)
         print(f"\n{title(records)}\n\n{table(records)}\n", flush=True)
 
