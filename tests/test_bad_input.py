@@ -182,7 +182,7 @@ BAD_ENVIRONMENT = {
     "RAY_DEEPEP_DEVICE_HEAP_GIB": ("inf", CommConfig, "must be a positive number of GiB"),
     "RAY_DEEPEP_HEAP_GIB": ("-1", CommConfig, "must be a positive number of GiB"),
     "RAY_DEEPEP_LAYOUT": ("dense", env.layout, "must be padded or compact"),
-    "RAY_DEEPEP_COMBINE": ("quick", env.combine, "must be exact or fast"),
+    "RAY_DEEPEP_COMBINE": ("quick", env.combine, "must be auto, exact or fast"),
 }
 
 

@@ -163,12 +163,29 @@ def auto_on_cpus(context: RankContext) -> None:
     start_deepspeed()
     layer = make_layer(LayerCase())
     expected = step(LayerCase(), layer)
-    with enable(swap_config("reference")):
+    with enable(swap_config("reference", combine="auto")):
         assert not differences(expected, step(LayerCase(), layer))
 
 
 def test_auto_is_bit_equal_on_cpus(ranks: Ranks) -> None:
     ranks.run(2, auto_on_cpus)
+
+
+def combines(context: RankContext) -> None:
+    """Rows of grouped experts come home as sums, unless they are told to come one by one."""
+    case = LayerCase(k=4, dtype=torch.bfloat16)
+    start_deepspeed()
+    layer = make_layer(case)
+    seen = {}
+    for combine in ("auto", "fast", "exact"):
+        with enable(swap_config("reference", combine=combine, experts="grouped")):
+            seen[combine] = step(case, layer)
+    assert not differences(seen["fast"], seen["auto"])
+    assert differences(seen["exact"], seen["auto"])
+
+
+def test_auto_sums_where_grouped_experts_are(ranks: Ranks) -> None:
+    ranks.run(2, combines)
 
 
 class Normed(nn.Module):

@@ -30,7 +30,7 @@ REFERENCE = "reference"
 
 
 def test_config_defaults_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert (SwapConfig().layout, SwapConfig().combine) == ("padded", "exact")
+    assert (SwapConfig().layout, SwapConfig().combine) == ("padded", "auto")
     monkeypatch.setenv("RAY_DEEPEP_LAYOUT", "compact")
     monkeypatch.setenv("RAY_DEEPEP_COMBINE", "fast")
     monkeypatch.setenv("RAY_DEEPEP_DEADLINE_S", "7")
@@ -43,7 +43,7 @@ def test_config_rules() -> None:
     error = error_of(InvalidArgumentError, lambda: SwapConfig(layout="dense"))
     assert str(error) == "layout: must be one of padded, compact; got 'dense'"
     error = error_of(InvalidArgumentError, lambda: SwapConfig(combine="sum"))
-    assert str(error) == "combine: must be one of exact, fast; got 'sum'"
+    assert str(error) == "combine: must be one of auto, exact, fast; got 'sum'"
     error = error_of(InvalidTypeError, lambda: SwapConfig(comm={"transport": "shm"}))
     assert str(error) == "comm: must be a CommConfig; got 'dict'"
 

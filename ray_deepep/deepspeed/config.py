@@ -10,7 +10,7 @@ from ..errors import InvalidTypeError
 from ..fields import check_choice, known_fields
 
 LAYOUTS = ("padded", "compact")
-COMBINES = ("exact", "fast")
+COMBINES = ("auto", "exact", "fast")
 EXPERTS = ("auto", "loop", "grouped")
 
 
@@ -24,7 +24,8 @@ class SwapConfig:
     sees its real rows alone, ``[1, 1, n, M]``, in order of (source rank, token)."""
     combine: str = dataclasses.field(default_factory=env.combine)
     """``exact``: every route's row goes home and is weighted and added there in float32, in k order, as stock does.
-    ``fast``: routes of a token that meet on a rank are added there first, and one row goes home; rounds differently."""
+    ``fast``: routes of a token that meet on a rank are added there first, and one row goes home; rounds differently.
+    ``auto``: fast where experts are grouped, whose products round differently anyway, and else exact."""
     experts: str = dataclasses.field(default_factory=env.experts)
     """``loop``: local experts are called one after the other, as stock. ``grouped``: where all are built alike, of
     linear layers and elementwise functions alone, each linear layer is one grouped product over the experts' real rows

@@ -66,19 +66,22 @@ def moe_forward(
         compact = grouped is not None or (config.layout == "compact" and type(layer.experts).forward is Experts.forward)
         shared = registry.for_layer(layer, hidden=d_model, num_topk=routes.gates.shape[0], padded=not compact)
         _check_room(shared, tokens, routes)
+        reduce = config.combine
+        if reduce == "auto":
+            reduce = "exact" if grouped is None else "fast"
         with _timed(layer, FIRST_ALLTOALL_TIMER, "time_falltoall"):
             if compact:
-                how = {"layout": ExpertMajor(), "combine": config.combine, "split": grouped is None}
+                how = {"layout": ExpertMajor(), "combine": reduce, "split": grouped is None}
                 arrived = dispatch(shared.buffer, tokens, routes, **how)
             else:
-                how = {"combine": config.combine, "split": _is_loop(layer.experts)}
+                how = {"combine": reduce, "split": _is_loop(layer.experts)}
                 arrived = _dispatch_padded(shared, tokens, routes, how)
         if grouped is not None:
             outputs = _all_experts(grouped, arrived)
         else:
             outputs = _each_expert(layer, arrived) if arrived.split else (layer.experts(*arrived.blocks),)
         with _timed(layer, SECOND_ALLTOALL_TIMER, "time_salltoall"):
-            combined = combine(shared.buffer, outputs, arrived, combine=config.combine)
+            combined = combine(shared.buffer, outputs, arrived, combine=reduce)
         return combined.reshape(hidden_states.shape)
 
 
