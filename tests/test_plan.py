@@ -130,6 +130,39 @@ def test_layouts_have_costs_of_their_own_on_gpus() -> None:
         assert us == pytest.approx(combine_us(asked), rel=0.01)
 
 
+@pytest.mark.parametrize(
+    "change",
+    (
+        {"hidden": 2048, "rows_in_heap": False},
+        {"num_tokens": 3000, "num_topk": 6, "new_routing": True},
+        {"num_tokens": 1000, "new_routing": True},
+        {"num_tokens": 2000, "num_topk": 2, "layout": "expert_major", "reduce": "exact"},
+    ),
+    ids=("narrow", "routes", "few", "exact"),
+)
+def test_constants_of_gpus_know_rows_and_routes(change: dict[str, object]) -> None:
+    """Staging costs 0.01 us a row beside its bytes, a plan 25 us beside its routes, rows of routes come home fast."""
+    cases = fitting_cases(transport="cuda", num_ranks=2, hidden=7168, num_tokens=4096)
+
+    def truth(case: OperationCase) -> OperationTime:
+        workload, us = workload_of(case, 2, "cuda", 2), {}
+        for side, moved in (("dispatch", dispatch_bytes(workload)), ("combine", combine_bytes(workload))):
+            rate = 3000e3 if side == "combine" and workload.sends_routes else 1000e3
+            staging = moved.staged / 700e3 + moved.staged_rows * 0.01
+            us[f"{side}_us"] = 20.0 + max(moved.link / 900e3, moved.copied / rate) + staging
+        if case.new_routing:
+            us["dispatch_us"] += 25.0 + 2 * case.num_tokens * case.num_topk * 1e-3
+        return OperationTime(case=case, **us)
+
+    times = [dataclasses.asdict(truth(case)) for case in cases]
+    costs = fit_costs(report(transport="cuda", row_bytes=14336, operations=times), source="test")
+    asked = dataclasses.replace(cases[3], **change)
+    us, expected = planned(workload_of(asked, 2, "cuda", 2), costs), truth(asked)
+    # Of a rate over the link nothing shows where copies are slower.
+    assert us["dispatch"] == pytest.approx(expected.dispatch_us, rel=0.02)
+    assert us["combine"] == pytest.approx(expected.combine_us, rel=0.15)
+
+
 @needs_core
 def test_ranks_that_share_cores_are_slower() -> None:
     costs = fit_costs(report(), source="test")

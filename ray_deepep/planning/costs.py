@@ -2,12 +2,13 @@
 
 The model of an operation, which :mod:`predict` applies to expected traffic:
 
-    time = latency + max(link bytes / link GB/s, copy(bytes written)) + staged bytes / stage GB/s + plan
+    time = latency + max(link bytes / link GB/s, copy(bytes written)) + staging + plan
+    staging = staged bytes * stage_us_per_byte + staged rows * stage_us_per_row
     plan = plan_us + plan_ns_per_route * N * T * K, for routing that is new
 
 ``copy`` is a line through measured points (bytes, us), because bytes that stay in a cache cost less than others. On
-GPUs token-major and expert-major rows have a line each; for as many ranks as were measured, the former's has the link
-in it.
+GPUs token-major rows, expert-major rows, and expert-major rows that come home one by one (``exact``) have a line each;
+for as many ranks as were measured, the first one's has the link in it.
 Between nodes one hop comes before (dispatch) or after it (combine): rdma latency + rdma bytes / rdma GB/s.
 """
 
@@ -22,6 +23,8 @@ from typing import Any
 
 EXPERT_MAJOR = "expert_major_"
 """Before the name of an operation in ``Costs.operations``: with rows by expert, where that was measured by itself."""
+EXACT_COMBINE = f"{EXPERT_MAJOR}exact_combine"
+"""Likewise, a combine to which every route's row comes home."""
 OPERATIONS = ("dispatch", "combine", "low_latency_dispatch", "low_latency_combine")
 
 
@@ -35,6 +38,8 @@ class OperationCosts:
     """(bytes, us over the latency), ascending, of rows that a rank writes; beyond the last point, its slope goes on."""
     stage_us_per_byte: float = 0.0
     """Of rows that are copied into the heap first."""
+    stage_us_per_row: float = 0.0
+    """Beside that."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -132,6 +137,7 @@ def scaled(costs: OperationCosts, factor: float) -> OperationCosts:
         latency_us=costs.latency_us * factor,
         copy_us=tuple((num_bytes, us * factor) for num_bytes, us in costs.copy_us),
         stage_us_per_byte=costs.stage_us_per_byte * factor,
+        stage_us_per_row=costs.stage_us_per_row * factor,
     )
 
 

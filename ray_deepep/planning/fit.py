@@ -11,7 +11,16 @@ from typing import Any
 
 from ..doctor.operations import OperationCase, OperationTime
 from ..errors import InvalidArgumentError
-from .costs import EXPERT_MAJOR, RDMA_GB_PER_S, RDMA_LATENCY_US, Costs, OperationCosts, from_pairs
+from .costs import (
+    EXACT_COMBINE,
+    EXPERT_MAJOR,
+    RDMA_GB_PER_S,
+    RDMA_LATENCY_US,
+    Costs,
+    OperationCosts,
+    copy_us,
+    from_pairs,
+)
 from .moved import Moved, combine_bytes, dispatch_bytes, low_latency_bytes
 from .workload import Workload
 
@@ -86,31 +95,67 @@ def _fit(times: list[OperationTime], *, source: str, common: dict[str, Any], ele
     normal = [sample for sample in samples if not sample.time.case.low_latency]
     low_latency = [sample for sample in samples if sample.time.case.low_latency]
     expert_major = [sample for sample in normal if sample.time.case.layout == "expert_major"]
-    (staged,) = (sample for sample in normal if not sample.time.case.rows_in_heap)
-    (planned,) = (sample for sample in normal if sample.time.case.new_routing)
-    others = [staged, planned, *expert_major]
+    staged = [sample for sample in normal if not sample.time.case.rows_in_heap]
+    planned = [sample for sample in normal if sample.time.case.new_routing]
+    others = [*staged, *planned, *expert_major]
     base = [sample for sample in normal if sample not in others]
     largest, operations = base[-1], {}
     for side in ("dispatch", "combine"):
-        stage_us = max(0.0, staged.us(side) - largest.us(side)) / staged.moved[side].staged
-        operations[side] = _operation(base, side, stage_us)
-        if expert_major:
+        operation = _operation(base, side)
+        staging = _staging(staged, largest, operation, side)
+        operations[side] = dataclasses.replace(operation, **staging)
+        for sample in expert_major:
             # GPUs: token-major rows wait for the link, so that copies show in expert-major ones alone.
-            operations[f"{EXPERT_MAJOR}{side}"] = _operation([base[0], *expert_major], side, stage_us)
+            exact = sample.time.case.reduce == "exact"
+            if not exact or side == "combine":
+                name = EXACT_COMBINE if exact else f"{EXPERT_MAJOR}{side}"
+                operations[name] = dataclasses.replace(_operation([base[0], sample], side), **staging)
         if low_latency:
-            operations[f"low_latency_{side}"] = _operation(low_latency, side, 0.0)
-    link = None
-    if expert_major:
-        link_us = max(largest.us("dispatch") - operations["dispatch"].latency_us, _SHORTEST_US)
-        link = largest.moved["dispatch"].link / link_us * 1e-3
-    routes = common["num_ranks"] * planned.time.case.num_tokens * planned.time.case.num_topk
+            operations[f"low_latency_{side}"] = _operation(low_latency, side)
     return Costs(
         source=source,
         operations=MappingProxyType(operations),
-        link_gb_per_s=link,
-        plan_ns_per_route=max(0.0, planned.us("dispatch") - largest.us("dispatch")) / routes * 1e3,
+        link_gb_per_s=_link_gb_per_s([largest, *expert_major], operations) if expert_major else None,
+        **_planning(planned, base, common["num_ranks"]),
         **common,
     )
+
+
+def _link_gb_per_s(samples: list[_Sample], operations: Mapping[str, OperationCosts]) -> float:
+    """By whatever gets most out of it: the others are not held up by the link."""
+    return max(
+        sample.moved[side].link / max(sample.us(side) - operations[side].latency_us, _SHORTEST_US) * 1e-3
+        for sample in samples
+        for side in ("dispatch", "combine")
+    )
+
+
+def _staging(staged: list[_Sample], largest: _Sample, operation: OperationCosts, side: str) -> dict[str, float]:
+    """What plain tensors cost over those in the heap, by bytes and, where narrower rows were measured too, by rows."""
+    narrow, wide = min(staged, key=_hidden), max(staged, key=_hidden)
+    over = max(0.0, wide.us(side) - largest.us(side))
+    moved, less = wide.moved[side], narrow.moved[side]
+    if narrow is wide:
+        return {"stage_us_per_byte": over / moved.staged}
+    narrow_over = max(0.0, narrow.us(side) - operation.latency_us - copy_us(operation, less.copied))
+    per_byte = max(0.0, over - narrow_over) / (moved.staged - less.staged)
+    return {
+        "stage_us_per_byte": per_byte,
+        "stage_us_per_row": max(0.0, over - per_byte * moved.staged) / moved.staged_rows,
+    }
+
+
+def _hidden(sample: _Sample) -> int:
+    return sample.time.case.hidden
+
+
+def _planning(planned: list[_Sample], base: list[_Sample], num_ranks: int) -> dict[str, float]:
+    """What new routing costs over a cached plan: by routes and, where few were measured too, for itself."""
+    few, many = planned[0], planned[-1]
+    fixed = 0.0 if few is many else max(0.0, few.us("dispatch") - base[0].us("dispatch"))
+    over = max(0.0, many.us("dispatch") - base[-1].us("dispatch") - fixed)
+    routes = num_ranks * many.time.case.num_tokens * many.time.case.num_topk
+    return {"plan_us": fixed, "plan_ns_per_route": over / routes * 1e3}
 
 
 def _sample(entry: OperationTime, num_ranks: int, transport: str, element_size: int) -> _Sample:
@@ -141,11 +186,11 @@ def workload_of(case: OperationCase, num_ranks: int, transport: str, element_siz
     )
 
 
-def _operation(samples: list[_Sample], side: str, stage_us_per_byte: float) -> OperationCosts:
+def _operation(samples: list[_Sample], side: str) -> OperationCosts:
     """The first sample moves one row: its time is the latency. Noise must not make more bytes cheaper than fewer."""
     latency = samples[0].us(side)
     copy: list[tuple[float, float]] = []
     for sample in samples[1:]:
         at_least = copy[-1][1] if copy else _SHORTEST_US
         copy.append((sample.moved[side].copied, max(sample.us(side) - latency, at_least)))
-    return OperationCosts(latency_us=latency, copy_us=tuple(copy), stage_us_per_byte=stage_us_per_byte)
+    return OperationCosts(latency_us=latency, copy_us=tuple(copy))

@@ -20,6 +20,8 @@ class Moved:
     """Written to their final place (dispatch), or read to be added up and written as sums (combine)."""
     staged: float
     """Copied into the heap before."""
+    staged_rows: float
+    """Rows that these are."""
 
 
 def dispatch_bytes(workload: Workload) -> Moved:
@@ -60,9 +62,14 @@ def _routes_per_pair(rows: Traffic) -> float:
 def _dispatch(workload: Workload, rows: Traffic, *, staged: float) -> Moved:
     written = rows.pairs if workload.layout == "token_major" else rows.routes
     size = workload.row_bytes
-    return Moved(link=rows.link_pairs * size, rdma=rows.rdma_rows * size, copied=written * size, staged=staged * size)
+    return _moved(size, link=rows.link_pairs, rdma=rows.rdma_rows, copied=written, staged=staged)
 
 
 def _combine(workload: Workload, rows: Traffic, *, read: float, link: float, staged: float) -> Moved:
     size = workload.combine_row_bytes
-    return Moved(link=link * size, rdma=rows.rdma_rows * size, copied=read * size, staged=staged * size)
+    return _moved(size, link=link, rdma=rows.rdma_rows, copied=read, staged=staged)
+
+
+def _moved(size: int, *, link: float, rdma: float, copied: float, staged: float) -> Moved:
+    """From rows of ``size`` bytes."""
+    return Moved(link=link * size, rdma=rdma * size, copied=copied * size, staged=staged * size, staged_rows=staged)

@@ -6,6 +6,7 @@ import dataclasses
 
 from ..errors import InvalidArgumentError
 from .costs import (
+    EXACT_COMBINE,
     EXPERT_MAJOR,
     RDMA_GB_PER_S,
     RDMA_LATENCY_US,
@@ -73,6 +74,8 @@ def predict(workload: Workload, costs: Costs) -> Prediction:
     by_name = dict(costs.operations)
     if workload.layout == "expert_major":
         by_name |= {name: by_name[EXPERT_MAJOR + name] for name in moved if EXPERT_MAJOR + name in by_name}
+        if workload.sends_routes and EXACT_COMBINE in by_name:
+            by_name["combine"] = by_name[EXACT_COMBINE]
     known = {name: scaled(operation, factor) for name, operation in by_name.items()}
     plan_us = (costs.plan_us + costs.plan_ns_per_route * 1e-3 * _routes_read(workload)) * factor
     operations = tuple(
@@ -107,7 +110,8 @@ def _operation(name: str, moved: Moved, known: OperationCosts, costs: Costs, pla
     link_us = moved.link / costs.link_gb_per_s * 1e-3 if costs.link_gb_per_s else 0.0
     rdma_us = moved.rdma / costs.rdma_gb_per_s * 1e-3
     hop_us = costs.rdma_latency_us + rdma_us if moved.rdma else 0.0
-    copying_us = copy_us(known, moved.copied) + moved.staged * known.stage_us_per_byte
+    staging_us = moved.staged * known.stage_us_per_byte + moved.staged_rows * known.stage_us_per_row
+    copying_us = copy_us(known, moved.copied) + staging_us
     return OperationPlan(
         operation=name,
         us=known.latency_us + max(link_us, copying_us) + hop_us + plan_us,
