@@ -129,7 +129,7 @@ __device__ inline bool finish_staged_row(StagedRows* shared, int turn) {
         last = atomicAdd(&shared->rows[place], 1) == kReadyRows - 1;
         __threadfence_block();
         if (last) {
-            atomicExch(&shared->rows[place], 0);
+            shared->rows[place] = 0;
             __threadfence_block();
             atomicAdd(&shared->pieces[place], 1);
         }
@@ -137,14 +137,6 @@ __device__ inline bool finish_staged_row(StagedRows* shared, int turn) {
     const bool all_done = __shfl_sync(0xffffffffu, last ? 1 : 0, 0) != 0;
     __syncwarp();  // what lane 0 has seen of the other warps' rows, any lane may tell of
     return all_done;
-}
-
-// Whole warp: pieces that had this place before, and are done. Nothing but this number orders their warps and the one
-// that asks, so it is read as it is written, by an atomic.
-__device__ inline int staged_pieces(StagedRows* shared, int turn) {
-    int done = 0;
-    if (threadIdx.x % 32 == 0) done = atomicAdd(&shared->pieces[turn % kStagedPieces], 0);
-    return __shfl_sync(0xffffffffu, done, 0);
 }
 
 // Each warp of those that stage. piece_at(i) is the i-th piece to stage (-1: none), for i below num_pieces;
@@ -172,10 +164,10 @@ __device__ void stage_rows(const Peers& peers, const Staging& staging, uint32_t 
         const int next_turn = at / kReadyRows;
         const int64_t i = blockIdx.x + int64_t{next_turn} * gridDim.x;
         if (i >= num_pieces) break;
-        if (staged_pieces(shared, next_turn) < next_turn / kStagedPieces) {
-            finish();  // others may wait for this row
-            while (staged_pieces(shared, next_turn) < next_turn / kStagedPieces) {
-            }
+        const volatile int* before = &shared->pieces[next_turn % kStagedPieces];
+        const bool taken = __any_sync(0xffffffffu, *before < next_turn / kStagedPieces);
+        if (taken) finish();  // others may wait for this row
+        while (*before < next_turn / kStagedPieces) {
         }
         const int64_t next_piece = piece_at(i), row = next_piece * kReadyRows + at % kReadyRows;
         if (next_piece >= 0 && row < staging.num_rows) stage(row, finish);
