@@ -135,13 +135,12 @@ def test_layouts_have_costs_of_their_own_on_gpus() -> None:
     (
         {"hidden": 2048, "rows_in_heap": False},
         {"num_tokens": 3000, "num_topk": 6, "new_routing": True},
-        {"num_tokens": 1000, "new_routing": True},
         {"num_tokens": 2000, "num_topk": 2, "layout": "expert_major", "reduce": "exact"},
     ),
-    ids=("narrow", "routes", "few", "exact"),
+    ids=("narrow", "routes", "exact"),
 )
 def test_constants_of_gpus_know_rows_and_routes(change: dict[str, object]) -> None:
-    """Staging costs 0.01 us a row beside its bytes, a plan 25 us beside its routes, rows of routes come home fast."""
+    """Staging costs 0.01 us a row beside its bytes, a plan 25 us whatever the routes, rows of routes come home fast."""
     cases = fitting_cases(transport="cuda", num_ranks=2, hidden=7168, num_tokens=4096)
 
     def truth(case: OperationCase) -> OperationTime:
@@ -151,7 +150,7 @@ def test_constants_of_gpus_know_rows_and_routes(change: dict[str, object]) -> No
             staging = moved.staged / 700e3 + moved.staged_rows * 0.01
             us[f"{side}_us"] = 20.0 + max(moved.link / 900e3, moved.copied / rate) + staging
         if case.new_routing:
-            us["dispatch_us"] += 25.0 + 2 * case.num_tokens * case.num_topk * 1e-3
+            us["dispatch_us"] += 25.0
         return OperationTime(case=case, **us)
 
     times = [dataclasses.asdict(truth(case)) for case in cases]

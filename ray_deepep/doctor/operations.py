@@ -71,9 +71,8 @@ def fitting_cases(*, transport: str, num_ranks: int, hidden: int, num_tokens: in
     if transport == "cuda":
         # On GPUs token-major rows wait for the link; rows that land several times show the GPU's own memory.
         cases += [dataclasses.replace(base, layout="expert_major", reduce=reduce) for reduce in ("fast", "exact")]
-        # What staging a row costs beside its bytes, and a plan beside its routes.
+        # What staging a row costs beside its bytes.
         cases.append(dataclasses.replace(base, hidden=hidden // 2, rows_in_heap=False))
-        cases.append(dataclasses.replace(base, num_tokens=1, new_routing=True))
     else:
         cases += [dataclasses.replace(base, low_latency=True, num_tokens=n) for n in _LOW_LATENCY_TOKENS]
     return cases
