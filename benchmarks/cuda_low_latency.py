@@ -31,6 +31,8 @@ RESULTS_PATH = RESULTS / f"{NAME}.jsonl"
 CALLS_PER_GRAPH = 20
 NUM_REPLAYS = 30
 NUM_SENDS = 60
+NUM_PROFILED = 5
+"""Replays of a graph under the profiler."""
 BUSY_CYCLES = 2_000_000
 """About a millisecond, in which the host gets ahead of the GPU."""
 _TERMS = (
@@ -47,7 +49,8 @@ EXPLANATION = (
 )
 FULL_EXPLANATION = (
     "Calls of a decode step, with fixed shapes and in CUDA graphs; of the slowest rank. *us*: one call of a graph of "
-    f"{CALLS_PER_GRAPH}, one after the other, median, p10 and p90 over replays. {_TERMS}"
+    f"{CALLS_PER_GRAPH}, one after the other, median, p10 and p90 over replays; *kernel*: of that its kernels, by the "
+    f"profiler. {_TERMS}"
 )
 
 
@@ -171,6 +174,20 @@ def send_kernel_times(call: Callable[..., object]) -> list[float]:
     return [event.time_range.elapsed_us() for event in kernels[::2]]  # sending and receiving take turns
 
 
+def kernel_times(graph: torch.cuda.CUDAGraph) -> list[float]:
+    """us of one call's kernels in such a graph, by the profiler: without the gaps between launches."""
+    dist.barrier()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+        for _ in range(NUM_PROFILED):
+            graph.replay()
+        torch.cuda.synchronize()
+    kernels = [event for event in profiler.events() if "low_latency_" in event.name]
+    kernels.sort(key=lambda event: event.time_range.start)
+    times = [event.time_range.elapsed_us() for event in kernels]
+    per_call = len(times) // (NUM_PROFILED * CALLS_PER_GRAPH)
+    return [sum(times[i : i + per_call]) for i in range(0, len(times), per_call)] if per_call else []
+
+
 def slowest(values: list[float], quantile: float) -> float:
     """Of all ranks' quantiles, the largest."""
     own = sorted(values)[min(len(values) - 1, int(quantile * len(values)))]
@@ -204,7 +221,8 @@ def run_case(case_fields: Record, all_num_sms: list[int], num_singles: int, only
         for num_sms, (name, call) in tqdm(turns, desc=case.title, unit="variant", disable=rank != 0):
             calls.num_sms = num_sms
             call()
-            times = replay_times(capture(call, CALLS_PER_GRAPH), NUM_REPLAYS)[5:]
+            graph = capture(call, CALLS_PER_GRAPH)
+            times, in_graph = replay_times(graph, NUM_REPLAYS)[5:], kernel_times(graph)
             singles = replay_times(capture(call, 1), num_singles)[num_singles // 10 :]
             sends = [] if call == calls.step else send_times(call)[5:]
             kernels = [] if call == calls.step else send_kernel_times(call)[5:]
@@ -214,6 +232,7 @@ def run_case(case_fields: Record, all_num_sms: list[int], num_singles: int, only
                     "variant": name,
                     "num_sms": num_sms,
                     "median_us": slowest([t / CALLS_PER_GRAPH for t in times], 0.5),
+                    "kernel_us": slowest(in_graph, 0.5) if in_graph else None,
                     "p10_us": slowest([t / CALLS_PER_GRAPH for t in times], 0.1),
                     "p90_us": slowest([t / CALLS_PER_GRAPH for t in times], 0.9),
                     "single_p50_us": slowest(singles, 0.5),
@@ -245,13 +264,14 @@ def table(records: list[Record]) -> str:
             str(r["num_sms"]),
             f"{r['median_us']:.1f}",
             f"{r['p10_us']:.1f}–{r['p90_us']:.1f}",
+            "" if r.get("kernel_us") is None else f"{r['kernel_us']:.1f}",
             f"{r['single_p50_us']:.1f}",
             f"{r['single_p99_us']:.1f}",
             _send(r),
         ]
         for r in records
     ]
-    return markdown_table(["call", "SMs", "us", "p10–p90", "p50 alone", "p99 alone", "send"], rows)
+    return markdown_table(["call", "SMs", "us", "p10–p90", "kernel", "p50 alone", "p99 alone", "send"], rows)
 
 
 def _send(record: Record) -> str:
