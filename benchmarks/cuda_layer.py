@@ -96,14 +96,16 @@ class LayerStep:
         self.grad = torch.randn(shape, generator=generator, device="cuda").bfloat16()
 
     def forward(self) -> Tensor:
-        """Output ``[T, H]``; the gate's draws are the same for all variants."""
-        torch.manual_seed(dist.get_rank())
+        """Output ``[T, H]``; no gate here draws anything."""
         return self.layer(self.x)[0]
+
+    def clear(self) -> None:
+        """Let go of gradients, which is the optimizer's business."""
+        self.layer.zero_grad()
+        self.x.grad = None
 
     def both(self) -> Tensor:
         """Output, after the backward."""
-        self.layer.zero_grad()
-        self.x.grad = None
         out = self.forward()
         out.backward(self.grad)
         return out
@@ -111,6 +113,7 @@ class LayerStep:
     def memory_bytes(self) -> int:
         """The most beyond what is held already, in one step."""
         self.both()
+        self.clear()
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
@@ -148,6 +151,7 @@ def run_case(case_fields: Record, num_rounds: int, profile: bool) -> list[Record
 
 
 def _measure(clock: Stopwatch, step: LayerStep, case: Case, name: str, expected: Tensor, profile: bool) -> Record:
+    step.clear()
     error = (step.both().detach().float() - expected).abs().max() / expected.abs().max()
     record: Record = {
         "config": dataclasses.asdict(case),
@@ -157,9 +161,9 @@ def _measure(clock: Stopwatch, step: LayerStep, case: Case, name: str, expected:
     }
     calls: dict[str, Callable[[], object]] = {"forward": step.forward, "both": step.both}
     for part, call in calls.items():
-        record |= {f"{part}_{key}": value for key, value in clock.measure(call).record().items()}
+        record |= {f"{part}_{key}": value for key, value in clock.measure(call, before=step.clear).record().items()}
     if profile:
-        record["kernels_us"] = kernel_times(step.both)
+        record["kernels_us"] = kernel_times(lambda: (step.clear(), step.both()))
     return record
 
 

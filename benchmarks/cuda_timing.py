@@ -96,10 +96,10 @@ class Stopwatch:
             torch.cuda._sleep(BUSY_CYCLES)
             self._meet_on_gpus()
 
-    def measure(self, call: Callable[[], object]) -> Timing:
-        """Time ``call``; the same answer on every rank."""
-        device_us, host_us = self._rounds(call, idle=True)
-        queued_us, _ = self._rounds(call, idle=False)
+    def measure(self, call: Callable[[], object], *, before: Callable[[], object] | None = None) -> Timing:
+        """Time ``call``; the same answer on every rank. ``before``: called ahead of each, off the clock."""
+        device_us, host_us = self._rounds(call, before, idle=True)
+        queued_us, _ = self._rounds(call, before, idle=False)
         own = [Quantiles.of(values) for values in (device_us, queued_us, host_us)]
         everyone: list[list[Quantiles]] = [own] * dist.get_world_size()
         dist.all_gather_object(everyone, own)
@@ -112,10 +112,14 @@ class Stopwatch:
             idle=slowest(idle), queued=slowest(queued), host=slowest(host), idle_medians=[q.median for q in idle]
         )
 
-    def _rounds(self, call: Callable[[], object], *, idle: bool) -> tuple[list[float], list[float]]:
+    def _rounds(
+        self, call: Callable[[], object], prepare: Callable[[], object] | None, *, idle: bool
+    ) -> tuple[list[float], list[float]]:
         device_us, host_us = [], []
         for round_ in range(-NUM_WARMUP, self.num_rounds):
             start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            if prepare is not None:
+                prepare()
             self.prepare(idle=idle)
             start.record()
             before = time.perf_counter()
