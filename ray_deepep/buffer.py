@@ -11,7 +11,7 @@ import secrets
 
 import torch
 
-from . import checks, low_latency_checks
+from . import argument_checks, checks, low_latency_checks
 from .communicator import Communicator
 from .errors import ClosedError, FaultRecord
 from .expert_rows import ExpertRowCalls
@@ -145,7 +145,7 @@ class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
         """
         self._check_open("dispatch")
         checks.call_options(num_sms, after)
-        checks.devices(
+        argument_checks.devices(
             self._transport.device,
             x=x,
             topk_idx=topk_idx,
@@ -208,7 +208,7 @@ class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
         """
         self._check_open("combine")
         checks.call_options(num_sms, after)
-        checks.devices(self._transport.device, rows=rows, topk_weights=topk_weights, bias=bias)
+        argument_checks.devices(self._transport.device, rows=rows, topk_weights=topk_weights, bias=bias)
         request = checks.combine_request(
             self.geometry,
             rows=rows,
@@ -244,7 +244,7 @@ class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
         """
         self._check_open("combine_weights")
         checks.call_options(num_sms, None)
-        checks.devices(self._transport.device, topk_weights=topk_weights)
+        argument_checks.devices(self._transport.device, topk_weights=topk_weights)
         handle = checks.handle(handle, self._identity)
         topk_weights = checks.row_weights(topk_weights, handle)
         begin = self._recorder.begin()

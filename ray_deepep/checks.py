@@ -1,19 +1,17 @@
-"""Argument checks of dispatch and combine: the one place where torch tensors are judged before anything is sent."""
+"""Argument checks of dispatch and combine: whole calls are judged here, before anything is sent."""
 
 from __future__ import annotations
 
 import torch
 
+from . import argument_checks as argument
 from .errors import InvalidArgumentError, InvalidTypeError
-from .float8 import FLOAT8, SCALE_BLOCK, Float8Cast
+from .float8 import FLOAT8
 from .handle import DispatchHandle, ExpertMajor, Layout, Padded, TokenMajor
 from .transport import REDUCE_MODES, BufferGeometry, CombineRequest, DispatchRequest
 
 MAX_TOPK = 32
 TOKEN_MAJOR = TokenMajor()
-COMBINE_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-TOPK_DTYPES = (torch.int64, torch.int32)
-DISPATCH_DTYPES = (*COMBINE_DTYPES, FLOAT8)
 
 
 def geometry(geometry: BufferGeometry, num_ranks: int) -> None:
@@ -35,7 +33,7 @@ def geometry(geometry: BufferGeometry, num_ranks: int) -> None:
     if geometry.max_element_size not in (1, 2, 4):
         raise InvalidArgumentError("max_element_size", geometry.max_element_size, "must be 1, 2 or 4")
     if geometry.max_rows is not None:
-        _at_least_one("max_rows", geometry.max_rows)
+        argument.at_least_one("max_rows", geometry.max_rows)
         if geometry.max_capacity:
             raise InvalidArgumentError("max_rows", geometry.max_rows, "must be left out with max_capacity")
 
@@ -46,26 +44,10 @@ def _element_size(name: str, dtype: torch.dtype, geometry: BufferGeometry) -> No
         raise InvalidTypeError(name, str(dtype).removeprefix("torch."), rule)
 
 
-def devices(wanted: torch.device | None, **tensors: object) -> None:
-    """All given tensors are on this device (None: any, but all on one)."""
-    index = -1 if wanted is None or wanted.index is None else wanted.index
-    for name, value in tensors.items():
-        if value is None or not isinstance(value, torch.Tensor):
-            continue
-        if value.is_cuda and value.get_device() == index:
-            continue
-        device = value.device
-        if wanted is None:
-            wanted = device
-        elif device != wanted:
-            where = "a cpu device" if wanted.type == "cpu" else str(wanted)
-            raise InvalidArgumentError(name, str(device), f"must be on {where}")
-
-
 def call_options(num_sms: object, after: object) -> None:
     """What says how a call runs, not what it does."""
     if num_sms is not None:
-        _at_least_one("num_sms", num_sms)
+        argument.at_least_one("num_sms", num_sms)
     if after is not None and not isinstance(after, torch.cuda.Event):
         raise InvalidTypeError("after", type(after).__name__, "must be a torch.cuda.Event")
 
@@ -76,75 +58,8 @@ def symm_rows(num_rows: object, dtype: object) -> None:
         raise InvalidTypeError("num_rows", type(num_rows).__name__, "must be an int")
     if num_rows < 0:
         raise InvalidArgumentError("num_rows", num_rows, "must be >= 0")
-    if dtype not in DISPATCH_DTYPES:
-        raise InvalidTypeError("dtype", str(dtype), f"must be one of {_names(DISPATCH_DTYPES)}")
-
-
-def _at_least_one(name: str, value: object) -> None:
-    if type(value) is not int:
-        raise InvalidTypeError(name, type(value).__name__, "must be an int")
-    if value < 1:
-        raise InvalidArgumentError(name, value, "must be >= 1")
-
-
-def _names(dtypes: tuple[torch.dtype, ...]) -> str:
-    return ", ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-
-
-def _tensor(name: str, value: object, dtypes: tuple[torch.dtype, ...], shape: tuple[int, ...]) -> torch.Tensor:
-    # One line for what is right; the rest finds out what is not.
-    if isinstance(value, torch.Tensor) and value.dtype in dtypes and value.shape == shape and value.is_contiguous():
-        return value
-    if not isinstance(value, torch.Tensor):
-        raise InvalidTypeError(name, type(value).__name__, "must be a torch.Tensor")
-    if value.dtype not in dtypes:
-        rule = f"dtype must be one of {_names(dtypes)}"
-        raise InvalidTypeError(name, str(value.dtype).removeprefix("torch."), rule)
-    if value.shape != shape:
-        raise InvalidArgumentError(name, tuple(value.shape), f"shape must be {tuple(shape)}")
-    raise InvalidArgumentError(name, value.stride(), "must be contiguous (call .contiguous())")
-
-
-def _rows(name: str, value: object, dtypes: tuple[torch.dtype, ...], hidden: int) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor):
-        raise InvalidTypeError(name, type(value).__name__, "must be a torch.Tensor")
-    shape = value.shape
-    if len(shape) == 2 and shape[1] == hidden and value.dtype in dtypes and value.is_contiguous():
-        return value
-    if len(shape) != 2 or shape[1] != hidden:
-        raise InvalidArgumentError(name, tuple(shape), f"shape must be [rows, hidden={hidden}]")
-    return _tensor(name, value, dtypes, shape)
-
-
-def _absent(rule: str, **arguments: object) -> None:
-    for name, value in arguments.items():
-        if value is not None:
-            shown = f"a tensor of shape {tuple(value.shape)}" if isinstance(value, torch.Tensor) else value
-            raise InvalidArgumentError(name, shown, rule)
-
-
-def _topk_idx(value: object, num_tokens: int, geometry: BufferGeometry) -> torch.Tensor:
-    if not isinstance(value, torch.Tensor):
-        raise InvalidTypeError("topk_idx", type(value).__name__, "must be a torch.Tensor (or give handle=)")
-    shape = value.shape
-    if len(shape) != 2 or shape[0] != num_tokens or not 1 <= shape[1] <= geometry.num_topk:
-        rule = f"shape must be [T={num_tokens}, K] with 1 <= K <= num_topk={geometry.num_topk}"
-        raise InvalidArgumentError("topk_idx", tuple(value.shape), rule)
-    if value.dtype not in TOPK_DTYPES or not value.is_contiguous():
-        _tensor("topk_idx", value, TOPK_DTYPES, shape)
-    _in_range("topk_idx", value, -1, geometry.num_experts)
-    return value
-
-
-def _in_range(name: str, value: torch.Tensor, low: int, high: int) -> None:
-    """``low <= value < high`` everywhere. On a GPU it would stall the host; there the kernel looks."""
-    if not value.is_cpu or value.numel() == 0:
-        return
-    smallest, largest = (int(v) for v in torch.aminmax(value))
-    if smallest < low or largest >= high:
-        bad = (value < low) | (value >= high)
-        where = tuple(int(i) for i in bad.nonzero()[0])
-        raise InvalidArgumentError(f"{name}{list(where)}", int(value[where]), f"must be in [{low}, {high})")
+    if dtype not in argument.DISPATCH_DTYPES:
+        raise InvalidTypeError("dtype", str(dtype), f"must be one of {argument.names(argument.DISPATCH_DTYPES)}")
 
 
 def handle(handle: object, owner: int) -> DispatchHandle:
@@ -164,7 +79,7 @@ def row_weights(value: object, handle: DispatchHandle) -> torch.Tensor:
     """Check numbers that travel beside the rows of ``handle``."""
     token_major = isinstance(handle.layout, TokenMajor)
     shape = (handle.num_recv_tokens, handle.num_topk) if token_major else (handle.num_rows,)
-    return _tensor("topk_weights", value, (torch.float32,), shape)
+    return argument.tensor("topk_weights", value, (torch.float32,), shape)
 
 
 def _layout(layout: Layout | None, locations: object, topk_idx: torch.Tensor, geometry: BufferGeometry) -> Layout:
@@ -172,7 +87,7 @@ def _layout(layout: Layout | None, locations: object, topk_idx: torch.Tensor, ge
         layout = TOKEN_MAJOR
     if isinstance(layout, (TokenMajor, ExpertMajor)):
         if locations is not None:
-            _absent("goes with layout=Padded(capacity) only", locations=locations)
+            argument.absent("goes with layout=Padded(capacity) only", locations=locations)
         return layout
     if not isinstance(layout, Padded):
         raise InvalidTypeError("layout", type(layout).__name__, "must be TokenMajor, ExpertMajor or Padded")
@@ -182,7 +97,7 @@ def _layout(layout: Layout | None, locations: object, topk_idx: torch.Tensor, ge
         )
     if locations is None:
         raise InvalidArgumentError("locations", None, "must be given with layout=Padded(capacity)")
-    locations = _tensor("locations", locations, (torch.int32,), topk_idx.shape)
+    locations = argument.tensor("locations", locations, (torch.int32,), topk_idx.shape)
     if locations.is_cpu:
         _locations_in_range(locations, topk_idx >= 0, layout.capacity)
     return layout
@@ -197,40 +112,22 @@ def _locations_in_range(locations: torch.Tensor, routed: torch.Tensor, capacity:
 
 
 def _room(max_recv_tokens: object, layout: Layout) -> None:
-    _at_least_one("max_recv_tokens", max_recv_tokens)
+    argument.at_least_one("max_recv_tokens", max_recv_tokens)
     if isinstance(layout, Padded):
         rule = "goes with token-major and expert-major rows; a padded layout has fixed shapes anyway"
         raise InvalidArgumentError("max_recv_tokens", max_recv_tokens, rule)
 
 
-def _cast(cast: object, x: torch.Tensor, x_scales: object, hidden: int) -> None:
-    if not isinstance(cast, Float8Cast):
-        raise InvalidTypeError("cast", type(cast).__name__, "must be a Float8Cast")
-    if x.dtype == FLOAT8:
-        raise InvalidTypeError("x", "float8_e4m3fn", f"dtype must be one of {_names(COMBINE_DTYPES)} with cast=")
-    if hidden % SCALE_BLOCK:
-        raise InvalidArgumentError("hidden", hidden, f"must be a multiple of {SCALE_BLOCK} for fp8 rows")
-    _absent("must be left out with cast=", x_scales=x_scales)
-
-
-def _scales(x: torch.Tensor, x_scales: object, hidden: int) -> None:
-    if hidden % SCALE_BLOCK:
-        raise InvalidArgumentError("hidden", hidden, f"must be a multiple of {SCALE_BLOCK} for fp8 rows")
-    if x_scales is None:
-        raise InvalidArgumentError("x_scales", None, "must be given with float8 rows")
-    _tensor("x_scales", x_scales, (torch.float32,), (x.shape[0], hidden // SCALE_BLOCK))
-
-
 def _sent_rows(x: object, x_scales: object, cast: object, geometry: BufferGeometry) -> torch.Tensor:
-    x = _rows("x", x, DISPATCH_DTYPES, geometry.hidden)
+    x = argument.rows("x", x, argument.DISPATCH_DTYPES, geometry.hidden)
     if x.shape[0] > geometry.max_tokens:
         raise InvalidArgumentError("x", tuple(x.shape), f"must have at most max_tokens={geometry.max_tokens} rows")
     if cast is not None:
-        _cast(cast, x, x_scales, geometry.hidden)
+        argument.cast(cast, x, x_scales, geometry.hidden)
     elif x.dtype == FLOAT8:
-        _scales(x, x_scales, geometry.hidden)
+        argument.scales(x, x_scales, geometry.hidden)
     elif x_scales is not None:
-        _absent("goes with float8_e4m3fn rows only", x_scales=x_scales)
+        argument.absent("goes with float8_e4m3fn rows only", x_scales=x_scales)
     return x
 
 
@@ -256,16 +153,16 @@ def dispatch_request(
     num_tokens = x.shape[0]
     if handle is not None:
         rule = "must be left out with handle="
-        _absent(rule, topk_idx=topk_idx, topk_weights=topk_weights, layout=layout, locations=locations)
-        _absent(rule, max_recv_tokens=max_recv_tokens)
+        argument.absent(rule, topk_idx=topk_idx, topk_weights=topk_weights, layout=layout, locations=locations)
+        argument.absent(rule, max_recv_tokens=max_recv_tokens)
         handle = _check_handle(handle, owner)
         layout, max_recv_tokens = handle.layout, handle.max_recv_tokens
         if num_tokens != handle.num_tokens:
             raise InvalidArgumentError("x", tuple(x.shape), f"must have the handle's {handle.num_tokens} tokens")
     else:
-        topk_idx = _topk_idx(topk_idx, num_tokens, geometry)
+        topk_idx = argument.topk_idx(topk_idx, num_tokens, geometry)
         if topk_weights is not None:
-            topk_weights = _tensor("topk_weights", topk_weights, (torch.float32,), topk_idx.shape)
+            topk_weights = argument.tensor("topk_weights", topk_weights, (torch.float32,), topk_idx.shape)
         layout = _layout(layout, locations, topk_idx, geometry)
         if max_recv_tokens is not None:
             _room(max_recv_tokens, layout)
@@ -303,14 +200,14 @@ def expert_rows(geometry: BufferGeometry, blocks: object, *, handle: object, own
         rule = f"must have one tensor for each of the {len(sizes)} local experts"
         raise InvalidArgumentError("expert_rows", len(blocks), rule)
     for i, (block, size) in enumerate(zip(blocks, sizes)):
-        _rows(f"expert_rows[{i}]", block, COMBINE_DTYPES, geometry.hidden)
+        argument.rows(f"expert_rows[{i}]", block, argument.COMBINE_DTYPES, geometry.hidden)
         _element_size(f"expert_rows[{i}]", block.dtype, geometry)
         if block.shape[0] != size:
             rule = f"must have the {size} rows of its expert"
             raise InvalidArgumentError(f"expert_rows[{i}]", tuple(block.shape), rule)
         if block.dtype != blocks[0].dtype or block.device != blocks[0].device:
-            rule = f"must be like expert_rows[0], {_names((blocks[0].dtype,))} on {blocks[0].device}"
-            raise InvalidTypeError(f"expert_rows[{i}]", f"{_names((block.dtype,))} on {block.device}", rule)
+            rule = f"must be like expert_rows[0], {argument.names((blocks[0].dtype,))} on {blocks[0].device}"
+            raise InvalidTypeError(f"expert_rows[{i}]", f"{argument.names((block.dtype,))} on {block.device}", rule)
 
 
 # The keyword ``expert_rows`` of the request below hides it.
@@ -331,7 +228,7 @@ def combine_request(
     """Check the arguments of ``Buffer.combine``."""
     handle = _check_handle(handle, owner)
     if not expert_rows:
-        rows = _rows("rows", rows, COMBINE_DTYPES, geometry.hidden)
+        rows = argument.rows("rows", rows, argument.COMBINE_DTYPES, geometry.hidden)
         _element_size("rows", rows.dtype, geometry)
     if rows is not None and rows.shape[0] != handle.num_rows:
         raise InvalidArgumentError("rows", tuple(rows.shape), f"must have the handle's {handle.num_rows} rows")
@@ -346,7 +243,7 @@ def combine_request(
         topk_weights = row_weights(topk_weights, handle)
     if bias is not None:
         dtype = (expert_rows[0] if expert_rows else rows).dtype
-        bias = _tensor("bias", bias, (dtype,), (handle.num_tokens, geometry.hidden))
+        bias = argument.tensor("bias", bias, (dtype,), (handle.num_tokens, geometry.hidden))
     return CombineRequest(
         rows=rows,
         expert_rows=expert_rows,

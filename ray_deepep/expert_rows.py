@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from . import checks
+from .argument_checks import devices
 from .handle import CombineResult, DispatchHandle
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ class ExpertRowCalls:
         self._check_open("combine_experts")
         checks.call_options(num_sms, None)
         checks.expert_rows(self.geometry, expert_rows, handle=handle, owner=self._identity)
-        checks.devices(self._transport.device, expert_rows=expert_rows[0], topk_weights=topk_weights, bias=bias)
+        devices(self._transport.device, expert_rows=expert_rows[0], topk_weights=topk_weights, bias=bias)
         request = checks.combine_request(
             self.geometry,
             rows=None if self._transport.takes_expert_rows else handle.join(expert_rows),

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from . import low_latency_checks as checks
-from .checks import devices
+from .argument_checks import devices
 from .errors import InvalidArgumentError
 from .float8 import FLOAT8, SCALE_BLOCK, Float8Cast
 from .low_latency import (

@@ -6,8 +6,9 @@ import dataclasses
 
 import torch
 
+from . import argument_checks as argument
 from . import checks
-from .checks import COMBINE_DTYPES, DISPATCH_DTYPES
+from .argument_checks import COMBINE_DTYPES, DISPATCH_DTYPES
 from .errors import InvalidArgumentError, InvalidTypeError
 from .float8 import FLOAT8, SCALE_BLOCK
 from .handle import ExpertMajor
@@ -66,8 +67,8 @@ def call_options(options: CallOptions, num_local_experts: int, num_ranks: int) -
     if not isinstance(options.stats, LowLatencyStats):
         raise InvalidTypeError("stats", type(options.stats).__name__, "must be a LowLatencyStats")
     per_expert, wait_ns = options.stats.num_tokens_per_expert, options.stats.wait_ns
-    checks._tensor("stats.num_tokens_per_expert", per_expert, (torch.int64,), (num_local_experts,))
-    checks._tensor("stats.wait_ns", wait_ns, (torch.int64,), (num_ranks,))
+    argument.tensor("stats.num_tokens_per_expert", per_expert, (torch.int64,), (num_local_experts,))
+    argument.tensor("stats.wait_ns", wait_ns, (torch.int64,), (num_ranks,))
 
 
 def dispatch_request(
@@ -84,21 +85,21 @@ def dispatch_request(
     options: CallOptions,
 ) -> LowLatencyDispatchRequest:
     """Check the arguments of ``Buffer.low_latency_dispatch`` and put them in the form that transports take."""
-    x = checks._rows("x", x, DISPATCH_DTYPES, geometry.hidden)
+    x = argument.rows("x", x, DISPATCH_DTYPES, geometry.hidden)
     num_tokens = x.shape[0]
     if num_tokens > geometry.low_latency_max_tokens:
         rule = f"must have at most low_latency_max_tokens={geometry.low_latency_max_tokens} rows"
         raise InvalidArgumentError("x", tuple(x.shape), rule)
     if cast is not None:
-        checks._cast(cast, x, x_scales, geometry.hidden)
+        argument.cast(cast, x, x_scales, geometry.hidden)
     elif x.dtype == FLOAT8:
-        checks._scales(x, x_scales, geometry.hidden)
+        argument.scales(x, x_scales, geometry.hidden)
     elif x_scales is not None:
-        checks._absent("goes with float8_e4m3fn rows only", x_scales=x_scales)
-    topk_idx = checks._topk_idx(topk_idx, num_tokens, geometry)
+        argument.absent("goes with float8_e4m3fn rows only", x_scales=x_scales)
+    topk_idx = argument.topk_idx(topk_idx, num_tokens, geometry)
     _distinct(topk_idx)
     if topk_weights is not None:
-        topk_weights = checks._tensor("topk_weights", topk_weights, (torch.float32,), topk_idx.shape)
+        topk_weights = argument.tensor("topk_weights", topk_weights, (torch.float32,), topk_idx.shape)
     layout = _layout(layout, max_recv_tokens)
     if isinstance(layout, ExpertMajor) and max_recv_tokens is None:
         max_recv_tokens = most_rows(geometry, num_ranks, topk_idx.shape[1], layout.alignment)
@@ -140,7 +141,7 @@ def _layout(layout: object, max_recv_tokens: object) -> LowLatencyLayout:
     if not isinstance(layout, (ExpertBlocks, ExpertMajor)):
         raise InvalidTypeError("layout", type(layout).__name__, "must be ExpertBlocks or ExpertMajor")
     if max_recv_tokens is not None:
-        checks._at_least_one("max_recv_tokens", max_recv_tokens)
+        argument.at_least_one("max_recv_tokens", max_recv_tokens)
         if isinstance(layout, ExpertBlocks):
             raise InvalidArgumentError("max_recv_tokens", max_recv_tokens, "goes with layout=ExpertMajor(...) only")
     return layout
@@ -167,24 +168,24 @@ def combine_request(
     options: CallOptions,
 ) -> LowLatencyCombineRequest:
     """Check the arguments of ``Buffer.low_latency_combine``, but for where ``rows`` lie."""
-    rows = checks._tensor("rows", rows, COMBINE_DTYPES, handle.rows_shape)
+    rows = argument.tensor("rows", rows, COMBINE_DTYPES, handle.rows_shape)
     if reduce not in LOW_LATENCY_REDUCE_MODES:
         raise InvalidArgumentError("reduce", reduce, f"must be one of {', '.join(LOW_LATENCY_REDUCE_MODES)}")
     if topk_weights is not None:
         if reduce == "fast":
-            checks._absent(
+            argument.absent(
                 'goes with reduce="exact"; the experts\' ranks need them, so give them to low_latency_dispatch',
                 topk_weights=topk_weights,
             )
         shape = (handle.num_tokens, handle.num_topk)
-        topk_weights = checks._tensor("topk_weights", topk_weights, (torch.float32,), shape)
+        topk_weights = argument.tensor("topk_weights", topk_weights, (torch.float32,), shape)
     if not isinstance(zero_copy, bool):
         raise InvalidTypeError("zero_copy", type(zero_copy).__name__, "must be a bool")
     if zero_copy and reduce != "exact":
         rule = f'goes with reduce="exact" only; {reduce!r} sends sums, and copies nothing either'
         raise InvalidArgumentError("zero_copy", True, rule)
     if out is not None:
-        checks._tensor("out", out, (rows.dtype,), (handle.num_tokens, geometry.hidden))
+        argument.tensor("out", out, (rows.dtype,), (handle.num_tokens, geometry.hidden))
     return LowLatencyCombineRequest(
         rows=rows,
         plan=None,

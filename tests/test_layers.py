@@ -59,6 +59,7 @@ PYTHON_LAYERS = [
     {
         "low_latency_checks",
         "checks",
+        "argument_checks",
         "rendezvous",
         "bounded_store",
         "core_errors",

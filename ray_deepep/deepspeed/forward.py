@@ -17,7 +17,8 @@ from deepspeed.moe.sharded_moe import FIRST_ALLTOALL_TIMER, MOE_TIMER, SECOND_AL
 from deepspeed.utils import groups
 from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
-from ..checks import COMBINE_DTYPES, MAX_TOPK
+from ..argument_checks import COMBINE_DTYPES
+from ..checks import MAX_TOPK
 from ..errors import InvalidArgumentError, MismatchError
 from ..handle import ExpertMajor, Padded, TokenMajor
 from .config import SwapConfig
