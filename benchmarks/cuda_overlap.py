@@ -5,8 +5,8 @@
     python -m benchmarks.cuda_overlap --draw                 # the plot again, from the newest lines
 
 The operation is launched first, on its buffer's own stream, the product right after it on the current one. *together*
-is from the start of both to the end of both; *hidden* is how much of the shorter of the two the longer one covers.
-*told*: together, where the product's library was told how many SMs are left to it.
+is from the start of both to the end of both; *told*: the same, where the product leaves the operation its SMs
+(``ray_deepep.leave_sms``); *hidden* is how much of the shorter of the two the longer one covers, together / told.
 Times are medians of the slowest rank. Before each round the L2 is flushed, the GPU is busy until all is launched, and
 ranks begin together. Plans are cached and rows lie in the heap.
 """
@@ -14,17 +14,16 @@ ranks begin together. Plans are cached and rows lie in the heap.
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import statistics
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
 
-from ray_deepep import Buffer, CommConfig, Communicator, TokenMajor, Work
+from ray_deepep import Buffer, CommConfig, Communicator, TokenMajor, Work, leave_sms
 
 from .cuda_timing import NUM_WARMUP, Stopwatch
 from .cuda_traffic import Case, Inputs, Traffic
@@ -106,7 +105,7 @@ class OverlapRun:
         alone = self._median(lambda: self._round(lambda: operation(num_sms), product=False))
         product = self._median(lambda: self._round(None, product=True))
         both = self._median(lambda: self._round(lambda: operation(num_sms), product=True))
-        with leaving(num_sms):
+        with leave_sms(num_sms):
             told = self._median(lambda: self._round(lambda: operation(num_sms), product=True))
         saved = alone["whole"] + product["whole"] - both["whole"]
         return {
@@ -153,22 +152,16 @@ class OverlapRun:
         )
 
 
-@contextlib.contextmanager
-def leaving(num_sms: int) -> Iterator[None]:
-    """Products leave so many SMs to others: by cuBLASLt, which can be told of it."""
-    library = torch.backends.cuda.preferred_blas_library()
-    torch.backends.cuda.preferred_blas_library("cublaslt")
-    torch._C._set_sm_carveout_experimental(num_sms)
-    try:
-        yield
-    finally:
-        torch._C._set_sm_carveout_experimental(None)
-        torch.backends.cuda.preferred_blas_library(library)
-
-
 def run_case(case: Record, options: Record) -> list[Record]:
     """One case; called on every rank."""
     return OverlapRun(Case(**case), Options(**options)).run()
+
+
+def hidden(record: Record) -> list[float]:
+    """Shares of the shorter one that the longer one covers: together, and told if that was measured."""
+    alone = record["operation_alone_us"], record["product_alone_us"]
+    both = [record[name] for name in ("together_us", "told_together_us") if name in record]
+    return [(sum(alone) - us) / min(alone) for us in both]
 
 
 def table(records: list[Record]) -> str:
@@ -184,7 +177,7 @@ def table(records: list[Record]) -> str:
             f"{r['operation_together_us']:.0f}",
             f"{r['product_together_us']:.0f}",
             f"{r['told_together_us']:.0f}" if "told_together_us" in r else "",
-            f"{r['hidden']:.0%}",
+            " / ".join(f"{share:.0%}" for share in hidden(r)),
         ]
         for r in records
     ]

@@ -100,15 +100,20 @@ def plot_cuda_overlap(records: list[Record], path: Path) -> None:
         found = [record for record in records if record["operation"] == name]
         places = range(len(found))
         products, alone = ([r[key] for r in found] for key in ("product_alone_us", "operation_alone_us"))
-        left, right = [place - 0.2 for place in places], [place + 0.2 for place in places]
-        axes.bar(left, products, 0.38, color="tab:blue", label="product alone")
-        axes.bar(left, alone, 0.38, bottom=products, color="tab:red", label=f"{name} alone")
-        bars = axes.bar(right, [r["together_us"] for r in found], 0.38, color="tab:green", label="together")
-        axes.bar_label(bars, [f"{r['together_us']:.0f}\n{r['hidden']:.0%} hidden" for r in found], fontsize=8)
+        left, middle, right = ([place + shift for place in places] for shift in (-0.27, 0.0, 0.27))
+        axes.bar(left, products, 0.25, color="tab:blue", label="product alone")
+        axes.bar(left, alone, 0.25, bottom=products, color="tab:red", label=f"{name} alone")
+        ways = {"together_us": (middle, "tab:gray", "together"), "told_together_us": (right, "tab:green", "SMs left")}
+        for key, (where, color, label) in ways.items():
+            if all(key in r for r in found):
+                times = [r[key] for r in found]
+                covered = [(sum(each) - us) / min(each) for each, us in zip(zip(products, alone), times)]
+                bars = axes.bar(where, times, 0.25, color=color, label=label)
+                axes.bar_label(bars, [f"{us:.0f}\n{share:.0%}" for us, share in zip(times, covered)], fontsize=7)
         axes.set_xticks(list(places), [str(r["num_sms"]) for r in found])
         axes.set(title=name, xlabel=f"SMs of {name}")
         axes.margins(y=0.2)
-        axes.legend(fontsize=8, loc="lower right")
+        axes.legend(fontsize=8, loc="upper right")
     panels[0].set_ylabel("us (median of the slowest rank)")
     config = records[0]["config"]
     m, n, k = config["product"]

@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         LowLatencyHandle,
         LowLatencyStats,
     )
+    from .overlap import leave_sms
     from .progress import Beacon, Progress
     from .telemetry import CommStats
     from .work import Work
@@ -90,6 +91,7 @@ __all__ = [
     "__version__",
     "combine",
     "dispatch",
+    "leave_sms",
 ]
 
 _NAMES_OF = {
@@ -133,6 +135,7 @@ _NAMES_OF = {
         "LowLatencyHandle",
         "LowLatencyStats",
     ),
+    "overlap": ("leave_sms",),
     "progress": ("Beacon", "Progress"),
     "telemetry": ("CommStats",),
     "work": ("Work",),

@@ -60,6 +60,7 @@ PYTHON_LAYERS = [
         "low_latency_checks",
         "checks",
         "argument_checks",
+        "overlap",
         "rendezvous",
         "bounded_store",
         "core_errors",
