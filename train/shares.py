@@ -55,6 +55,14 @@ def seed_for(seed: int, *where: object) -> int:
     return int.from_bytes(digest[:8], "little") >> 1
 
 
+def seed_torch(seed: int) -> None:
+    """As `torch.manual_seed`, for CPUs and GPUs: that one also tells devices which are not there, and formats a
+    traceback for each of them at every call."""
+    torch.default_generator.manual_seed(seed)
+    if torch.cuda.is_initialized():
+        torch.cuda.manual_seed_all(seed)
+
+
 class ShareBatches:
     """The batches of one rank. Giving one out also seeds torch for the passes over it.
 
@@ -95,6 +103,6 @@ class ShareBatches:
 
     def _seed_torch(self, micro: MicroStep, *where: object) -> None:
         if micro.micro_step == 0:
-            torch.manual_seed(seed_for(self._seed, *where, micro.share))
+            seed_torch(seed_for(self._seed, *where, micro.share))
         elif self._is_elastic:
-            torch.manual_seed(seed_for(self._seed, *where, micro.share, micro.micro_step))
+            seed_torch(seed_for(self._seed, *where, micro.share, micro.micro_step))

@@ -33,18 +33,15 @@ from train.environment import describe_environment
 from train.errors import TrainingDivergedError
 from train.expert_load import ExpertLoad
 from train.files import write_text_atomic
+from train.finish import count_params, plot, write_sample
 from train.metrics import MetricsWriter, StepMetrics, run_stats
 from train.module_times import ModuleTimes
 from train.run_folder import RunFolder
-from train.sample import sample_tokens
-from train.shares import ShareBatches, seed_for
+from train.shares import ShareBatches
 from train.stock_comm import StockCommTimer
 from train.telemetry import CommCounts, StepTelemetry, TelemetryOptions, open_telemetry, record_step, take_counts
 
 logger = logging.getLogger("train")
-
-_PROMPT_TOKENS = 64
-_TEMPERATURE = 0.7
 
 
 def run(
@@ -322,16 +319,20 @@ class Trainer:
         config = self.config
         self._progress.phase = "summary"
         stopped = self._stopping and self._steps[-1].step < config.run.steps
-        sample = self._sample() if config.run.sample_tokens and not stopped else ""
+        sample = ""
+        if config.run.sample_tokens and not stopped:
+            sample = write_sample(self._engine, config, self._store, self.world)
+            on_main(self.world, lambda: write_text_atomic(self._folder.sample, sample + "\n"))
         title = f"{config.name} on {self.world.world_size} ranks"
-        on_main(self.world, lambda: _plot({config.run.backend: self._steps}, self._folder.plot, title=title))
+        on_main(self.world, lambda: plot({config.run.backend: self._steps}, self._folder.plot, title=title))
+        ep_size = config.resolve_ep_size(self.world.world_size)
         summary = TrainSummary(
             preset=config.name,
             backend=config.run.backend,
             world_size=self.world.world_size,
-            ep_size=config.resolve_ep_size(self.world.world_size),
+            ep_size=ep_size,
             device=self.world.device.type,
-            num_params=self._count_params(),
+            num_params=count_params(self._engine, ep_size),
             resumed_from_step=self._start_step,
             stats=run_stats(self._steps),
             out_dir=self._folder.root,
@@ -346,36 +347,3 @@ class Trainer:
         for callback in self._callbacks:
             callback.on_end(summary)
         return summary
-
-    def _count_params(self) -> int:
-        """Parameters of the whole model: this rank's share of experts counts once for each rank of the EP group."""
-        ep_size = self.config.resolve_ep_size(self.world.world_size)
-        return sum(
-            p.numel() * (1 if getattr(p, "allreduce", True) else ep_size) for p in self._engine.module.parameters()
-        )
-
-    def _sample(self) -> str:
-        config, tokenizer = self.config, self._store.tokenizer
-        torch.manual_seed(seed_for(config.run.seed, "sample"))
-        prompt = self._store.val_prompt(min(_PROMPT_TOKENS, config.data.seq_len))
-        self._engine.eval()
-        ids = sample_tokens(
-            self._engine.module,
-            prompt,
-            num_tokens=config.run.sample_tokens,
-            max_context=config.data.seq_len,
-            vocab_size=tokenizer.vocab_size,
-            temperature=_TEMPERATURE,
-            seed=seed_for(config.run.seed, "sample"),
-            world=self.world,
-        )
-        self._engine.train()
-        text = f"{tokenizer.decode(prompt)}⟶{tokenizer.decode(ids)}"
-        on_main(self.world, lambda: write_text_atomic(self._folder.sample, text + "\n"))
-        return text
-
-
-def _plot(runs: dict[str, list[StepMetrics]], path: Path, *, title: str) -> None:
-    from train.plots import plot_losses  # matplotlib takes most of a second: not of every rank's start
-
-    plot_losses(runs, path, title=title)
