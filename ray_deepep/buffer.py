@@ -292,11 +292,13 @@ class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
         """Free the heap of this rank. Not collective: peers that already hold the rows keep them."""
         if not self._closed:
             self._closed = True
-            # First: it reads what lies in the transport's heap.
-            if self._low_latency is not None:
-                self._low_latency.close()
-            self._transport.close()
-            self.comm.release(self)
+            try:
+                # First: it reads what lies in the transport's heap.
+                if self._low_latency is not None:
+                    self._low_latency.close()
+            finally:
+                self._transport.close()
+                self.comm.release(self)
 
     def __enter__(self) -> Buffer:
         return self

@@ -18,7 +18,7 @@
 | ``RAY_DEEPEP_NUM_THREADS`` | ``0`` | copy threads of a rank's CPU core; 0: cores of the host / ranks on it |
 | ``RAY_DEEPEP_LAYOUT`` | ``padded`` | rows that DeepSpeed's experts see: ``padded`` (as stock) or ``compact`` |
 | ``RAY_DEEPEP_EXPERTS`` | ``auto`` | experts run in a ``loop``, as ``grouped`` products, or ``auto``: by device |
-| ``RAY_DEEPEP_COMBINE`` | ``auto`` | ``exact`` (bit-equal to stock), ``fast`` (expert side first) or by ``experts`` |
+| ``RAY_DEEPEP_COMBINE`` | ``auto`` | ``exact`` (stock's bits), ``fast`` (sums); ``auto``: fast if experts are grouped |
 | ``RAY_ADDRESS`` | empty | Ray's own: the cluster that jobs go to, if none is named |
 | ``RAY_TRAIN_CALLBACKS`` | empty | Ray's own: callbacks of Train runs; ours are added to it |
 | ``RAY_DEEPEP_DEVICE_HEAP_GIB`` | ``4`` | GPU memory of one of DeepSpeed's buffers |

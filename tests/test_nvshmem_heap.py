@@ -39,7 +39,7 @@ GEOMETRY = {"num_experts": 2, "hidden": 8, "num_topk": 1, "max_tokens": 4}
 class FakeDeviceBuffer:
     """Of ``ray_deepep._cuda``; keeps what it was made from."""
 
-    symm_address, symm_bytes = 0, 0
+    symm_address, symm_bytes, segment_bytes = 0, 0, SEGMENT_BYTES
     fails = False
     made: list[dict]
 
