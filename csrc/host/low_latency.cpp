@@ -174,13 +174,13 @@ bool LowLatencyBuffer::given_up(int peer, const LowLatencyWait& wait, const std:
 // caller may have overwritten after its next operation.
 void LowLatencyBuffer::check_not_left(const LowLatencyCall& call, const std::vector<uint8_t>& absent, Step step) const {
     std::atomic_thread_fence(std::memory_order_acquire);
+    const bool any_mask = step == Step::kSend || step == Step::kPulledInPlace;
     std::vector<int> by;
     for (int peer = 0; peer < geometry_.num_ranks; ++peer) {
         if (absent[peer] != 0 || peer == geometry_.rank) continue;
         const auto ahead = static_cast<int32_t>(control(peer).begun.load(std::memory_order_relaxed) - call.sequence);
         bool left = ahead >= kLowLatencyAreas;
-        if (step == Step::kSend || step == Step::kPulledInPlace)
-            left |= view(peer, geometry_.rank).masked.load(std::memory_order_relaxed) != 0;
+        if (any_mask) left |= view(peer, geometry_.rank).masked.load(std::memory_order_relaxed) != 0;
         if (step == Step::kPull) {
             left |= header(peer, call.sequence).sequence != call.sequence ||
                     at<uint8_t>(peer, call.sequence, map_.masked_at)[geometry_.rank] != 0;
