@@ -145,17 +145,7 @@ class CudaTransport:
                 first_rank=self._first_rank,
                 plan=plan,
             )
-        guess = self._guessed_rows.of(request.layout, plan.num_rows)
-        if guess:
-            x, x_scales = self._pull(request, args, plan, guess, num_sms, stream, guessed=True)
-        found = self._buffer.wait_counts()
-        if found.overflow_rank >= 0:
-            self._raise_overflow(request, found, plan.num_rows)
-        self._guessed_rows.learn(request.layout, found.num_rows)
-        if not guess or found.num_rows > guess:
-            x, x_scales = self._pull(request, args, plan, found.num_rows, num_sms, stream)
-        elif found.num_rows < guess:
-            x, x_scales = x[: found.num_rows], None if x_scales is None else x_scales[: found.num_rows]
+        found, x, x_scales = self._pull_counted(request, args, plan, num_sms, stream)
         # Only now: peers do not know of it, and wait for the rows that this rank stages while it pulls.
         self._buffer.check_routing()
         return DispatchOutput(
@@ -170,6 +160,21 @@ class CudaTransport:
             first_rank=self._first_rank,
             plan=plan,
         )
+
+    def _pull_counted(self, request: DispatchRequest, args, plan: CudaPlan, num_sms: int, stream: int):
+        """The counts, and as many rows and scales; into guessed room at first: rows move before the host knows."""
+        guess = self._guessed_rows.of(request.layout, plan.num_rows)
+        if guess:
+            x, x_scales = self._pull(request, args, plan, guess, num_sms, stream, guessed=True)
+        found = self._buffer.wait_counts()
+        if found.overflow_rank >= 0:
+            self._raise_overflow(request, found, plan.num_rows)
+        self._guessed_rows.learn(request.layout, found.num_rows)
+        if not guess or found.num_rows > guess:
+            x, x_scales = self._pull(request, args, plan, found.num_rows, num_sms, stream)
+        elif found.num_rows < guess:
+            x, x_scales = x[: found.num_rows], None if x_scales is None else x_scales[: found.num_rows]
+        return found, x, x_scales
 
     def _raise_overflow(self, request: DispatchRequest, found, room: int) -> None:
         rank = self._first_rank + found.overflow_rank

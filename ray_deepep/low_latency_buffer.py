@@ -147,8 +147,8 @@ class LowLatencyCalls(MaskCalls):
                 crosses, and the source adds them in k order and rounds once: the same bits for any number of ranks.
             zero_copy: peers read ``rows`` where they are, instead of a copy; with ``exact`` (``fast`` sends sums, and
                 copies nothing). ``rows`` are of this buffer's :meth:`symm_empty`; keep them, as they are, until peers
-                have read them: until the next call was received that this rank sent after receiving this one. In a
-                decode loop that is the next dispatch. The same on all ranks.
+                have read them: until the second call after this one was received, or the first, if no rank sends it
+                before it has received this one. In a decode loop that is the next dispatch. The same on all ranks.
             out: ``[T, H]``, dtype of ``rows``: written and returned as the result's ``x``.
             stats: only ``wait_ns`` is added to.
             on_timeout, timeout_s, num_sms, return_recv_hook, async_op, after: as for :meth:`low_latency_dispatch`.

@@ -19,7 +19,7 @@ from .errors import FaultRecord
 from .float8 import FLOAT8
 from .handle import ExpertMajor
 from .low_latency_transport import (
-    CoreMasks,
+    CoreLowLatency,
     LowLatencyCombineOutputs,
     LowLatencyCombineRequest,
     LowLatencyDispatchOutputs,
@@ -57,7 +57,7 @@ class Sent:
     """False: the receive's launch sends too."""
 
 
-class CudaLowLatency(CoreMasks):
+class CudaLowLatency(CoreLowLatency):
     """See :class:`~ray_deepep.low_latency_transport.LowLatencyTransport`. Making one is collective."""
 
     def __init__(
@@ -97,10 +97,6 @@ class CudaLowLatency(CoreMasks):
 
         self.heap_bytes = self._buffer.segment_bytes
         self._symm_pool = normal.symm_pool
-
-    def in_heap(self, rows: torch.Tensor) -> bool:
-        """See the protocol."""
-        return self._symm_pool.holds(rows.data_ptr(), rows.nbytes)
 
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """See the protocol."""

@@ -11,7 +11,7 @@ from .core_errors import PublicErrors
 from .errors import FaultRecord
 from .handle import ExpertMajor
 from .low_latency_transport import (
-    CoreMasks,
+    CoreLowLatency,
     HostLowLatency,
     LowLatencyCombineOutputs,
     LowLatencyCombineRequest,
@@ -26,7 +26,7 @@ NUM_KEPT_OUTPUTS = 4
 """Dispatch outputs in bfloat16 whose memory is kept while nobody uses it. Only rows that were written take memory."""
 
 
-class ShmLowLatency(CoreMasks, HostLowLatency):
+class ShmLowLatency(CoreLowLatency, HostLowLatency):
     """See :class:`~ray_deepep.low_latency_transport.LowLatencyTransport`. Making one is collective."""
 
     device = torch.device("cpu")
@@ -62,10 +62,6 @@ class ShmLowLatency(CoreMasks, HostLowLatency):
                 bootstrap_deadline_s=config.bootstrap_deadline_s,
                 num_threads=domain.num_threads,
             )
-
-    def in_heap(self, rows: torch.Tensor) -> bool:
-        """See the protocol."""
-        return self._symm_pool.holds(rows.data_ptr(), rows.nbytes)
 
     def empty(self, *shape: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         """See the protocol."""

@@ -18,6 +18,7 @@ from .low_latency import LowLatencyLayout, LowLatencyStats
 
 if TYPE_CHECKING:
     from .core_errors import PublicErrors
+    from .symm_pool import SymmPool
 
 
 @dataclasses.dataclass(kw_only=True, slots=True)
@@ -153,12 +154,17 @@ class HostLowLatency:
         """Nothing to do: who waits here looks for itself."""
 
 
-class CoreMasks:
-    """Masks of a transport whose ``_buffer`` is of a compiled core."""
+class CoreLowLatency:
+    """What transports share whose ``_buffer`` is of a compiled core: masks, and where rows can be read in place."""
 
     _buffer: Any
+    _symm_pool: SymmPool
     _errors: PublicErrors
     _lock: threading.Lock
+
+    def in_heap(self, rows: torch.Tensor) -> bool:
+        """See the protocol."""
+        return self._symm_pool.holds(rows.data_ptr(), rows.nbytes)
 
     def mask(self, rank: int, masked: bool) -> None:
         """See the protocol. On a GPU, to let a rank in again waits for the operations before."""

@@ -18,7 +18,7 @@ int64_t round_up(int64_t value, int64_t multiple) { return (value + multiple - 1
 // As the CUDA core says it.
 const char* reduce_text(const LowLatencyHeader& header) {
     if (header.reduce == Reduce::kFast) return "fast";
-    return header.in_place != 0 ? "exact, zero_copy" : "exact";
+    return header.rows_at >= 0 ? "exact, zero_copy" : "exact";
 }
 
 int64_t control_bytes(int num_ranks) {
@@ -109,6 +109,7 @@ std::shared_ptr<LowLatencyCall> LowLatencyBuffer::begin(Operation operation) {
     std::atomic_thread_fence(std::memory_order_release);
     LowLatencyHeader& own = header(geometry_.rank, sequence_);
     own = LowLatencyHeader{};
+    own.rows_at = -1;
     own.operation = operation;
     own.sequence = sequence_;
     std::memcpy(at<uint8_t>(geometry_.rank, sequence_, map_.masked_at), call->absent.data(), call->absent.size());

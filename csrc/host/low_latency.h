@@ -64,10 +64,11 @@ struct LowLatencyHeader {
     int32_t num_topk;
     Reduce reduce;           // combine
     uint32_t plan_sequence;  // combine: of its dispatch
-    int32_t in_place;        // combine: rows are not in the area
 
     uint32_t sequence;
-    int64_t rows_at;  // in place: from the begin of the room for the caller's tensors
+    // Combine: where rows that are read in place begin in the room for the caller's tensors; -1: they are in the area.
+    // Ranks must agree on which of the two.
+    int64_t rows_at;
     int64_t num_tokens;
     int64_t sent_ns;  // CLOCK_MONOTONIC, the same clock on all ranks of a host
 };

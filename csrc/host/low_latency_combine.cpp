@@ -50,7 +50,7 @@ int64_t LowLatencyBuffer::offset_of_rows(const LowLatencyCombineArgs& args) cons
 const std::byte* LowLatencyBuffer::route_row(int rank, uint32_t sequence, int64_t route, int64_t row_bytes) const {
     const LowLatencyHeader& from = header(rank, sequence);
     const auto* staged = at<const std::byte>(rank, sequence, map_.rows_at);
-    if (from.in_place == 0) return staged + route * row_bytes;
+    if (from.rows_at < 0) return staged + route * row_bytes;
     const int64_t slot = reinterpret_cast<const int64_t*>(staged)[route];
     if (slot < 0) return nullptr;
     const std::byte* own_segment = symm_.heap->segments[geometry_.rank].data();
@@ -59,7 +59,7 @@ const std::byte* LowLatencyBuffer::route_row(int rank, uint32_t sequence, int64_
 
 std::shared_ptr<LowLatencyCall> LowLatencyBuffer::send_combine(const LowLatencyCombineArgs& args,
                                                                const LowLatencyPlan& plan) {
-    const int64_t rows_at = args.zero_copy ? offset_of_rows(args) : 0;
+    const int64_t rows_at = args.zero_copy ? offset_of_rows(args) : -1;
     const auto call = begin(Operation::kLowLatencyCombine);
     LowLatencyHeader& own = header(geometry_.rank, call->sequence);
     own.dtype = args.dtype;
@@ -67,7 +67,6 @@ std::shared_ptr<LowLatencyCall> LowLatencyBuffer::send_combine(const LowLatencyC
     own.num_tokens = plan.num_tokens;
     own.reduce = args.reduce;
     own.plan_sequence = plan.sequence;
-    own.in_place = args.zero_copy ? 1 : 0;
     own.rows_at = rows_at;
     auto* staged = at<std::byte>(geometry_.rank, call->sequence, map_.rows_at);
     if (args.zero_copy) {

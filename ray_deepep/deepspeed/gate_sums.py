@@ -2,7 +2,7 @@
 
 Where each route stands in its expert's block, a gate finds with ``torch.cumsum`` down the columns of a mask ``[T, E]``,
 once for each of a token's experts. On a GPU a thread then walks down each column: 0.7 ms for 4,096 tokens and 64
-experts, more than all the rest of a gate. Along rows the same integers take a few microseconds.
+experts. Along rows the same integers take so little that a profile of the layer does not show them.
 """
 
 from __future__ import annotations
