@@ -129,7 +129,7 @@ def test_a_job_is_submitted_again_while_ray_has_no_agent(fake_ray, monkeypatch):
     with pytest.raises(InvalidArgumentError, match="no entrypoint"):
         client.submit(spec)
     monkeypatch.setattr(jobs, "_AGENT_S", -1.0)
-    with pytest.raises(InvalidArgumentError, match="No available agent"):
+    with pytest.raises(ClusterUnreachableError, match=r"no agent to run jobs with .*dashboard-agent-listen-port"):
         client.submit(spec)
 
 

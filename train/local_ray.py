@@ -137,12 +137,12 @@ class LocalRay:
         os.environ.setdefault("RAY_prestart_worker_first_driver", "0")
 
     def _head_command(self, dashboard_port: int) -> list[str]:
-        free = _free_ports(3)
+        free = _free_ports(2)
         self.address = f"127.0.0.1:{free[0]}"
         options = {
             "port": free[0],
             "ray-client-server-port": free[1],
-            "dashboard-agent-listen-port": free[2],
+            "dashboard-agent-listen-port": 0,  # it binds late, and if its port is taken by then no job ever starts
             "dashboard-port": dashboard_port,
             "num-cpus": max(4, self._num_workers + 2, os.cpu_count() or 1),
             "object-store-memory": _OBJECT_STORE_BYTES,

@@ -31,6 +31,10 @@ _UPLOAD_S = 600.0
 _SETTLE_S = 30.0
 _AGENT_S = 60.0
 _NO_AGENT = "No available agent"
+_AGENTLESS = (
+    "its head does, but it has had no agent to run jobs with for {:.0f} s. Most often the port of the agent "
+    "(`ray start --dashboard-agent-listen-port`) was taken: dashboard_agent.log on the head node tells"
+)
 _LOOK_EVERY_S = 0.2
 _PENDING_S = 30.0
 _LOG_ATTEMPTS = 5
@@ -116,7 +120,7 @@ class JobClient:
 
         Raises:
             InvalidArgumentError: no node has what the entry point asks for, the id is taken, or Ray refuses.
-            ClusterUnreachableError: it does not answer any more.
+            ClusterUnreachableError: it does not answer any more, or has nothing to run jobs with after 60 s.
         """
         if check and spec.wanted:
             check_resources(spec.wanted, self.nodes())
@@ -139,9 +143,11 @@ class JobClient:
             try:
                 return self._bounded(submit, _UPLOAD_S)
             except (ValueError, RuntimeError) as error:
-                # A head that has just started takes requests before it can run jobs.
-                if _NO_AGENT not in str(error) or time.monotonic() > deadline:
+                if _NO_AGENT not in str(error):
                     raise InvalidArgumentError("job", spec.job_id or spec.command, _last_line(error)) from error
+                # A head that has just started takes requests before it can run jobs.
+                if time.monotonic() > deadline:
+                    raise ClusterUnreachableError(self.url, _AGENTLESS.format(_AGENT_S)) from error
             time.sleep(_LOOK_EVERY_S)
 
     def follow(self, job_id: str, show: Callable[[str], None]) -> str:
