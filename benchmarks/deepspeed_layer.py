@@ -1,7 +1,7 @@
 """A DeepSpeed MoE layer, stock and swapped: forward and backward as a whole, and the share of communication.
 
     python -m benchmarks.deepspeed_layer             # all cases
-    python -m benchmarks.deepspeed_layer --first     # the first case of each rank count alone
+    python -m benchmarks.deepspeed_layer --first     # the cases of README.md alone
     python -m benchmarks.deepspeed_layer --hidden 1024 --rounds 20
 
 The layer is ``deepspeed.moe.layer.MoE`` alone (no engine): float32, experts hidden → hidden → hidden with a GELU
@@ -34,13 +34,14 @@ if TYPE_CHECKING:
 RESULTS_PATH = RESULTS / "deepspeed_layer.jsonl"
 NAME = "deepspeed_layer"
 EXPLANATION = (
-    "`deepspeed.moe.layer.MoE`, float32, experts hidden → hidden → hidden, capacity factor 1.25, 1,024 tokens a rank; "
+    "`deepspeed.moe.layer.MoE`, float32, experts hidden → hidden → hidden, capacity factor 1.25; "
     "stock, and swapped with `attach(model, SwapConfig(layout=..., combine=...))`, in turns. *Communication* is all of "
     "the layer's time, forward and backward, outside its gate and its experts: encoding, all-to-all, decoding. It is "
     "measured by the same hooks on either, in runs in which ranks meet before each exchange, so that waiting for a "
     "rank that computes longer is not in it. *Share* is this time in the whole; *CPU ms* is its processor time, mean "
     "of the ranks."
 )
+_LARGE_TOKENS = 2048
 SWAPS = (("padded", "exact"), ("padded", "fast"), ("compact", "exact"), ("compact", "fast"))
 
 
@@ -63,13 +64,15 @@ class Case:
 
 
 def cases(hidden: int) -> tuple[Case, ...]:
-    """What is measured when nothing else is asked for."""
-    return tuple(
+    """What is measured when nothing else is asked for; the last two move the rows of ``dispatch_combine``."""
+    small = [
         Case(num_ranks=num_ranks, k=k, num_experts=num_experts, hidden=hidden)
         for num_experts in (8, 16)
         for k in (2, 1)
         for num_ranks in (2, 4)
-    )
+    ]
+    large = [Case(num_ranks=num_ranks, num_experts=16, num_tokens=_LARGE_TOKENS, hidden=1024) for num_ranks in (2, 4)]
+    return (*small, *large)
 
 
 class LayerVariant:
@@ -230,8 +233,9 @@ def _summary_row(record: Record, stock: Record) -> list[str]:
     config, ms, stock_ms = record["config"], record["median_ms"], stock["median_ms"]
     ours, theirs = (r["aligned_parts"]["communication"] for r in (record, stock))
     cpu, stock_cpu = (r["aligned_parts"]["communication_cpu"] for r in (record, stock))
+    sizes = f"{config['num_tokens']} × {config['hidden']}, top-{config['k']} of {config['num_experts']}"
     return [
-        f"top-{config['k']} of {config['num_experts']}, hidden {config['hidden']}: {record['variant']}",
+        f"{sizes}: {record['variant']}",
         str(config["num_ranks"]),
         f"{stock_ms:.1f} → {ms:.1f}",
         f"**{stock_ms / ms:.2f}×**",
@@ -243,16 +247,17 @@ def _summary_row(record: Record, stock: Record) -> list[str]:
 
 
 def is_headline(record: Record) -> bool:
-    """The case that stands for the others."""
-    return record["config"]["k"] == 2 and record["config"]["num_experts"] == 8
+    """The cases that stand for the others."""
+    config = record["config"]
+    return config["k"] == 2 and (config["num_experts"] == 8 or config["num_tokens"] == _LARGE_TOKENS)
 
 
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rounds", type=int, default=30, help="times each variant is run (default 30)")
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4], help="rank counts (default 2 4)")
-    parser.add_argument("--hidden", type=int, default=512, help="hidden size (default 512)")
-    parser.add_argument("--first", action="store_true", help="top-2 of 8 alone")
+    parser.add_argument("--hidden", type=int, default=512, help="hidden size of the small cases (default 512)")
+    parser.add_argument("--first", action="store_true", help="the cases of README.md alone")
     add_options(parser, RESULTS_PATH)
     args = parser.parse_args(argv)
     chosen = [case for case in cases(args.hidden) if case.num_ranks in args.ranks]

@@ -43,9 +43,13 @@ def plot_dispatch_combine(records: list[Record], path: Path) -> None:
 
 
 def plot_deepspeed_layer(records: list[Record], path: Path) -> None:
-    """Median ms of forward + backward, split into experts, gate, communication and waiting, a panel per rank count."""
-    figure, panels = _panels(records, height=3.2)
-    for axes, (num_ranks, found) in zip(panels, _by_ranks(records).items()):
+    """Median ms of forward + backward, split into experts, gate, communication and waiting, a panel per case."""
+    cases = by_case(records)
+    figure = Figure(figsize=(11, 3.2 * -(-len(cases) // 2)), dpi=110, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = list(figure.subplots(-(-len(cases) // 2), min(len(cases), 2), sharey=True, squeeze=False).flat)
+    panels[0].invert_yaxis()  # the first variant on top, in all panels: they share the axis
+    for axes, found in zip(panels, cases):
         names, left = [record["variant"] for record in found], [0.0] * len(found)
         for part, color in _PART_COLORS.items():
             values = [_split(record)[part] for record in found]
@@ -53,12 +57,13 @@ def plot_deepspeed_layer(records: list[Record], path: Path) -> None:
             left = [a + b for a, b in zip(left, values)]
         for row, (record, end) in enumerate(zip(found, left)):
             axes.text(end, row, f" {record['median_ms']:.0f}", va="center", fontsize=8)
-        axes.set(title=f"{num_ranks} ranks", xlabel="forward + backward, ms (median)")
+        config = found[0]["config"]
+        sizes = f"{config['num_tokens']} × {config['hidden']}, top-{config['k']} of {config['num_experts']}"
+        axes.set(title=f"{sizes}, {config['num_ranks']} ranks", xlabel="forward + backward, ms (median)")
         axes.margins(x=0.15)
-    panels[-1].legend(fontsize=8, loc="lower right")
-    config = records[0]["config"]
-    sizes = f"{config['num_tokens']} tokens × {config['hidden']}, top-{config['k']} of {config['num_experts']}"
-    figure.suptitle(f"deepspeed.moe.layer.MoE, {sizes}, capacity {config['capacity_factor']}, {machine(records[0])}")
+    panels[0].legend(fontsize=8, loc="lower right")
+    capacity = records[0]["config"]["capacity_factor"]
+    figure.suptitle(f"deepspeed.moe.layer.MoE, capacity {capacity}, {machine(records[0])}")
     _save(figure, path)
 
 

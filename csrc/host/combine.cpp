@@ -9,7 +9,6 @@
 namespace ray_deepep {
 namespace {
 
-constexpr int64_t kRowGrain = 32;  // rows a thread takes at a time
 constexpr int kMaxTopk = 32;
 
 template <typename T>
@@ -107,7 +106,7 @@ void HostBuffer::stage_outputs(const CombineArgs& args, const HostPlan& host_pla
     for (int source = 0; source < geometry_.num_sources(); ++source) {
         if (geometry_.rank_of(source) == geometry_.rank) continue;
         const int64_t first = plan.recv_base[source];
-        threads_.parallel_for(plan.recv_base[source + 1] - first, kRowGrain, [&](int64_t begin, int64_t end) {
+        threads_.parallel_rows(plan.recv_base[source + 1] - first, bytes, [&](int64_t begin, int64_t end) {
             // Token-major rows stand for all local routes of a token.
             const int64_t last = token_major ? first + end : plan.route_begin[first + end];
             for (int64_t r = token_major ? first + begin : plan.route_begin[first + begin]; r < last; ++r) {
@@ -128,7 +127,7 @@ void HostBuffer::reduce_local(const CombineArgs& args, const HostPlan& host_plan
     const bool streamed = plan.num_recv_tokens() * bytes >= kStreamedBytes;
     for (int source = 0; source < geometry_.num_sources(); ++source) {
         const int64_t first = plan.recv_base[source];
-        threads_.parallel_for(plan.recv_base[source + 1] - first, kRowGrain, [&](int64_t begin, int64_t end) {
+        threads_.parallel_rows(plan.recv_base[source + 1] - first, bytes, [&](int64_t begin, int64_t end) {
             RowSum sum(hidden, args.dtype, streamed);
             for (int64_t i = first + begin; i < first + end; ++i) {
                 for (int64_t r = plan.route_begin[i]; r < plan.route_begin[i + 1]; ++r) {
@@ -161,7 +160,7 @@ void HostBuffer::pull_outputs(const CombineArgs& args, const HostPlan& host_plan
     auto* routes = pointer<std::byte>(out.routes);
 
     const bool streamed = plan.num_tokens * bytes >= kStreamedBytes;
-    threads_.parallel_for(plan.num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
+    threads_.parallel_rows(plan.num_tokens, bytes, [&](int64_t begin, int64_t end) {
         RowSum sum(hidden, args.dtype, streamed);
         std::array<int, kMaxTopk> order;
         for (int64_t t = begin; t < end; ++t) {
@@ -202,7 +201,7 @@ void HostBuffer::pull_routes(const CombineArgs& args, const HostPlan& host_plan,
     const int first_expert = geometry_.rank * geometry_.num_local_experts();
     auto* routes = pointer<std::byte>(out.routes);
     const bool streamed = first.back() * bytes >= kStreamedBytes;
-    threads_.parallel_for(plan.num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
+    threads_.parallel_rows(plan.num_tokens, bytes, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             std::byte* next = routes + first[t] * bytes;
             for (int64_t route = t * num_topk; route < (t + 1) * num_topk; ++route) {

@@ -11,8 +11,6 @@
 namespace ray_deepep {
 namespace {
 
-constexpr int64_t kRowGrain = 32;  // rows a thread takes at a time
-
 int64_t row_bytes(int64_t hidden, DType dtype) { return hidden * element_size(dtype); }
 int64_t scale_bytes(int64_t hidden) { return hidden / kScaleBlock * 4; }
 
@@ -173,7 +171,7 @@ void HostBuffer::stage_rows(const DispatchArgs& args, OpHeader& own, const int32
     const auto* x = pointer<const std::byte>(args.x);
     const int num_topk = own.num_topk, num_local = geometry_.num_local_experts(), rank = geometry_.rank;
     const bool streamed = args.num_tokens * bytes >= kStreamedBytes;
-    threads_.parallel_for(args.num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
+    threads_.parallel_rows(args.num_tokens, bytes, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             bool remote = false;
             for (int k = 0; k < num_topk; ++k) {
@@ -219,7 +217,7 @@ void HostBuffer::pull_rows(const DispatchArgs& args, const HostPlan& host_plan, 
         const int64_t first = plan.recv_base[source];
         traffic_.add_received(rank,
                               (plan.recv_base[source + 1] - first) * (bytes + (out_scales != nullptr ? scales : 0)));
-        threads_.parallel_for(plan.recv_base[source + 1] - first, kRowGrain, [&](int64_t begin, int64_t end) {
+        threads_.parallel_rows(plan.recv_base[source + 1] - first, bytes, [&](int64_t begin, int64_t end) {
             for (int64_t i = first + begin; i < first + end; ++i) {
                 if (token_major) {
                     copy(i, plan.recv_token[i]);
@@ -261,7 +259,7 @@ void HostBuffer::fill_unused(const Plan& plan, const DispatchArgs& args, const D
     }
     std::vector<uint8_t> filled(plan.num_rows, 0);
     for (const int32_t slot : plan.route_slot) filled[slot] = 1;
-    threads_.parallel_for(plan.num_rows, kRowGrain, [&](int64_t begin, int64_t end) {
+    threads_.parallel_rows(plan.num_rows, bytes, [&](int64_t begin, int64_t end) {
         for (int64_t slot = begin; slot < end; ++slot) {
             if (filled[slot] == 0) clear(slot);
         }

@@ -10,8 +10,6 @@
 namespace ray_deepep {
 namespace {
 
-constexpr int64_t kRowGrain = 8;
-
 template <typename T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
@@ -82,7 +80,7 @@ std::shared_ptr<LowLatencyCall> LowLatencyBuffer::send_combine(const LowLatencyC
 void LowLatencyBuffer::stage_sums(const LowLatencyCombineArgs& args, const LowLatencyPlan& plan, std::byte* staged) {
     const int64_t bytes = sizes_.hidden * element_size(args.dtype);
     const auto* rows = pointer<const std::byte>(args.rows);
-    threads_.parallel_for(static_cast<int64_t>(plan.recv_token.size()), kRowGrain, [&](int64_t begin, int64_t end) {
+    threads_.parallel_rows(static_cast<int64_t>(plan.recv_token.size()), bytes, [&](int64_t begin, int64_t end) {
         RowSum sum(sizes_.hidden, args.dtype, false);
         for (int64_t i = begin; i < end; ++i) {
             for (int64_t r = plan.route_begin[i]; r < plan.route_begin[i + 1]; ++r) {
@@ -97,7 +95,7 @@ void LowLatencyBuffer::stage_sums(const LowLatencyCombineArgs& args, const LowLa
 void LowLatencyBuffer::stage_routes(const LowLatencyCombineArgs& args, const LowLatencyPlan& plan, std::byte* staged) {
     const int64_t bytes = sizes_.hidden * element_size(args.dtype);
     const auto* rows = pointer<const std::byte>(args.rows);
-    threads_.parallel_for(static_cast<int64_t>(plan.recv_token.size()), kRowGrain, [&](int64_t begin, int64_t end) {
+    threads_.parallel_rows(static_cast<int64_t>(plan.recv_token.size()), bytes, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             for (int64_t r = plan.route_begin[i]; r < plan.route_begin[i + 1]; ++r) {
                 std::byte* to = staged + (plan.recv_token[i] * plan.num_topk + plan.route_k[r]) * bytes;
@@ -126,7 +124,7 @@ void LowLatencyBuffer::receive_combine(const LowLatencyCall& call, const LowLate
     for (int rank = 0; rank < geometry_.num_ranks; ++rank) {
         staged[rank] = at<const std::byte>(rank, call.sequence, map_.rows_at);
     }
-    threads_.parallel_for(plan.num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
+    threads_.parallel_rows(plan.num_tokens, bytes, [&](int64_t begin, int64_t end) {
         RowSum sum(sizes_.hidden, args.dtype, false);
         std::vector<int> ranks;
         for (int64_t t = begin; t < end; ++t) {

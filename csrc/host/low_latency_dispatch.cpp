@@ -9,8 +9,6 @@
 namespace ray_deepep {
 namespace {
 
-constexpr int64_t kRowGrain = 8;  // rows a thread takes at a time
-
 template <typename T>
 T* pointer(uintptr_t address) {
     return reinterpret_cast<T*>(address);
@@ -56,7 +54,7 @@ void LowLatencyBuffer::stage_rows(const LowLatencyDispatchArgs& args, const LowL
     auto* rows = at<std::byte>(rank, call.sequence, map_.rows_at);
     auto* scales = at<float>(rank, call.sequence, map_.scales_at);
     const auto* x = pointer<const std::byte>(args.x);
-    threads_.parallel_for(args.num_tokens, kRowGrain, [&](int64_t begin, int64_t end) {
+    threads_.parallel_rows(args.num_tokens, in_bytes, [&](int64_t begin, int64_t end) {
         for (int64_t t = begin; t < end; ++t) {
             const int32_t* routes = topk_idx + t * num_topk;
             const bool needed = std::any_of(routes, routes + num_topk, [&](int32_t expert) {
@@ -164,7 +162,7 @@ void LowLatencyBuffer::pull_rows(const LowLatencyCall& call, const LowLatencyDis
     auto *x = pointer<std::byte>(out.x), *scales = pointer<std::byte>(out.x_scales);
     const auto num_rows = static_cast<int64_t>(plan.route_slot.size());
     const bool streamed = num_rows * bytes >= kStreamedBytes;
-    threads_.parallel_for(static_cast<int64_t>(plan.recv_token.size()), kRowGrain, [&](int64_t begin, int64_t end) {
+    threads_.parallel_rows(static_cast<int64_t>(plan.recv_token.size()), bytes, [&](int64_t begin, int64_t end) {
         for (int64_t i = begin; i < end; ++i) {
             const auto source = static_cast<int>(plan.recv_token[i] / sizes_.max_tokens);
             const int64_t token = plan.recv_token[i] % sizes_.max_tokens;

@@ -3,6 +3,12 @@
 #include <algorithm>
 
 namespace ray_deepep {
+namespace {
+
+constexpr int64_t kWakeBytes = 512 * 1024;   // copied by one thread in the time that another takes to wake
+constexpr int64_t kChunkBytes = 128 * 1024;  // what a thread takes at a time
+
+}  // namespace
 
 ThreadPool::ThreadPool(int num_threads) {
     for (int i = 1; i < num_threads; ++i) threads_.emplace_back([this] { work(); });
@@ -17,8 +23,8 @@ ThreadPool::~ThreadPool() {
     for (std::thread& thread : threads_) thread.join();
 }
 
-void ThreadPool::parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body) {
-    if (threads_.empty() || count <= grain) {
+void ThreadPool::parallel_rows(int64_t count, int64_t row_bytes, const std::function<void(int64_t, int64_t)>& body) {
+    if (threads_.empty() || count * row_bytes < kWakeBytes) {
         if (count > 0) body(0, count);
         return;
     }
@@ -26,7 +32,7 @@ void ThreadPool::parallel_for(int64_t count, int64_t grain, const std::function<
         const std::lock_guard lock(mutex_);
         body_ = &body;
         count_ = count;
-        grain_ = grain;
+        grain_ = std::max<int64_t>(kChunkBytes / row_bytes, 1);
         next_ = 0;
         running_ = static_cast<int>(threads_.size());
         ++generation_;

@@ -15,9 +15,9 @@ class ThreadPool {
     explicit ThreadPool(int num_threads);
     ~ThreadPool();
 
-    // Call body(begin, end) over [0, count) in chunks of at most `grain`, on all threads; returns when all are done.
-    // The body must not throw.
-    void parallel_for(int64_t count, int64_t grain, const std::function<void(int64_t, int64_t)>& body);
+    // Call body(begin, end) over [0, count) in chunks, on all threads if there are bytes enough to be worth waking
+    // them; returns when all are done. row_bytes: read or written for each. The body must not throw.
+    void parallel_rows(int64_t count, int64_t row_bytes, const std::function<void(int64_t, int64_t)>& body);
 
   private:
     void work();
