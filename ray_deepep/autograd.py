@@ -13,7 +13,9 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .buffer import Buffer
+from .errors import InvalidArgumentError
 from .handle import CombineResult, DispatchHandle, DispatchResult, Layout
+from .row_dots import row_dots
 
 
 class _Dispatch(torch.autograd.Function):
@@ -66,9 +68,11 @@ class _Combine(torch.autograd.Function):
             ).x
             return grad_rows, *(None,) * 6
         (rows,) = ctx.saved_tensors
-        arrived = ctx.buffer.dispatch(grad_out, handle=ctx.handle, num_sms=num_sms).x.float()
-        grad_route_weights = (arrived * rows.float()).sum(-1)
-        grad_rows = (arrived * ctx.handle.recv_topk_weights.unsqueeze(-1)).to(rows.dtype)
+        weights = ctx.handle.recv_topk_weights
+        grad_rows = ctx.buffer.dispatch(grad_out, handle=ctx.handle, num_sms=num_sms).x
+        grad_route_weights = torch.empty_like(weights)
+        # Scaled in place: nobody else has these rows.
+        row_dots(grad_rows, rows, out=grad_route_weights, weights=weights)
         home = ctx.buffer.combine_weights(grad_route_weights, ctx.handle, num_sms=num_sms)
         return grad_rows, home, *(None,) * 5
 
@@ -112,8 +116,16 @@ def combine(
 ) -> CombineResult:
     """Differentiable :meth:`Buffer.combine`; ``num_sms`` is for the backward too.
 
-    With ``weighted=True`` pass the dispatch's ``topk_weights`` again to get their gradient. Collective, forward and
-    backward.
+    With ``weighted=True`` pass the ``topk_weights`` ``[T, K]`` that were given to the dispatch again, to get their
+    gradient; the weights are those of the handle. Collective, forward and backward.
+
+    Raises:
+        InvalidArgumentError: ``topk_weights`` has another shape, such as that of the weights that arrived.
     """
+    if topk_weights is not None and isinstance(handle, DispatchHandle):
+        sent = (handle.num_tokens, handle.num_topk)
+        if tuple(topk_weights.shape) != sent:
+            rule = f"shape must be {sent}, as given to the dispatch; its result has the weights that arrived"
+            raise InvalidArgumentError("topk_weights", tuple(topk_weights.shape), rule)
     x = _Combine.apply(rows, topk_weights, buffer, handle, weighted, reduce, num_sms)
     return CombineResult(x=x, topk_weights=None, routes=None)

@@ -9,11 +9,11 @@ import oracle
 import pytest
 import torch
 from cases import PADDED, Case, dtype_id, layout_id, make_buffer, make_world
-from harness import RankContext, Ranks
+from harness import RankContext, Ranks, error_of
 from torch.utils.checkpoint import checkpoint
 
 import ray_deepep
-from ray_deepep import Buffer, DispatchResult, ExpertMajor, TokenMajor
+from ray_deepep import Buffer, DispatchResult, ExpertMajor, InvalidArgumentError, TokenMajor
 
 SEED = 7
 # Relative to the largest element; rows of bfloat16 are rounded at each of about six steps.
@@ -236,3 +236,22 @@ def check_weights_that_need_no_gradient(context: RankContext, transport: str, la
 @pytest.mark.parametrize("layout", (ExpertMajor(4), PADDED), ids=layout_id)
 def test_weights_that_need_no_gradient(ranks: Ranks, transport: str, layout: object) -> None:
     ranks.run(2, check_weights_that_need_no_gradient, transport, layout)
+
+
+def check_weights_that_arrived(context: RankContext, transport: str) -> None:
+    """They are not those whose gradient can be asked for, easy to mistake, and refused before anything is sent."""
+    case = Case(seed=SEED, num_tokens=(5, 4), num_experts=6, hidden=8, layout=ExpertMajor(4))
+    world, rank = clean_world(case), context.rank
+    with make_buffer(context, transport, case, world) as buffer:
+        weights = world.topk_weights[rank].clone().requires_grad_()
+        result = ray_deepep.dispatch(buffer, world.x[rank], world.topk_idx[rank], weights, layout=world.layout)
+        options = {"topk_weights": result.topk_weights, "weighted": True}
+        error = error_of(InvalidArgumentError, lambda: ray_deepep.combine(buffer, result.x, result.handle, **options))
+        assert (error.argument, error.value) == ("topk_weights", tuple(result.topk_weights.shape))
+        assert f"shape must be {tuple(weights.shape)}, as given to the dispatch" in str(error)
+        options["topk_weights"] = weights
+        assert ray_deepep.combine(buffer, result.x, result.handle, **options).x.shape == world.x[rank].shape
+
+
+def test_weights_that_arrived(ranks: Ranks, transport: str) -> None:
+    ranks.run(2, check_weights_that_arrived, transport)
