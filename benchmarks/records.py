@@ -124,7 +124,7 @@ def origin(records: list[Record], path: Path) -> str:
     machines = dict.fromkeys(map(machine, records))
     where = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
     parts = [f"From `{where}`", f"commit {', '.join(commits)}", " to ".join(dict.fromkeys([days[0], days[-1]]))]
-    # Runs on GPUs do not watch it.
+    # Runs on GPUs do not watch it, and jobs of Ray are not this process's children.
     others = [r["others_cpu"] for r in records if "others_cpu" in r]
     busy = f"; at most {max(others):.0%} of its time went to other programs" if others else ""
     return f"{', '.join([*parts, *machines])}{busy}."

@@ -28,9 +28,15 @@ from tqdm import tqdm
 
 from train.timeline import RecoveryTimes
 
-from .machine import OthersWatch
 from .records import RESULTS, ROOT, Record, append, markdown_table, origin, run_facts
 
+NAME = "recovery"
+EXPLANATION = (
+    "A worker of a training run under Ray Train is killed, stopped, raises, hangs in user code, runs out of memory, or "
+    "loses its node; s. *To report*: from the fault to the line that names the culprit, for `stop` and `hang` the "
+    "deadline of a collective included, and without it beside that. *Training again*: from the fault to the end of the "
+    "first step from the last checkpoint, in new processes."
+)
 KINDS = ("kill", "stop", "raise", "hang", "oom", "assert", "node")
 AT_THE_DEADLINE = ("stop", "hang")
 STEPS_PER_FAULT = 4
@@ -79,7 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--deadline", type=float, default=4.0, metavar="S", help="of a collective, s (default: 4)")
     parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help="of a whole run, s (default: 900)")
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="how often each fault is done (default: 1)")
-    parser.add_argument("--out", type=Path, default=RESULTS / "recovery.jsonl", help="results file to append to")
+    parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.jsonl", help="results file to append to")
     return parser.parse_args(argv)
 
 
@@ -94,11 +100,9 @@ def why_not(kind: str, transport: str) -> str:
 
 def measure(kinds: list[str], setup: Setup) -> list[Record]:
     """One line per fault of a run that has all of ``kinds``."""
-    facts = run_facts() | {"benchmark": "recovery", "nice": 0}
-    others = OthersWatch()
+    facts = run_facts() | {"benchmark": NAME, "nice": 0}
     with tempfile.TemporaryDirectory(prefix="rd") as folder, ray_for(kinds, setup, folder) as env:
         text = train(kinds, setup, Path(folder) / "run", env)
-    facts["others_cpu"] = round(others.share(), 3)
     config = dataclasses.asdict(setup)
     return [facts | {"config": config | {"kind": r.pop("kind")}} | r for r in recoveries(text)]
 

@@ -14,7 +14,16 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
-from . import cuda_dispatch_combine, cuda_layer, cuda_low_latency, cuda_summary, deepspeed_layer, dispatch_combine
+from . import (
+    cuda_dispatch_combine,
+    cuda_layer,
+    cuda_low_latency,
+    cuda_summary,
+    deepspeed_layer,
+    dispatch_combine,
+    recovery,
+    start,
+)
 from .plots import plot_cuda_dispatch_combine, plot_deepspeed_layer, plot_dispatch_combine
 from .records import RESULTS, ROOT, Record, by_case, latest, origin
 
@@ -88,6 +97,20 @@ REPORTS = (
         table=deepspeed_layer.summary_table,
         is_headline=deepspeed_layer.is_headline,
         plot=plot_deepspeed_layer,
+    ),
+    Report(
+        name=start.NAME,
+        title="Submitting a Ray job to its first training step",
+        explanation=start.EXPLANATION,
+        table=start.table,
+        is_headline=lambda record: True,
+    ),
+    Report(
+        name=recovery.NAME,
+        title="From a fault to training again",
+        explanation=recovery.EXPLANATION,
+        table=recovery.table,
+        is_headline=lambda record: True,
     ),
 )
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import json
 import math
 import multiprocessing
@@ -208,6 +209,24 @@ def test_recovery_says_what_it_leaves_out() -> None:
     recovery = pytest.importorskip("benchmarks.recovery", reason="needs the packages of train")
     left_out = {t: [kind for kind in recovery.KINDS if recovery.why_not(kind, t)] for t in ("shm", "cuda")}
     assert left_out == {"shm": ["assert"], "cuda": ["node"]}
+
+
+def test_start_adds_up_what_jobs_tell(capsys: pytest.CaptureFixture[str]) -> None:
+    start = pytest.importorskip("benchmarks.start", reason="needs the packages of train")
+    names = ("submitted", "driver_started", "driver_imported", "ray_connected", "worker_started", "worker_entered")
+    names += ("first_step_began", "first_step_done")
+    moments = [
+        dict(zip(names, itertools.accumulate((100.0, 1.0, 2.0, 0.5, scale * 4.0, 3.0, 2.0, 0.25))))
+        for scale in (1, 2, 4)
+    ]
+    record = start.summarise("further jobs", [start.StartTimes(**each) for each in moments])
+    assert (record["median_s"], record["min_s"], record["max_s"]) == (16.75, 12.75, 24.75)
+    assert sum(record["parts"].values()) == record["median_s"], "only one part differs"
+    row = start.table([record | {"config": {"workers": 2, "preset": "tiny"}}]).splitlines()[-1]
+    assert row.replace(" ", "") == "|furtherjobs,2workers|3|**16.8**|12.8–24.8|1.0|2.5|8.0|3.0|2.2|"
+    with pytest.raises(SystemExit):
+        start.parse(["--rounds", "0"])
+    assert "--rounds: must be at least 1, got 0" in capsys.readouterr().err
 
 
 @needs_core
