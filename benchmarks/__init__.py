@@ -6,6 +6,10 @@
     python -m benchmarks.cuda_low_latency       # on GPUs: calls of a decode step in CUDA graphs
     python -m benchmarks.cuda_layer             # on GPUs: a DeepSpeed MoE layer, stock and swapped
     python -m benchmarks.cuda_overlap           # on GPUs: a matrix product beside them
+    python -m benchmarks.telemetry              # what measuring a training run costs it
+    python -m benchmarks.plan_check             # what ray-deepep plan predicts, against what is measured
+    python -m benchmarks.start                  # a Ray job, from its submission to its first training step
+    python -m benchmarks.recovery               # faults of a training run, to their report and to training again
     python -m benchmarks.table                  # results into README.md and docs/images
 
 Each appends JSON lines to ``benchmarks/results`` and prints a table. They measure and never judge: there are no

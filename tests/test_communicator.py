@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import itertools
 import time
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import torch.distributed as dist
 from cases import Case, assert_dispatched, check_combine, make_world, some_modes, transport_of
 from cases import dispatch as dispatch_world
-from harness import CASE_CONFIG, RankContext, RankPool, Ranks, case_config, error_of, shm_problem
+from harness import CASE_CONFIG, RankContext, RankPool, Ranks, case_config, error_of, in_time, shm_problem
 from torch.distributed import distributed_c10d
 
 from ray_deepep import (
@@ -171,19 +172,24 @@ def check_missing_at_bootstrap(context: RankContext, absent: list[int]) -> dict 
 @pytest.mark.parametrize(("absent", "who"), (([1], "rank 1"), ([0], "rank 0"), ([0, 2], "ranks 0, 2")))
 def test_missing_at_bootstrap(ranks: Ranks, absent: list[int], who: str) -> None:
     """Ranks meet before they choose a transport, so this is the same for all."""
-    found = ranks.run(3, check_missing_at_bootstrap, absent)
-    for rank in {0, 1, 2} - set(absent):
-        assert found[rank]["missing"] == absent
-        assert found[rank]["phase"] == "meet"
-        assert found[rank]["text"] == f"bootstrap: {who} did not reach 'meet' within {BOOTSTRAP_DEADLINE_S:g} s"
-    # An attempt ends on all ranks at once, when the first of them has waited for its deadline.
-    elapsed_s = [found[rank]["elapsed_s"] for rank in {0, 1, 2} - set(absent)]
-    assert BOOTSTRAP_DEADLINE_S <= max(elapsed_s) < BOOTSTRAP_DEADLINE_S + 1
+
+    def slowest_s() -> float:
+        found = ranks.run(3, check_missing_at_bootstrap, absent)
+        for rank in {0, 1, 2} - set(absent):
+            assert found[rank]["missing"] == absent
+            assert found[rank]["phase"] == "meet"
+            assert found[rank]["text"] == f"bootstrap: {who} did not reach 'meet' within {BOOTSTRAP_DEADLINE_S:g} s"
+        # An attempt ends on all ranks at once, when the first of them has waited for its deadline.
+        slowest_s = max(found[rank]["elapsed_s"] for rank in {0, 1, 2} - set(absent))
+        assert slowest_s >= BOOTSTRAP_DEADLINE_S
+        return slowest_s
+
+    in_time(slowest_s, BOOTSTRAP_DEADLINE_S + 1)
 
 
-def check_missing_buffer(context: RankContext, transport: str, absent: int) -> dict | None:
+def check_missing_buffer(context: RankContext, transport: str, absent: int, attempt: int) -> dict | None:
     comm = context.new_communicator(transport, bootstrap_deadline_s=BOOTSTRAP_DEADLINE_S)
-    store, gave_up = distributed_c10d._get_default_store(), f"gave up on {absent} with {transport}"
+    store, gave_up = distributed_c10d._get_default_store(), f"gave up on {absent} with {transport}, attempt {attempt}"
     if context.rank == absent:
         # Stays up until the other has given up on it.
         store.wait([gave_up], datetime.timedelta(seconds=3 * BOOTSTRAP_DEADLINE_S))
@@ -196,9 +202,15 @@ def check_missing_buffer(context: RankContext, transport: str, absent: int) -> d
 
 @pytest.mark.parametrize("absent", (0, 1))
 def test_missing_at_allocation(ranks: Ranks, transport: str, absent: int) -> None:
-    found = ranks.run(2, check_missing_buffer, transport, absent)[1 - absent]
-    assert (found["missing"], found["phase"]) == ([absent], "allocate")
-    assert BOOTSTRAP_DEADLINE_S <= found["elapsed_s"] < BOOTSTRAP_DEADLINE_S + 1
+    attempts = itertools.count()
+
+    def elapsed_s() -> float:
+        found = ranks.run(2, check_missing_buffer, transport, absent, next(attempts))[1 - absent]
+        assert (found["missing"], found["phase"]) == ([absent], "allocate")
+        assert found["elapsed_s"] >= BOOTSTRAP_DEADLINE_S
+        return found["elapsed_s"]
+
+    in_time(elapsed_s, BOOTSTRAP_DEADLINE_S + 1)
 
 
 def check_late_for_buffer(context: RankContext) -> str:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -119,6 +120,30 @@ class FakeRay:
 def fake_ray(monkeypatch):
     monkeypatch.setattr(jobs, "JobSubmissionClient", FakeRay)
     return FakeRay
+
+
+def test_ports_are_none_that_connections_are_given():
+    """A port that is free now and given away before Ray listens on it ends Ray, or leaves it without an agent."""
+    given = local_ray._first_given_port()
+    if given <= local_ray._ABOVE_RAYS_WORKERS:
+        pytest.skip(f"connections are given ports from {given} on here: there are none below for Ray")
+    found = [port for _ in range(20) for port in local_ray._free_ports(3)]
+    assert all(local_ray._ABOVE_RAYS_WORKERS <= port < given for port in found)
+    assert all(len({*found[i : i + 3]}) == 3 for i in range(0, len(found), 3))
+
+
+def test_a_busy_port_is_left_out(monkeypatch):
+    (port,) = local_ray._free_ports(1)
+    monkeypatch.setattr(local_ray, "_ABOVE_RAYS_WORKERS", port)
+    monkeypatch.setattr(local_ray, "_first_given_port", lambda: port + 2)
+    with socket.create_server(("", port)):
+        assert local_ray._free_ports(1) == [port + 1]
+
+
+def test_where_no_such_port_is_known_any_free_one_does(monkeypatch):
+    monkeypatch.setattr(local_ray, "_first_given_port", lambda: 0)
+    (port,) = local_ray._free_ports(1)
+    assert port > 1024
 
 
 def test_a_job_is_submitted_again_while_ray_has_no_agent(fake_ray, monkeypatch):

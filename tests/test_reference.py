@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from cases import Case, check_case
-from harness import CASE_CONFIG, RankContext, RankPool, Ranks, error_of, store_of_rank_0
+from harness import CASE_CONFIG, RankContext, RankPool, Ranks, error_of, in_time, store_of_rank_0
 
 from ray_deepep import (
     Buffer,
@@ -195,6 +195,11 @@ CAUSES = {
     ),
 )
 def test_fault_names_the_culprit(how: str, num_ranks: int, culprit: int) -> None:
+    in_time(lambda: slowest_to_name(how, num_ranks, culprit), DEADLINE_S + 1)
+
+
+def slowest_to_name(how: str, num_ranks: int, culprit: int) -> float:
+    """Seconds that the slowest rank took to name the culprit, as all do."""
     with RankPool(num_ranks) as pool:
         culprit_pid = pool.processes[culprit].pid
         outcomes = pool.outcomes(check_fault, culprit, how, deadline_s=20.0, doomed=[culprit])
@@ -204,7 +209,7 @@ def test_fault_names_the_culprit(how: str, num_ranks: int, culprit: int) -> None
         assert (record.rank, record.peer, record.peer_pid) == (rank, culprit, culprit_pid)
         assert record.cause in CAUSES[how]
         assert (record.operation, record.sequence) == ("dispatch" if how == "killed inside" else "combine", 3)
-        assert outcomes[rank].value["elapsed_s"] < DEADLINE_S + 1
+    return max(outcome.value["elapsed_s"] for rank, outcome in enumerate(outcomes) if rank != culprit)
 
 
 def low_latency_dispatch(buffer: Buffer) -> None:

@@ -10,7 +10,7 @@ import time
 import pytest
 import torch
 import torch.distributed as dist
-from harness import RankContext, RankPool, Ranks, error_of, store_of_rank_0
+from harness import RankContext, RankPool, Ranks, error_of, in_time, store_of_rank_0
 
 from ray_deepep import BootstrapError, Buffer
 from ray_deepep.rendezvous import store_exchange
@@ -118,8 +118,11 @@ def test_an_interrupted_rank(ranks: Ranks) -> None:
     assert ranks.run(3, check_all, "after") == said_by_all("after", 3)
 
 
-def check_lost_store(context: RankContext, port_path: str, how: int) -> list[tuple[str, list[int], str]]:
-    """Rank 0 hosts torch's store, as under plain ``init_method``, and dies or stands still."""
+def check_lost_store(context: RankContext, port_path: str, how: int) -> tuple[list[tuple[str, list[int], str]], float]:
+    """Rank 0 hosts torch's store, as under plain ``init_method``, and dies or stands still.
+
+    Returns what rank 1 is told, three times, and the seconds for which it waits at most.
+    """
     store = store_of_rank_0(context, port_path)
     call = exchange_of(context, DEADLINE_S)
     call("meet", b"")
@@ -127,22 +130,29 @@ def check_lost_store(context: RankContext, port_path: str, how: int) -> list[tup
     if context.rank == 0:
         store.wait(["rank 1 has met"], datetime.timedelta(seconds=PATIENT_S))
         os.kill(os.getpid(), how)
-    found = []
+    found, slowest_s = [], 0.0
     for again in (call, call, exchange_of(context, DEADLINE_S)):
         begin = time.monotonic()
         error = error_of(BootstrapError, lambda again=again: again("connect", b""))
-        assert time.monotonic() - begin < DEADLINE_S + 1.0
+        slowest_s = max(slowest_s, time.monotonic() - begin)
         found.append((error.phase, error.missing, error.detail.partition(": ")[0]))
-    return found
+    return found, slowest_s
 
 
 @pytest.mark.parametrize(("how", "words"), ((signal.SIGKILL, "is gone"), (signal.SIGSTOP, "does not answer")))
 def test_a_lost_store_is_a_bootstrap_error(tmp_path, how: int, words: str) -> None:
-    path = tmp_path / "port"
-    with RankPool(2, init_group=False) as pool:
-        outcome = pool.outcomes(check_lost_store, str(path), how, deadline_s=20.0, doomed=[0])[1]
-    lost = ("connect", [], f"the process that hosts torch's store, 127.0.0.1:{path.read_text()}, {words}")
-    assert outcome.value == [lost] * 3, outcome.error or outcome.lost
+    def slowest_s() -> float:
+        path = tmp_path / "port"
+        path.unlink(missing_ok=True)
+        with RankPool(2, init_group=False) as pool:
+            outcome = pool.outcomes(check_lost_store, str(path), how, deadline_s=20.0, doomed=[0])[1]
+        assert outcome.value, outcome.error or outcome.lost
+        lost = ("connect", [], f"the process that hosts torch's store, 127.0.0.1:{path.read_text()}, {words}")
+        found, elapsed_s = outcome.value
+        assert found == [lost] * 3
+        return elapsed_s
+
+    in_time(slowest_s, DEADLINE_S + 1.0)
 
 
 def check_all_at_once(context: RankContext) -> None:

@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import json
 import os
+import random
 import secrets
 import select
 import shutil
@@ -26,6 +27,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _DASHBOARD_PORT = 8265
+_ABOVE_RAYS_WORKERS = 20000  # its workers listen from 10002 to 19999
+_PORT_ATTEMPTS = 100
 _START_DEADLINE_S = 120.0
 _STOP_DEADLINE_S = 5.0
 _WATCHDOG_DEADLINE_S = 30.0
@@ -166,11 +169,28 @@ def _dashboard_port(notes: list[str]) -> int:
 
 
 def _free_ports(count: int) -> list[int]:
+    """Free ports that no connection is given by itself: one of those may be gone before Ray listens on it."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:
-            each.bind(("", 0))
+            _bind_somewhere(each)
         return [each.getsockname()[1] for each in sockets]
+
+
+def _bind_somewhere(each: socket.socket) -> None:
+    ports = range(_ABOVE_RAYS_WORKERS, _first_given_port())
+    for port in random.sample(ports, min(len(ports), _PORT_ATTEMPTS)):
+        with contextlib.suppress(OSError):
+            return each.bind(("", port))
+    each.bind(("", 0))
+
+
+def _first_given_port() -> int:
+    """Where the ports begin that the system gives to connections; 0 where it does not say."""
+    try:
+        return int(Path("/proc/sys/net/ipv4/ip_local_port_range").read_text(encoding="ascii").split()[0])
+    except (OSError, ValueError, IndexError):
+        return 0
 
 
 # The watchdog
