@@ -32,10 +32,9 @@ $(VENV)/.tools:
 	$(BIN)/pip install -q --upgrade "pip>=24" "setuptools>=77,<90" wheel "pybind11>=2.13,<4" $(NVSHMEM)
 	touch $@
 
-# --no-compile: Python compiles what is imported when it is; all that these packages hold takes longer than installing them.
 $(VENV)/.packages: $(VENV)/.tools pyproject.toml constraints.txt
-	$(BIN)/pip install -q --no-compile $(TORCH)
-	RAY_DEEPEP_CORES=0 $(BIN)/pip install -q --no-compile -c constraints.txt --no-build-isolation -e '.[train,test,lint$(EXTRAS)]'
+	$(BIN)/pip install -q $(TORCH)
+	RAY_DEEPEP_CORES=0 $(BIN)/pip install -q -c constraints.txt --no-build-isolation -e '.[train,test,lint$(EXTRAS)]'
 	touch $@
 
 $(VENV)/.core: $(VENV)/.tools $(SOURCES)
