@@ -13,7 +13,7 @@ import torch
 from torch.autograd.function import once_differentiable
 
 from .buffer import Buffer
-from .errors import InvalidArgumentError
+from .errors import InvalidArgumentError, InvalidTypeError
 from .handle import CombineResult, DispatchHandle, DispatchResult, Layout
 from .row_dots import row_dots
 
@@ -121,11 +121,18 @@ def combine(
 
     Raises:
         InvalidArgumentError: ``topk_weights`` has another shape, such as that of the weights that arrived.
+        InvalidTypeError: it is no tensor.
+        As :meth:`Buffer.combine`.
     """
     if topk_weights is not None and isinstance(handle, DispatchHandle):
-        sent = (handle.num_tokens, handle.num_topk)
-        if tuple(topk_weights.shape) != sent:
-            rule = f"shape must be {sent}, as given to the dispatch; its result has the weights that arrived"
-            raise InvalidArgumentError("topk_weights", tuple(topk_weights.shape), rule)
+        _check_sent_weights(topk_weights, (handle.num_tokens, handle.num_topk))
     x = _Combine.apply(rows, topk_weights, buffer, handle, weighted, reduce, num_sms)
     return CombineResult(x=x, topk_weights=None, routes=None)
+
+
+def _check_sent_weights(topk_weights: object, sent: tuple[int, int]) -> None:
+    if not isinstance(topk_weights, torch.Tensor):
+        raise InvalidTypeError("topk_weights", type(topk_weights).__name__, "must be a torch.Tensor")
+    if tuple(topk_weights.shape) != sent:
+        rule = f"shape must be {sent}, as given to the dispatch; its result has the weights that arrived"
+        raise InvalidArgumentError("topk_weights", tuple(topk_weights.shape), rule)

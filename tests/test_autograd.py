@@ -13,7 +13,7 @@ from harness import RankContext, Ranks, error_of
 from torch.utils.checkpoint import checkpoint
 
 import ray_deepep
-from ray_deepep import Buffer, DispatchResult, ExpertMajor, InvalidArgumentError, TokenMajor
+from ray_deepep import Buffer, DispatchResult, ExpertMajor, InvalidArgumentError, InvalidTypeError, TokenMajor
 
 SEED = 7
 # Relative to the largest element; rows of bfloat16 are rounded at each of about six steps.
@@ -249,6 +249,8 @@ def check_weights_that_arrived(context: RankContext, transport: str) -> None:
         error = error_of(InvalidArgumentError, lambda: ray_deepep.combine(buffer, result.x, result.handle, **options))
         assert (error.argument, error.value) == ("topk_weights", tuple(result.topk_weights.shape))
         assert f"shape must be {tuple(weights.shape)}, as given to the dispatch" in str(error)
+        options["topk_weights"] = weights.tolist()
+        error_of(InvalidTypeError, lambda: ray_deepep.combine(buffer, result.x, result.handle, **options))
         options["topk_weights"] = weights
         assert ray_deepep.combine(buffer, result.x, result.handle, **options).x.shape == world.x[rank].shape
 

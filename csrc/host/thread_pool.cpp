@@ -5,7 +5,7 @@
 namespace ray_deepep {
 namespace {
 
-constexpr int64_t kWakeBytes = 512 * 1024;   // copied by one thread in the time that another takes to wake
+constexpr int64_t kWakeBytes = 512 * 1024;   // from about here on a second thread gains what its waking costs
 constexpr int64_t kChunkBytes = 128 * 1024;  // what a thread takes at a time
 
 }  // namespace
