@@ -15,6 +15,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import torch
 from tqdm import tqdm
 
 from train.local_ray import LocalRay
@@ -36,6 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     """Run the jobs, append the lines, print the table."""
     args = parse(argv)
     facts = run_facts() | {"benchmark": NAME, "nice": 0}
+    if torch.cuda.is_available():  # workers then take one each
+        facts |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
     with tempfile.TemporaryDirectory(prefix="rd") as folder, LocalRay(num_workers=args.workers) as local:
         runner = JobRunner(local.url, local=True)
         found = [start(runner, args, Path(folder) / str(i)) for i in tqdm(range(args.rounds + 1), unit="job")]

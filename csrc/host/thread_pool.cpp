@@ -6,7 +6,8 @@ namespace ray_deepep {
 namespace {
 
 constexpr int64_t kWakeBytes = 512 * 1024;   // from about here on a second thread gains what its waking costs
-constexpr int64_t kChunkBytes = 128 * 1024;  // what a thread takes at a time
+constexpr int64_t kChunkBytes = 128 * 1024;  // what a thread takes at a time, at most
+constexpr int64_t kChunks = 8;               // for each thread, where that is less: the last to end waits less
 
 }  // namespace
 
@@ -28,11 +29,12 @@ void ThreadPool::parallel_rows(int64_t count, int64_t row_bytes, const std::func
         if (count > 0) body(0, count);
         return;
     }
+    const int64_t chunks = kChunks * (static_cast<int64_t>(threads_.size()) + 1);
     {
         const std::lock_guard lock(mutex_);
         body_ = &body;
         count_ = count;
-        grain_ = std::max<int64_t>(kChunkBytes / row_bytes, 1);
+        grain_ = std::max<int64_t>(std::min(kChunkBytes / row_bytes, count / chunks), 1);
         next_ = 0;
         running_ = static_cast<int>(threads_.size());
         ++generation_;
