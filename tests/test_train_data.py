@@ -28,6 +28,8 @@ def test_reads_text_jsonl_and_parquet_in_a_fixed_order(tmp_path):
     (tmp_path / "sub").mkdir()
     write_parquet(tmp_path / "sub" / "c.parquet", "text", ["three", "four"])
     (tmp_path / ".hidden").write_bytes(b"\0")
+    (tmp_path / "__pycache__").mkdir()
+    (tmp_path / "__pycache__" / "module.pyc").write_bytes(b"\0")
     assert documents(tmp_path) == ["one", "two", "markdown ü", "three", "four"]
     assert documents(tmp_path / "b.md", tmp_path / "a.jsonl") == ["markdown ü", "one", "two"]
 

@@ -20,7 +20,7 @@ _LIBRARY_SKIP = frozenset(
 
 
 def find_files(paths: tuple[str, ...]) -> list[Path]:
-    """The files behind `paths`: folders are walked, hidden names left out, order is fixed.
+    """The files behind `paths`: folders are walked, hidden names and `__pycache__` left out, order is fixed.
 
     Without paths, the standard library's `.py` files, ordered by the hash of their names so that a size cap still
     leaves a mix of subjects. Raises DataError for a missing path or a folder without files.
@@ -43,7 +43,7 @@ def find_files(paths: tuple[str, ...]) -> list[Path]:
 
 
 def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+    return any(part.startswith(".") or part == "__pycache__" for part in path.parts)
 
 
 def _library_files() -> list[Path]:
