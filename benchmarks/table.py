@@ -45,7 +45,7 @@ class Report:
     table: Table
     """For README.md, and for all cases where there is no other."""
     full_table: Table | None = None
-    is_headline: Callable[[Record], bool]
+    is_headline: Callable[[Record], bool] = lambda record: True
     """Whether a line belongs into README.md too; these are plotted."""
     plot: Callable[[list[Record], Path], None] | None = None
 
@@ -103,14 +103,12 @@ REPORTS = (
         title="Submitting a Ray job to its first training step",
         explanation=start.EXPLANATION,
         table=start.table,
-        is_headline=lambda record: True,
     ),
     Report(
         name=recovery.NAME,
         title="From a fault to training again",
         explanation=recovery.EXPLANATION,
         table=recovery.table,
-        is_headline=lambda record: True,
     ),
 )
 

@@ -227,3 +227,10 @@ def test_nothing_is_left_when_every_rank_is_killed() -> None:
     with RankPool(2) as pool:
         pool.outcomes(killed_during_work, deadline_s=20.0)
     assert shared_memory_names() == set()
+
+
+def test_one_try_in_time_is_enough_and_none_is_a_failure() -> None:
+    late = iter((3.0, 1.5, 3.0))
+    in_time(lambda: next(late), 2.0)
+    with pytest.raises(AssertionError, match=r"less than 2 s is allowed, and it took 3\.00, 2\.00, 2\.50 s"):
+        in_time(iter((3.0, 2.0, 2.5)).__next__, 2.0)
