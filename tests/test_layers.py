@@ -100,6 +100,7 @@ PYTHON_LAYERS = [
         "low_latency_masks",
         "health",
         "row_dots",
+        "expert_bias",
     },
     {"autograd"},
     {"__init__"},

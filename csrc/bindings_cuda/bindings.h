@@ -12,6 +12,7 @@ inline cudaStream_t as_stream(uintptr_t stream) { return reinterpret_cast<cudaSt
 void run_signal_handlers();
 
 void register_device_low_latency(pybind11::module_& module);
+void register_expert_bias(pybind11::module_& module);
 void register_row_dots(pybind11::module_& module);
 
 }  // namespace ray_deepep

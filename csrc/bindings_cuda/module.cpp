@@ -205,5 +205,6 @@ PYBIND11_MODULE(_cuda, module) {
     ray_deepep::register_arguments(module);
     ray_deepep::register_buffer(module);
     ray_deepep::register_device_low_latency(module);
+    ray_deepep::register_expert_bias(module);
     ray_deepep::register_row_dots(module);
 }

@@ -18,6 +18,8 @@ import torch.nn.functional as F
 from torch import fx, nn
 from torch.autograd.function import once_differentiable
 
+from ..expert_bias import ExpertRows, add_expert_bias
+
 _ELEMENTWISE_MODULES = (
     nn.GELU,
     nn.Identity,
@@ -33,7 +35,7 @@ _ELEMENTWISE_FUNCTIONS = frozenset(
     + (torch.sigmoid, torch.tanh, operator.mul, operator.add)
 )
 _ELEMENTWISE_METHODS = frozenset(("add", "mul", "relu", "sigmoid", "tanh"))
-_FIRST_PARAMETER = 3
+_FIRST_PARAMETER = 2
 """Place of the first weight among the arguments of ``_GroupedLinear``."""
 # Halves of a row, as gated units take them.
 _CHUNKS = (torch.chunk, "chunk")
@@ -173,8 +175,6 @@ class _Interpreter:
         self._graph = graph
         calls = [node.target for node in graph.nodes if node.op == "call_module"]
         self._modules = {name: tuple(of_expert[name] for of_expert in modules) for name in calls}
-        firsts = [of_experts[0] for of_experts in self._modules.values()]
-        self._linear = tuple(module for module in firsts if type(module) is nn.Linear)
 
     def apply(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
         values: dict[fx.Node, Any] = {}
@@ -182,15 +182,13 @@ class _Interpreter:
         def value(argument: Any) -> Any:
             return fx.node.map_arg(argument, lambda node: values[node])
 
-        with_bias = any(module.bias is not None for module in self._linear)
-        expert_of_row = _expert_of_row(ends, rows.shape[0]) if with_bias else None
-        given = False
+        whose, given = ExpertRows(ends, rows.shape[0]), False
         for node in self._graph.nodes:
             if node.op == "placeholder":
                 values[node] = node.args[0] if given else rows
                 given = True
             elif node.op == "call_module":
-                values[node] = self._call(node.target, value(node.args)[0], ends, expert_of_row)
+                values[node] = self._call(node.target, value(node.args)[0], whose)
             elif node.op == "call_function":
                 values[node] = node.target(*value(node.args), **value(node.kwargs))
             elif node.op == "call_method":
@@ -198,20 +196,21 @@ class _Interpreter:
                 values[node] = getattr(target, node.target)(*rest, **value(node.kwargs))
         return values[self._graph.output_node().args[0]]
 
-    def _call(self, name: str, x: torch.Tensor, ends: torch.Tensor, expert_of_row: torch.Tensor | None) -> torch.Tensor:
+    def _call(self, name: str, x: torch.Tensor, whose: ExpertRows) -> torch.Tensor:
         modules = self._modules[name]
         if type(modules[0]) is not nn.Linear:
             return modules[0](x)
         parameters = tuple(map(_PARAMETERS, modules))
         biases = () if modules[0].bias is None else map(_BIAS, parameters)
-        return _GroupedLinear.apply(x, ends, expert_of_row, *map(_WEIGHT, parameters), *biases)
+        return _GroupedLinear.apply(x, whose, *map(_WEIGHT, parameters), *biases)
 
 
 class _GroupedLinear(torch.autograd.Function):
-    """``x`` ``[S, I]`` to ``[S, O]``; L weights ``[O, I]``, L biases ``[O]`` or none; biases need ``expert_of_row``."""
+    """``x`` ``[S, I]`` to ``[S, O]``; L weights ``[O, I]``, L biases ``[O]`` or none."""
 
     @staticmethod
-    def forward(ctx, x, ends, expert_of_row, *parameters):
+    def forward(ctx, x, whose, *parameters):
+        ends = whose.ends
         count = ends.shape[0]
         weights, biases = parameters[:count], parameters[count:]
         ctx.save_for_backward(x, ends, *weights)
@@ -220,7 +219,7 @@ class _GroupedLinear(torch.autograd.Function):
         if x.shape[0]:
             out = F.grouped_mm(x, stacked(weights).transpose(1, 2), offs=ends)
             if biases:
-                out += torch.stack(biases).index_select(0, expert_of_row)
+                add_expert_bias(out, biases, whose)
         return out
 
     @staticmethod
@@ -233,7 +232,7 @@ class _GroupedLinear(torch.autograd.Function):
         if x.shape[0] == 0:
             grads = [torch.zeros_like(weight) for weight in weights]
             biases = [weight.new_zeros(out_features) for weight in weights] if ctx.with_bias else []
-            return torch.zeros_like(x), None, None, *grads, *biases
+            return torch.zeros_like(x), None, *grads, *biases
         grad_x = F.grouped_mm(grad, stacked(weights), offs=ends) if ctx.needs_input_grad[0] else None
         grad_weights: Sequence[torch.Tensor | None] = [None] * count
         if any(needed[:count]):
@@ -243,7 +242,7 @@ class _GroupedLinear(torch.autograd.Function):
             # Sums of rows are a product with ones; eight columns, for alignment.
             ones = grad.new_ones(grad.shape[0], 8)
             grad_biases = _products_by_expert(grad.t(), ones, ends)[..., 0].contiguous().unbind()
-        return grad_x, None, None, *grad_weights, *grad_biases
+        return grad_x, None, *grad_weights, *grad_biases
 
 
 def _products_by_expert(columns: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
@@ -253,11 +252,6 @@ def _products_by_expert(columns: torch.Tensor, rows: torch.Tensor, ends: torch.T
         # There the product of no rows is left as the memory was (pytorch/pytorch#172439).
         products.masked_fill_((ends.diff(prepend=ends.new_zeros(1)) == 0)[:, None, None], 0)
     return products
-
-
-def _expert_of_row(ends: torch.Tensor, num_rows: int) -> torch.Tensor:
-    rows = torch.arange(num_rows, device=ends.device, dtype=ends.dtype)
-    return torch.searchsorted(ends, rows, right=True)
 
 
 def stacked(weights: Sequence[torch.Tensor]) -> torch.Tensor:
