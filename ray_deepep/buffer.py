@@ -12,6 +12,7 @@ import secrets
 import torch
 
 from . import argument_checks, checks, low_latency_checks
+from .captured_graph import GraphCalls
 from .communicator import Communicator
 from .errors import ClosedError, FaultRecord
 from .expert_rows import ExpertRowCalls
@@ -25,7 +26,7 @@ from .transport import BufferGeometry, CombineRequest, DispatchOutput, DispatchR
 from .work import Work
 
 
-class Buffer(ExpertRowCalls, HeapTensorCalls, LowLatencyCalls):
+class Buffer(ExpertRowCalls, GraphCalls, HeapTensorCalls, LowLatencyCalls):
     """Room for dispatch and combine on all ranks of ``comm``. Making one is collective, and so are its calls.
 
     Args:

@@ -68,6 +68,7 @@ class CudaTransport:
     casts_rows = True
     takes_expert_rows = False
     takes_parts = False
+    can_capture = True
 
     def __init__(
         self,
@@ -281,7 +282,7 @@ class CudaTransport:
 
     @contextlib.contextmanager
     def launching(self) -> Iterator[int]:
-        """Around launches that belong to this buffer's operations: the stream, as a number."""
+        """Around launches that belong to this buffer's operations, a graph of them too: the stream, as a number."""
         with self._lock, self._errors:
             yield self._streams.enter()
             self._streams.leave()

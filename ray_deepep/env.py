@@ -18,6 +18,7 @@
 | ``RAY_DEEPEP_NUM_THREADS`` | ``0`` | copy threads of a rank's CPU core; 0: cores of the host / ranks on it |
 | ``RAY_DEEPEP_LAYOUT`` | ``padded`` | rows that DeepSpeed's experts see: ``padded`` (as stock) or ``compact`` |
 | ``RAY_DEEPEP_EXPERTS`` | ``auto`` | experts run in a ``loop``, as ``grouped`` products, or ``auto``: by device |
+| ``RAY_DEEPEP_GRAPHS`` | ``auto`` | layers run as CUDA graphs where they can (GPUs, training), or ``off`` |
 | ``RAY_DEEPEP_COMBINE`` | ``auto`` | ``exact`` (stock's bits), ``fast`` (sums); ``auto``: fast if experts are grouped |
 | ``RAY_ADDRESS`` | empty | Ray's own: the cluster that jobs go to, if none is named |
 | ``RAY_TRAIN_CALLBACKS`` | empty | Ray's own: callbacks of Train runs; ours are added to it |
@@ -168,6 +169,11 @@ def bulk_copy() -> bool:
 def experts() -> str:
     """``RAY_DEEPEP_EXPERTS``."""
     return _read("RAY_DEEPEP_EXPERTS", "auto", _choice("auto", "loop", "grouped"), "must be auto, loop or grouped")
+
+
+def graphs() -> str:
+    """``RAY_DEEPEP_GRAPHS``."""
+    return _read("RAY_DEEPEP_GRAPHS", "auto", _choice("auto", "off"), "must be auto or off")
 
 
 def layout() -> str:

@@ -74,6 +74,7 @@ class CudaHopTransport:
     casts_rows = False
     takes_expert_rows = False
     takes_parts = False
+    can_capture = False
 
     def __init__(
         self,

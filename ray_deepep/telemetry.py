@@ -5,14 +5,15 @@ What a transport cannot measure is None, never 0. Ranks N and local experts L co
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from .gpu_times import GpuTimes
+    from .gpu_times import CapturedTimes, GpuTimes
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -84,6 +85,16 @@ class Begin:
     """In the GPU's stream; None where calls are not timed there."""
 
 
+class CapturedCalls:
+    """Calls that were captured into one CUDA graph: what they count, they count at each replay."""
+
+    def __init__(self, times: CapturedTimes | None) -> None:
+        self.times = times
+        """None where calls are not timed on the GPU."""
+        self.num_bytes: list[tuple[str, int]] = []
+        """By call: the operation and the bytes of its rows."""
+
+
 class CommRecorder:
     """Counts for one buffer. Plain numbers: it runs twice per operation.
 
@@ -94,6 +105,7 @@ class CommRecorder:
         self._gpu_times = gpu_times
         self._timed = True
         self._seen: TransportCounters | None = None
+        self._capturing: CapturedCalls | None = None
         self._clear()
 
     def _clear(self) -> None:
@@ -105,10 +117,18 @@ class CommRecorder:
 
     def begin(self) -> Begin:
         """Before an operation."""
-        return Begin(at_s=time.perf_counter(), event=self._gpu_times.mark() if self._gpu_times else None)
+        mark = None
+        if self._gpu_times is not None:
+            mark = self._gpu_times.mark if self._capturing is None else self._gpu_times.mark_captured
+        return Begin(at_s=time.perf_counter(), event=mark() if mark else None)
 
     def add(self, operation: str, begin: Begin, num_bytes: int, *, on_gpu: bool = False) -> None:
         """Count one ``dispatch`` or ``combine``. on_gpu: it may still run there when its call returns."""
+        if self._capturing is not None:
+            self._capturing.num_bytes.append((operation, num_bytes))
+            if self._gpu_times is not None:
+                self._gpu_times.add_captured(self._capturing.times, operation, begin.event)
+            return
         self._calls[operation] += 1
         self._bytes[operation] += num_bytes
         if on_gpu and self._gpu_times is not None:
@@ -116,6 +136,34 @@ class CommRecorder:
             return
         self._timed = self._timed and not on_gpu
         self._seconds[operation] += time.perf_counter() - begin.at_s
+
+    @contextlib.contextmanager
+    def capture(self) -> Iterator[CapturedCalls]:
+        """Calls inside go into a CUDA graph; they are counted by :meth:`replay`."""
+        self._capturing = calls = CapturedCalls(self._gpu_times.captured() if self._gpu_times else None)
+        try:
+            yield calls
+        finally:
+            self._capturing = None
+
+    @contextlib.contextmanager
+    def replay(self, calls: CapturedCalls) -> Iterator[None]:
+        """Around the launch of their graph."""
+        if self._gpu_times is not None:
+            self._timed = self._gpu_times.before_replay(calls.times) and self._timed
+        yield
+        for operation, num_bytes in calls.num_bytes:
+            self._calls[operation] += 1
+            self._bytes[operation] += num_bytes
+        if self._gpu_times is not None:
+            self._gpu_times.after_replay(calls.times)
+        else:
+            self._timed = False
+
+    def forget(self, calls: CapturedCalls) -> None:
+        """Their graph will not be launched again."""
+        if self._gpu_times is not None:
+            self._gpu_times.forget(calls.times)
 
     def add_routes(self, num_tokens_per_expert: Sequence[int], num_dropped: int) -> None:
         """Count what the plan of one dispatch says, where the host knows it."""

@@ -175,6 +175,8 @@ class Transport(Protocol):
     """Whether ``CombineRequest.expert_rows`` may be given."""
     takes_parts: bool
     """Whether it can serve one domain of several: ``DispatchRequest.part_tokens``, ``CombineRequest.num_routes``."""
+    can_capture: bool
+    """Whether operations can be captured into a CUDA graph; such a transport has ``launching``, for replays."""
 
     def dispatch(self, request: DispatchRequest) -> DispatchOutput: ...
 
@@ -251,6 +253,7 @@ class BlockingTransport:
     casts_rows = False
     takes_expert_rows = False
     takes_parts = False
+    can_capture = False
     _geometry: BufferGeometry
 
     def start(

@@ -6,7 +6,7 @@ import pytest
 
 from ray_deepep import gpu_times
 from ray_deepep.gpu_times import GpuTimes
-from ray_deepep.telemetry import CommRecorder
+from ray_deepep.telemetry import CapturedCalls, CommRecorder
 
 
 class Gpu:
@@ -16,7 +16,7 @@ class Gpu:
         self.num_events = self.num_recorded = self.num_done = 0
         self.capturing = False
 
-    def event(self, *, enable_timing: bool) -> Event:
+    def event(self, *, enable_timing: bool, external: bool = False) -> Event:
         assert enable_timing
         self.num_events += 1
         return Event(self)
@@ -86,3 +86,40 @@ def test_without_events_times_of_gpu_calls_are_the_hosts_and_said_to_be() -> Non
     call(recorder, "combine")
     stats = recorder.stats()
     assert not stats.timed and 0 < stats.combine_ms < 1000.0
+
+
+def replay(recorder: CommRecorder, calls: CapturedCalls) -> None:
+    with recorder.replay(calls):
+        for _, begin, end in calls.times.calls:
+            begin.record()
+            end.record()
+
+
+def test_captured_calls_count_and_are_timed_at_each_replay(gpu: Gpu) -> None:
+    recorder = CommRecorder(GpuTimes())
+    gpu.capturing = True
+    with recorder.capture() as calls:
+        for operation in ("dispatch", "combine"):
+            call(recorder, operation)
+    gpu.capturing = False
+    assert recorder.stats().num_dispatch == 0, "nothing has run"
+    for _ in range(3):
+        replay(recorder, calls)
+        gpu.num_done = gpu.num_recorded
+    stats = recorder.stats(reset=True)
+    assert (stats.num_dispatch, stats.num_combine, stats.combine_bytes) == (3, 3, 300)
+    assert (stats.dispatch_ms, stats.combine_ms, stats.timed) == (3.0, 3.0, True)
+    assert recorder.stats().dispatch_ms == 0.0, "the last replay counted twice"
+
+
+def test_a_replay_that_has_not_ended_when_the_next_one_begins_is_counted_and_not_timed(gpu: Gpu) -> None:
+    recorder = CommRecorder(GpuTimes())
+    with recorder.capture() as calls:
+        call(recorder, "dispatch")
+    for _ in range(2):
+        replay(recorder, calls)
+    gpu.num_done = gpu.num_recorded
+    stats = recorder.stats()
+    assert (stats.num_dispatch, stats.dispatch_ms, stats.timed) == (2, 1.0, False)
+    recorder.forget(calls)
+    assert recorder.stats().dispatch_ms == 1.0

@@ -90,6 +90,7 @@ PYTHON_LAYERS = [
         "low_latency_reference",
         "low_latency_mailbox",
         "communicator",
+        "captured_graph",
     },
     {
         "buffer",

@@ -12,6 +12,7 @@ from ..fields import check_choice, known_fields
 LAYOUTS = ("padded", "compact")
 COMBINES = ("auto", "exact", "fast")
 EXPERTS = ("auto", "loop", "grouped")
+GRAPHS = ("auto", "off")
 
 
 @known_fields
@@ -30,11 +31,17 @@ class SwapConfig:
     """``loop``: local experts are called one after the other, as stock. ``grouped``: where all are built alike, of
     linear layers and elementwise functions alone, each linear layer is one grouped product over the experts' real rows
     (whatever ``layout`` says); rounds differently. ``auto``: grouped on GPUs, for bfloat16, and loop on CPUs."""
+    graphs: str = dataclasses.field(default_factory=env.graphs)
+    """``auto``: in training on GPUs, where experts are grouped and gates drop what is above their capacity, forward and
+    backward of a layer are captured into CUDA graphs at its third call and replayed from then on. Calls that a graph
+    cannot stand for (other shapes, hooks inside the layer, activation checkpointing, a second forward before the
+    backward) are made one by one, as with ``off``. Ranks whose layers get different numbers of tokens set ``off``,
+    unless they differ from the beginning."""
     comm: CommConfig = dataclasses.field(default_factory=CommConfig)
     """Settings of the communicators that the swap makes."""
 
     def __post_init__(self) -> None:
-        for name, allowed in (("layout", LAYOUTS), ("combine", COMBINES), ("experts", EXPERTS)):
+        for name, allowed in (("layout", LAYOUTS), ("combine", COMBINES), ("experts", EXPERTS), ("graphs", GRAPHS)):
             check_choice(name, getattr(self, name), allowed)
         if not isinstance(self.comm, CommConfig):
             raise InvalidTypeError("comm", type(self.comm).__name__, "must be a CommConfig")

@@ -62,21 +62,30 @@ class Dispatched:
     handle: DispatchHandle
 
 
-def dispatch(
-    buffer: Buffer, x: torch.Tensor, routes: Routes, *, layout: Layout, combine: str, split: bool
-) -> Dispatched:
-    """Send ``x`` ``[T, M]`` to its experts, in a block for each or (padded) in one; collective, and so is the backward.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arrival:
+    """How rows arrive; the same on every rank."""
 
-    With a block for each, gradients come from and go to the experts' own tensors: nothing puts them together.
-    """
+    layout: Layout
+    combine: str
+    """``exact`` or ``fast``: how they will be combined."""
+    split: bool
+    """Whether in a block for each local expert, or (padded) in one. With a block for each, gradients come from and go
+    to the experts' own tensors: nothing puts them together."""
+    max_recv_tokens: int | None = None
+    """As in ``Buffer.dispatch``; not with ``split``."""
+
+
+def dispatch(buffer: Buffer, x: torch.Tensor, routes: Routes, arrival: Arrival) -> Dispatched:
+    """Send ``x`` ``[T, M]`` to its experts; collective, and so is the backward."""
     handles: list[DispatchHandle] = []
-    if combine == "exact":
-        blocks = _DispatchExact.apply(x, buffer, routes, layout, split, handles)
+    if arrival.combine == "exact":
+        blocks = _DispatchExact.apply(x, buffer, routes, arrival, handles)
         gates = routes.gates
     else:
-        *blocks, gates = _DispatchFast.apply(x, routes.gates.float(), buffer, routes, layout, split, handles)
+        *blocks, gates = _DispatchFast.apply(x, routes.gates.float(), buffer, routes, arrival, handles)
     (handle,) = handles
-    return Dispatched(blocks=tuple(blocks), split=split, gates=gates, handle=handle)
+    return Dispatched(blocks=tuple(blocks), split=arrival.split, gates=gates, handle=handle)
 
 
 def combine(buffer: Buffer, outputs: Sequence[torch.Tensor], dispatched: Dispatched, *, combine: str) -> torch.Tensor:
@@ -107,29 +116,30 @@ def _combine(
     return buffer.combine(rows[0], handle, **options)
 
 
-def _send(x: torch.Tensor, gates: torch.Tensor, buffer: Buffer, routes: Routes, layout: Layout) -> DispatchResult:
+def _send(x: torch.Tensor, gates: torch.Tensor, buffer: Buffer, routes: Routes, arrival: Arrival) -> DispatchResult:
     return buffer.dispatch(
         x.contiguous(),
         routes.topk_idx,
         gates.detach().float().t().contiguous(),
-        layout=layout,
-        locations=routes.locations.t().contiguous() if isinstance(layout, Padded) else None,
+        layout=arrival.layout,
+        locations=routes.locations.t().contiguous() if isinstance(arrival.layout, Padded) else None,
+        max_recv_tokens=arrival.max_recv_tokens,
     )
 
 
 class _DispatchExact(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, buffer, routes, layout, split, handles):
-        result = _send(x, routes.gates, buffer, routes, layout)
+    def forward(ctx, x, buffer, routes, arrival, handles):
+        result = _send(x, routes.gates, buffer, routes, arrival)
         handles.append(result.handle)
-        ctx.buffer, ctx.handle, ctx.split = buffer, result.handle, split
-        return _blocks(result.handle, result.x, split)
+        ctx.buffer, ctx.handle, ctx.split = buffer, result.handle, arrival.split
+        return _blocks(result.handle, result.x, arrival.split)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, *grad_blocks):
         home = _combine(ctx.buffer, grad_blocks, ctx.handle, ctx.split, reduce="expert_order")
-        return home.x, *(None,) * 5
+        return home.x, *(None,) * 4
 
 
 class _CombineExact(torch.autograd.Function):
@@ -162,13 +172,13 @@ class _CombineExact(torch.autograd.Function):
 
 class _DispatchFast(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x, gates, buffer, routes, layout, split, handles):
-        result = _send(x, gates, buffer, routes, layout)
+    def forward(ctx, x, gates, buffer, routes, arrival, handles):
+        result = _send(x, gates, buffer, routes, arrival)
         handles.append(result.handle)
-        ctx.buffer, ctx.handle, ctx.split, ctx.dtype = buffer, result.handle, split, x.dtype
+        ctx.buffer, ctx.handle, ctx.split, ctx.dtype = buffer, result.handle, arrival.split, x.dtype
         ctx.set_materialize_grads(False)
         # An alias: the handle keeps the tensor itself, and an output kept by its own node would never be freed.
-        return *_blocks(result.handle, result.x, split), result.topk_weights.detach()
+        return *_blocks(result.handle, result.x, arrival.split), result.topk_weights.detach()
 
     @staticmethod
     @once_differentiable
@@ -184,7 +194,7 @@ class _DispatchFast(torch.autograd.Function):
             grad_weights = grad_weights.contiguous()
         home = _combine(ctx.buffer, grad_blocks, handle, ctx.split, topk_weights=grad_weights, reduce="fast")
         grad_gates = None if home.topk_weights is None else home.topk_weights.t()
-        return home.x, grad_gates, *(None,) * 5
+        return home.x, grad_gates, *(None,) * 4
 
 
 class _CombineFast(torch.autograd.Function):

@@ -6,6 +6,8 @@ Follows deepspeed 0.19.8 ``moe/sharded_moe.py``; what is kept as it is there: th
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -20,11 +22,12 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 from ..argument_checks import COMBINE_DTYPES
 from ..checks import MAX_TOPK
 from ..errors import InvalidArgumentError, MismatchError
-from ..handle import ExpertMajor, Padded, TokenMajor
+from ..handle import DispatchHandle, ExpertMajor, Padded, TokenMajor
 from .config import SwapConfig
-from .exchange import Dispatched, Routes, combine, dispatch
+from .exchange import Arrival, Dispatched, Routes, combine, dispatch
 from .gating import route
-from .grouped import GroupedExperts
+from .graphed import LayerGraphs
+from .grouped import GroupedExperts, LinearGradients
 from .registry import BufferRegistry, SharedBuffer
 
 CAPACITY_FIELDS = ("layout", "layout.capacity")
@@ -59,31 +62,64 @@ def moe_forward(
 ) -> torch.Tensor:
     """Output of ``layer`` for ``hidden_states`` ``[..., M]``, same shape; collective over the layer's EP group."""
     with _timed(layer, MOE_TIMER, "time_moe"):
-        d_model = hidden_states.shape[-1]
-        tokens = hidden_states.reshape(-1, d_model)
-        routes = route(layer, tokens, used_token)
-        grouped = _grouped(registry, config, layer, tokens)
-        # Fused or hand-written expert containers know the stock shape only.
-        compact = grouped is not None or (config.layout == "compact" and type(layer.experts).forward is Experts.forward)
-        shared = registry.for_layer(layer, hidden=d_model, num_topk=routes.gates.shape[0], padded=not compact)
-        _check_room(shared, tokens, routes)
-        reduce = config.combine
-        if reduce == "auto":
-            reduce = "exact" if grouped is None else "fast"
-        with _timed(layer, FIRST_ALLTOALL_TIMER, "time_falltoall"):
-            if compact:
-                how = {"layout": ExpertMajor(), "combine": reduce, "split": grouped is None}
-                arrived = dispatch(shared.buffer, tokens, routes, **how)
-            else:
-                how = {"combine": reduce, "split": _is_loop(layer.experts)}
-                arrived = _dispatch_padded(shared, tokens, routes, how)
-        if grouped is not None:
-            outputs = _all_experts(grouped, arrived)
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        call = _Call(registry, config, layer, used_token)
+        graphs = registry.graphs.of(layer) if _wants_graphs(config, layer, tokens) else None
+        captured = None
+        if graphs is not None:
+            captured = graphs.ready(layer, tokens, used_token, functools.partial(_forward, call, graphs))
+        out = _forward(call, graphs, tokens)[0] if captured is None else captured(layer, tokens)
+        return out.reshape(hidden_states.shape)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """What a forward works with, beside tokens."""
+
+    registry: BufferRegistry
+    config: SwapConfig
+    layer: MOELayer
+    used_token: torch.Tensor | None
+
+
+def _forward(
+    call: _Call, graphs: LayerGraphs | None, tokens: torch.Tensor, later: list[LinearGradients] | None = None
+) -> tuple[torch.Tensor, DispatchHandle]:
+    """Output ``[T, M]`` for ``tokens`` ``[T, M]``, and the handle of its dispatch. ``later``: as grouped experts take
+    it."""
+    registry, config, layer = call.registry, call.config, call.layer
+    routes = route(layer, tokens, call.used_token)
+    grouped = _grouped(registry, config, layer, tokens)
+    # Fused or hand-written expert containers know the stock shape only.
+    compact = grouped is not None or (config.layout == "compact" and type(layer.experts).forward is Experts.forward)
+    hidden, num_topk = tokens.shape[1], routes.gates.shape[0]
+    shared = registry.for_layer(layer, hidden=hidden, num_topk=num_topk, padded=not compact)
+    _check_room(shared, tokens, routes)
+    reduce = config.combine
+    if reduce == "auto":
+        reduce = "exact" if grouped is None else "fast"
+    num_rows = None
+    if graphs is not None and grouped is not None:
+        num_rows = graphs.num_rows(shared.buffer, layer, tokens, routes.capacity)
+    with _timed(layer, FIRST_ALLTOALL_TIMER, "time_falltoall"):
+        if compact:
+            how = Arrival(layout=ExpertMajor(), combine=reduce, split=grouped is None, max_recv_tokens=num_rows)
+            arrived = dispatch(shared.buffer, tokens, routes, how)
         else:
-            outputs = _each_expert(layer, arrived) if arrived.split else (layer.experts(*arrived.blocks),)
-        with _timed(layer, SECOND_ALLTOALL_TIMER, "time_salltoall"):
-            combined = combine(shared.buffer, outputs, arrived, combine=reduce)
-        return combined.reshape(hidden_states.shape)
+            arrived = _dispatch_padded(shared, tokens, routes, combine=reduce, split=_is_loop(layer.experts))
+    if grouped is not None:
+        outputs = _all_experts(grouped, arrived, later)
+    else:
+        outputs = _each_expert(layer, arrived) if arrived.split else (layer.experts(*arrived.blocks),)
+    with _timed(layer, SECOND_ALLTOALL_TIMER, "time_salltoall"):
+        combined = combine(shared.buffer, outputs, arrived, combine=reduce)
+    return combined, arrived.handle
+
+
+def _wants_graphs(config: SwapConfig, layer: MOELayer, tokens: torch.Tensor) -> bool:
+    """Whether this layer's calls may become graphs; the same on every rank."""
+    training = layer.training and torch.is_grad_enabled()
+    return config.graphs == "auto" and tokens.is_cuda and training and wants_grouped(config, tokens)
 
 
 def _is_loop(experts: torch.nn.Module) -> bool:
@@ -123,12 +159,14 @@ def _grouped(
     return None
 
 
-def _all_experts(grouped: GroupedExperts, arrived: Dispatched) -> tuple[torch.Tensor]:
+def _all_experts(
+    grouped: GroupedExperts, arrived: Dispatched, later: list[LinearGradients] | None
+) -> tuple[torch.Tensor]:
     """Every expert at once, ``[1, 1, S, M]``."""
     (block,) = arrived.blocks
     rows = block.view(-1, block.shape[-1])
     ends = arrived.handle.device_counts.expert_offsets[1:].to(rows.device)
-    out = grouped(rows, ends)
+    out = grouped(rows, ends, later)
     return (out.view(block.shape),)
 
 
@@ -145,21 +183,22 @@ def _each_expert(layer: MOELayer, arrived: Dispatched) -> list[torch.Tensor]:
     return outputs
 
 
-def _dispatch_padded(shared: SharedBuffer, tokens: torch.Tensor, routes: Routes, how: dict[str, Any]) -> Dispatched:
-    """Dispatch with one capacity for all ranks, the largest.
+def _dispatch_padded(shared: SharedBuffer, tokens: torch.Tensor, routes: Routes, **how: Any) -> Dispatched:
+    """Dispatch with one capacity for all ranks, the largest. how: of ``Arrival``, but for the layout.
 
     Capacities differ only where token counts do, which stock does not allow. So ranks take them for equal and find out
     at no cost: a dispatch with different ones fails on every rank before a row moves. From then on they agree first.
     """
+    capacity = int(routes.capacity)
     if not shared.capacities_differ:
         try:
-            return dispatch(shared.buffer, tokens, routes, layout=Padded(int(routes.capacity)), **how)
+            return dispatch(shared.buffer, tokens, routes, Arrival(layout=Padded(capacity), **how))
         except MismatchError as error:
             if error.field not in CAPACITY_FIELDS:
                 raise
             shared.capacities_differ = True
-    capacity = _largest_capacity(shared, tokens, int(routes.capacity))
-    return dispatch(shared.buffer, tokens, routes, layout=Padded(capacity), **how)
+    capacity = _largest_capacity(shared, tokens, capacity)
+    return dispatch(shared.buffer, tokens, routes, Arrival(layout=Padded(capacity), **how))
 
 
 def _largest_capacity(shared: SharedBuffer, tokens: torch.Tensor, capacity: int) -> int:

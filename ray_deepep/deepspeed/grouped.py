@@ -8,6 +8,7 @@ product may be taken in another order than by the loop's products.
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import weakref
 from collections.abc import Sequence
@@ -19,6 +20,7 @@ from torch import fx, nn
 from torch.autograd.function import once_differentiable
 
 from ..expert_bias import ExpertRows, add_expert_bias
+from .module_tree import ModuleTree
 
 _ELEMENTWISE_MODULES = (
     nn.GELU,
@@ -35,16 +37,49 @@ _ELEMENTWISE_FUNCTIONS = frozenset(
     + (torch.sigmoid, torch.tanh, operator.mul, operator.add)
 )
 _ELEMENTWISE_METHODS = frozenset(("add", "mul", "relu", "sigmoid", "tanh"))
-_FIRST_PARAMETER = 2
+_FIRST_PARAMETER = 3
 """Place of the first weight among the arguments of ``_GroupedLinear``."""
 # Halves of a row, as gated units take them.
 _CHUNKS = (torch.chunk, "chunk")
 # Faster than attributes of modules, which are looked for in Python.
-_CHILDREN, _PARAMETERS = operator.attrgetter("_modules"), operator.attrgetter("_parameters")
-_HOOKS = operator.attrgetter("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+_PARAMETERS = operator.attrgetter("_parameters")
 _WEIGHT, _BIAS = operator.itemgetter("weight"), operator.itemgetter("bias")
 _ALIGNMENT = 16
 """Bytes of which the products want rows of weights and of tokens to be multiples, on GPUs."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LinearGradients:
+    """What the gradients of one grouped linear layer are made of; the next replay of a graph may overwrite it."""
+
+    parameters: tuple[torch.Tensor, ...]
+    """L weights ``[O, I]``, and L biases ``[O]`` or none."""
+    num_experts: int
+    """L."""
+    x: torch.Tensor
+    """``[S, I]``: rows that went in."""
+    grad: torch.Tensor
+    """``[S, O]``: gradient of those that came out."""
+    ends: torch.Tensor
+    """``[L]`` int32: where the experts' rows end."""
+
+    def weights(self) -> Sequence[torch.Tensor]:
+        """L of ``[O, I]``, views of one tensor."""
+        return _products_by_expert(self.grad.t(), self.x, self.ends).unbind()
+
+    def biases(self) -> Sequence[torch.Tensor]:
+        """L of ``[O]``, views of one tensor."""
+        # Sums of rows are a product with ones; eight columns, for alignment.
+        ones = self.grad.new_ones(self.grad.shape[0], 8)
+        return _products_by_expert(self.grad.t(), ones, self.ends)[..., 0].contiguous().unbind()
+
+    def of_parameters(self, needed: Sequence[bool]) -> list[torch.Tensor | None]:
+        """A gradient for each parameter; None where no one ``needed`` any of its kind."""
+        count = self.num_experts
+        found: list[torch.Tensor | None] = []
+        for kind, compute in ((needed[:count], self.weights), (needed[count:], self.biases)):
+            found += compute() if any(kind) else [None] * len(kind)
+        return found
 
 
 class GroupedExperts:
@@ -53,27 +88,29 @@ class GroupedExperts:
     def __init__(self, experts: nn.ModuleList, graph: fx.Graph) -> None:
         self._first = experts[0]
         self._interpreter = _Interpreter([dict(expert.named_modules()) for expert in experts], graph)
-        # Looked through at each step, without a loop in Python: a walk through the modules would cost the host more.
-        self._modules = tuple(experts.modules())
-        found = [(module, name, child) for module in self._modules for name, child in module._modules.items()]
-        self._parents, self._names, self._children = zip(*found, strict=True)
+        self._tree = ModuleTree(experts)
 
-    def __call__(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
-        """Outputs ``[S, M']`` of ``rows`` ``[S, M]``, grouped by expert; ``ends`` ``[L]`` int32: where groups end."""
-        return self._interpreter.apply(rows, ends)
+    def __call__(
+        self, rows: torch.Tensor, ends: torch.Tensor, later: list[LinearGradients] | None = None
+    ) -> torch.Tensor:
+        """Outputs ``[S, M']`` of ``rows`` ``[S, M]``, grouped by expert.
+
+        Args:
+            rows: rows after the last expert's belong to nobody; what becomes of them has no meaning.
+            ends: ``[L]`` int32: where groups end.
+            later: if given, the backward computes no gradients of parameters, but appends what they are made of.
+        """
+        return self._interpreter.apply(rows, ends, later)
 
     def is_current(self) -> bool:
         """Whether the experts are those that they were, made of the same modules."""
-        if sum(map(len, map(_CHILDREN, self._modules))) != len(self._children):
-            return False
-        now = map(dict.get, map(_CHILDREN, self._parents), self._names)
-        return all(map(operator.is_, now, self._children))
+        return self._tree.is_current()
 
     def problem(self, rows: torch.Tensor) -> str:
         """Why these rows must go through the experts one by one, now; empty if they need not."""
         if torch.is_autocast_enabled(rows.device.type):
             return "autocast is on"
-        if any(map(any, map(_HOOKS, self._modules))):
+        if self._tree.has_hooks():
             return "an expert has hooks"
         parameters = tuple(self._first.parameters())
         dtypes = {p.dtype for p in parameters} | {rows.dtype}
@@ -176,7 +213,7 @@ class _Interpreter:
         calls = [node.target for node in graph.nodes if node.op == "call_module"]
         self._modules = {name: tuple(of_expert[name] for of_expert in modules) for name in calls}
 
-    def apply(self, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:
+    def apply(self, rows: torch.Tensor, ends: torch.Tensor, later: list[LinearGradients] | None) -> torch.Tensor:
         values: dict[fx.Node, Any] = {}
 
         def value(argument: Any) -> Any:
@@ -188,7 +225,7 @@ class _Interpreter:
                 values[node] = node.args[0] if given else rows
                 given = True
             elif node.op == "call_module":
-                values[node] = self._call(node.target, value(node.args)[0], whose)
+                values[node] = self._call(node.target, value(node.args)[0], whose, later)
             elif node.op == "call_function":
                 values[node] = node.target(*value(node.args), **value(node.kwargs))
             elif node.op == "call_method":
@@ -196,25 +233,25 @@ class _Interpreter:
                 values[node] = getattr(target, node.target)(*rest, **value(node.kwargs))
         return values[self._graph.output_node().args[0]]
 
-    def _call(self, name: str, x: torch.Tensor, whose: ExpertRows) -> torch.Tensor:
+    def _call(self, name: str, x: torch.Tensor, whose: ExpertRows, later: list[LinearGradients] | None) -> torch.Tensor:
         modules = self._modules[name]
         if type(modules[0]) is not nn.Linear:
             return modules[0](x)
         parameters = tuple(map(_PARAMETERS, modules))
         biases = () if modules[0].bias is None else map(_BIAS, parameters)
-        return _GroupedLinear.apply(x, whose, *map(_WEIGHT, parameters), *biases)
+        return _GroupedLinear.apply(x, whose, later, *map(_WEIGHT, parameters), *biases)
 
 
 class _GroupedLinear(torch.autograd.Function):
     """``x`` ``[S, I]`` to ``[S, O]``; L weights ``[O, I]``, L biases ``[O]`` or none."""
 
     @staticmethod
-    def forward(ctx, x, whose, *parameters):
+    def forward(ctx, x, whose, later, *parameters):
         ends = whose.ends
         count = ends.shape[0]
         weights, biases = parameters[:count], parameters[count:]
-        ctx.save_for_backward(x, ends, *weights)
-        ctx.with_bias = bool(biases)
+        ctx.save_for_backward(x, ends, *parameters)
+        ctx.later = later
         out = x.new_empty(x.shape[0], weights[0].shape[0])
         if x.shape[0]:
             out = F.grouped_mm(x, stacked(weights).transpose(1, 2), offs=ends)
@@ -225,24 +262,21 @@ class _GroupedLinear(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad):
-        x, ends, *weights = ctx.saved_tensors
-        count, out_features = len(weights), weights[0].shape[0]
-        needed = ctx.needs_input_grad[_FIRST_PARAMETER:]
-        grad = grad.contiguous()
+        x, ends, *parameters = ctx.saved_tensors
+        count = ends.shape[0]
         if x.shape[0] == 0:
-            grads = [torch.zeros_like(weight) for weight in weights]
-            biases = [weight.new_zeros(out_features) for weight in weights] if ctx.with_bias else []
-            return torch.zeros_like(x), None, *grads, *biases
-        grad_x = F.grouped_mm(grad, stacked(weights), offs=ends) if ctx.needs_input_grad[0] else None
-        grad_weights: Sequence[torch.Tensor | None] = [None] * count
-        if any(needed[:count]):
-            grad_weights = _products_by_expert(grad.t(), x, ends).unbind()
-        grad_biases: Sequence[torch.Tensor | None] = [None] * count if ctx.with_bias else []
-        if ctx.with_bias and any(needed[count:]):
-            # Sums of rows are a product with ones; eight columns, for alignment.
-            ones = grad.new_ones(grad.shape[0], 8)
-            grad_biases = _products_by_expert(grad.t(), ones, ends)[..., 0].contiguous().unbind()
-        return grad_x, None, *grad_weights, *grad_biases
+            return torch.zeros_like(x), None, None, *map(torch.zeros_like, parameters)
+        grad = grad.contiguous()
+        # Detached: whoever keeps it for later shall not keep autograd's graph.
+        rows = x.detach()
+        of = LinearGradients(parameters=tuple(parameters), num_experts=count, x=rows, grad=grad, ends=ends)
+        if ctx.later is None:
+            gradients = of.of_parameters(ctx.needs_input_grad[_FIRST_PARAMETER:])
+        else:
+            ctx.later.append(of)
+            gradients = [None] * len(parameters)
+        grad_x = F.grouped_mm(grad, stacked(parameters[:count]), offs=ends) if ctx.needs_input_grad[0] else None
+        return grad_x, None, None, *gradients
 
 
 def _products_by_expert(columns: torch.Tensor, rows: torch.Tensor, ends: torch.Tensor) -> torch.Tensor:

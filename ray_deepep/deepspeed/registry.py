@@ -22,6 +22,7 @@ from ..config import CommConfig
 from ..errors import InvalidArgumentError, InvalidTypeError
 from ..telemetry import CommStats
 from ..transport import BufferGeometry
+from .graphed import GraphPlans
 from .grouped import GroupedPlans
 from .room import geometry_for
 
@@ -51,6 +52,8 @@ class BufferRegistry:
         self._logged: set[str] = set()
         self.grouped = GroupedPlans()
         """Experts as grouped products, of layers that have asked."""
+        self.graphs = GraphPlans()
+        """CUDA graphs of layers that have asked."""
         self._retired = CommStats()
 
     @property
@@ -111,6 +114,8 @@ class BufferRegistry:
 
     def release(self, layers: Iterable[MOELayer]) -> None:
         """These layers are done; close buffers that no layer uses any more."""
+        layers = tuple(layers)
+        self.graphs.release(layers)
         for layer in layers:
             shared, number = self._layers.pop(layer, (None, 0))
             if shared is None:
@@ -128,6 +133,7 @@ class BufferRegistry:
 
     def close(self) -> None:
         """Close buffers and communicators; never waits for a peer."""
+        self.graphs.release()
         for shared in list(self._buffers.values()):
             self._retire(shared)
         self._layers.clear()

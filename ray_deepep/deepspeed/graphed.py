@@ -1,0 +1,165 @@
+"""When a layer's forward and backward run as CUDA graphs: a launch each, instead of some hundred from Python.
+
+A graph needs fixed shapes, so experts' rows get room for all that the gates' capacities let through, and every rank
+must give it in the same calls. So ranks agree, once per layer, over the buffer itself: if all come with equally many
+tokens and a gate that drops what is above its capacity, dispatches of that layer take this room from then on, in
+training. Whether a rank then replays or launches call by call is its own business: the others cannot tell.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import logging
+import weakref
+from collections.abc import Callable, Iterable
+
+import torch
+from deepspeed.moe.sharded_moe import MOELayer, TopKGate
+
+from ..buffer import Buffer
+from ..handle import DispatchHandle, TokenMajor
+from .captured import CapturedLayer, Condition, capture
+from .grouped import LinearGradients
+
+logger = logging.getLogger("ray_deepep")
+
+_WARM_UP_CALLS = 2
+"""Before ranks agree: what torch and the buffer make at their first calls cannot be made amid a capture."""
+_MOST_CAPTURES = 3
+"""Of one layer. Where parameters move at each step, or something keeps a graph from being captured, calls go on."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Agreed:
+    """What all ranks know of a layer's dispatches."""
+
+    num_tokens: int
+    """T of every rank, when they agreed."""
+    capacity: int
+    """C of every gate: routes of a rank to an expert, at most."""
+    num_rows: int
+    """Rows of every dispatch's output: room for what such gates let through."""
+
+
+class LayerGraphs:
+    """One layer's way to its graphs, in training."""
+
+    def __init__(self) -> None:
+        self._num_calls = self._num_captures = 0
+        self._agreed: Agreed | None = None
+        self._fits = False
+        """Whether the last call that was made one by one had the room that was agreed on."""
+        self._buffer: Buffer | None = None
+        self._condition: Condition | None = None
+        self._captured: CapturedLayer | None = None
+
+    @property
+    def captured(self) -> CapturedLayer | None:
+        """The graphs, if there are any."""
+        return self._captured
+
+    def num_rows(self, buffer: Buffer, layer: MOELayer, tokens: torch.Tensor, capacity: torch.Tensor) -> int | None:
+        """``max_recv_tokens`` of this call's dispatch; None: as many rows as come.
+
+        Collective at one call of each layer. What is above the capacity agreed on comes as it comes: right where it is
+        so on all ranks, and else a mismatch of which every rank learns before a row moves.
+        """
+        if not buffer.can_capture:
+            return None
+        self._num_calls += 1
+        if self._num_calls == _WARM_UP_CALLS + 1:
+            self._buffer, self._agreed = buffer, _agree(buffer, layer, tokens, capacity)
+        agreed = self._agreed
+        self._fits = agreed is not None and layer.gate.drop_tokens and int(capacity) <= agreed.capacity
+        return agreed.num_rows if self._fits else None
+
+    def ready(
+        self,
+        layer: MOELayer,
+        tokens: torch.Tensor,
+        used_token: torch.Tensor | None,
+        forward: Callable[[torch.Tensor, list[LinearGradients]], tuple[torch.Tensor, DispatchHandle]],
+    ) -> CapturedLayer | None:
+        """Graphs that stand for this call; None: it is to be made call by call. Local.
+
+        Args:
+            layer: the layer.
+            tokens: ``[T, M]``.
+            used_token: as the layer's forward takes it.
+            forward: the call that is captured, of tokens and of a list for what experts' gradients are made of.
+        """
+        if self._agreed is None or used_token is not None or tokens.shape[0] != self._agreed.num_tokens:
+            return None
+        if self._captured is not None:
+            # The layer's own reference, which this forward replaces, shall not keep the last one waiting.
+            layer.l_aux = layer.l_aux.detach()
+            if self._captured.busy:
+                return None
+        if self._condition is None:
+            self._condition = Condition(layer, tokens)
+        if self._condition.problem(layer, tokens):
+            return None
+        if not self._condition.holds(layer, tokens):
+            self.close()
+            # This call goes first: it makes what cannot be made amid a capture.
+            self._condition, self._fits = Condition(layer, tokens), False
+        if self._captured is None and self._fits and self._num_captures < _MOST_CAPTURES:
+            self._num_captures += 1
+            self._captured = self._capture(layer, tokens, forward)
+        return self._captured
+
+    def close(self) -> None:
+        """Free the graphs."""
+        if self._captured is not None:
+            self._captured.close()
+            self._captured = None
+
+    def _capture(self, layer: MOELayer, tokens: torch.Tensor, forward: Callable) -> CapturedLayer | None:
+        try:
+            # A graph that nobody holds, collected amid a capture, would spoil it.
+            gc.collect()
+            return capture(layer, tokens, self._condition, self._buffer.new_graph, forward)
+        except Exception as error:  # whatever a gate or an expert does that no graph can hold
+            self._num_captures = _MOST_CAPTURES
+            # The end of a capture that has failed raises too, and says less.
+            first = error.__context__ or error
+            text = str(first).partition("\n")[0]
+            logger.warning("an MoE layer goes on without CUDA graphs: %s: %s", type(first).__name__, text)
+            return None
+
+
+class GraphPlans:
+    """Of all layers of a swap that have asked."""
+
+    def __init__(self) -> None:
+        self._of: weakref.WeakKeyDictionary[MOELayer, LayerGraphs] = weakref.WeakKeyDictionary()
+
+    def of(self, layer: MOELayer) -> LayerGraphs:
+        """The layer's."""
+        if layer not in self._of:
+            self._of[layer] = LayerGraphs()
+        return self._of[layer]
+
+    def release(self, layers: Iterable[MOELayer] | None = None) -> None:
+        """Forget these layers, or all: before their buffer is closed."""
+        for layer in list(self._of) if layers is None else layers:
+            if (graphs := self._of.pop(layer, None)) is not None:
+                graphs.close()
+
+
+def _agree(buffer: Buffer, layer: MOELayer, tokens: torch.Tensor, capacity: torch.Tensor) -> Agreed | None:
+    """What all ranks can take, by sending each rank one row; None if their tokens differ or a gate drops none.
+
+    Over the buffer rather than an all-reduce of torch: the same deadline, and a fault that names who did not come.
+    """
+    gate = layer.gate
+    num_tokens = tokens.shape[0] if type(gate) is TopKGate and gate.drop_tokens else 0
+    first_experts = torch.arange(buffer.comm.num_ranks, device=tokens.device) * buffer.num_local_experts
+    # float32 holds integers to 2^24; there are at most 2^20 tokens (room.MAX_ROWS).
+    x = torch.full((buffer.comm.num_ranks, buffer.geometry.hidden), float(num_tokens), device=tokens.device)
+    received = buffer.dispatch(x, first_experts.unsqueeze(1), layout=TokenMajor()).x[:, 0].tolist()
+    if num_tokens == 0 or any(number != num_tokens for number in received):
+        return None
+    num_rows = buffer.comm.num_ranks * buffer.num_local_experts * int(capacity)
+    return Agreed(num_tokens=num_tokens, capacity=int(capacity), num_rows=num_rows)
