@@ -39,7 +39,7 @@ class CommStats:
     """Wall time inside dispatch, waits for peers included, ms."""
     combine_ms: float = 0.0
     dispatch_bytes: int = 0
-    """Bytes of rows received by dispatches."""
+    """Bytes of rows received by dispatches; of the room that they gave, with ``max_recv_tokens``."""
     combine_bytes: int = 0
     """Bytes of rows given to combines."""
     wait_ns: tuple[int, ...] | None = None
