@@ -189,6 +189,32 @@ def test_a_graph_does_not_stand_for_what_has_changed(ranks: Ranks) -> None:
     assert ranks.run(1, changes) == [[]]
 
 
+def notes_of_mismatches(context: RankContext) -> list[list[str]]:
+    """What a layer adds to a mismatch of each of two fields."""
+    import deepspeed_cases as ds
+
+    from ray_deepep import MismatchError
+    from ray_deepep.deepspeed import enable, forward
+
+    ds.start_deepspeed()
+    layer, found = ds.make_layer(ds.LayerCase(ep_size=1)), []
+    with pytest.MonkeyPatch.context() as patch, enable(ds.swap_config("reference", "compact")):
+        for field in ("max_recv_tokens", "dtype"):
+
+            def mismatch(*_: object, field: str = field) -> None:
+                raise MismatchError("dispatch", 1, field, 160, None)
+
+            patch.setattr(forward, "dispatch", mismatch)
+            error = error_of(MismatchError, lambda: layer(torch.zeros(NUM_TOKENS, ds.HIDDEN)))
+            found.append(getattr(error, "__notes__", []))
+    return found
+
+
+def test_a_mismatch_of_room_says_how_to_do_without_graphs(ranks: Ranks) -> None:
+    (((note,), others),) = ranks.run(1, notes_of_mismatches)
+    assert "SwapConfig(graphs='off')" in note and others == []
+
+
 class Graph:
     """Calls a function where a CUDA graph would be launched."""
 

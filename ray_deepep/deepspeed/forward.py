@@ -32,6 +32,12 @@ from .registry import BufferRegistry, SharedBuffer
 
 CAPACITY_FIELDS = ("layout", "layout.capacity")
 """What a mismatch of capacities is called: by the CPU core and the reference, and by the CUDA core."""
+GRAPHS_FIELD = "max_recv_tokens"
+"""What a mismatch of the room for rows is called that layers have for their graphs."""
+GRAPHS_NOTE = (
+    "An MoE layer that runs as CUDA graphs got more tokens on some ranks than when it was captured. Where ranks get "
+    "different numbers of tokens, set SwapConfig(graphs='off') or RAY_DEEPEP_GRAPHS=off."
+)
 
 
 def stock_reason(layer: MOELayer, hidden_states: torch.Tensor) -> str:
@@ -68,7 +74,12 @@ def moe_forward(
         captured = None
         if graphs is not None:
             captured = graphs.ready(layer, tokens, used_token, functools.partial(_forward, call, graphs))
-        out = _forward(call, graphs, tokens)[0] if captured is None else captured(layer, tokens)
+        try:
+            out = _forward(call, graphs, tokens)[0] if captured is None else captured(layer, tokens)
+        except MismatchError as error:
+            if error.field == GRAPHS_FIELD:
+                error.add_note(GRAPHS_NOTE)
+            raise
         return out.reshape(hidden_states.shape)
 
 
