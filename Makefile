@@ -19,7 +19,7 @@ SOURCES := $(wildcard csrc/*/*) setup.py ray_deepep/version.py
 demo: install
 	$(BIN)/python -m train.demo $(ARGS)
 
-# On two processes, in an order that keeps both busy (tests/conftest.py). ARGS=-n0 is one process.
+# On two processes: one has the tests that start Ray, most of them one that they share; see tests/conftest.py. ARGS=-n0 is one process.
 test: install
 	$(BIN)/python -m pytest -n 2 --dist loadgroup --no-loadscope-reorder $(ARGS)
 

@@ -23,17 +23,15 @@ from harness import TRANSPORTS, Ranks, shm_problem
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """For ``pytest -n 2 --dist loadgroup``: each file is a group of its own unless it names one.
 
-    The group ``ray`` comes first: the files on the shared Ray, which one process must run, with those on it last, so
-    that it does not run beside Rays of other files of the group. Then all that needs no Ray, beside it. Files with Rays
-    of their own come last: nothing waits on a Ray all the time, so two of them fill a machine that one leaves idle.
+    Those that name one come first: they are the files that start Ray and take longest. Then those with slow tests.
+    Of the former, those on the shared Ray come last, so that it does not run beside Rays of other files.
     """
     slow_files = {item.path for item in items if item.get_closest_marker("slow")}
     sharing_files = {item.path for item in items if "shared_ray" in getattr(item, "fixturenames", ())}
 
-    def order(item: pytest.Item) -> tuple[int, bool, bool]:
-        group = item.get_closest_marker("xdist_group")
-        place = 1 if group is None else 0 if group.args == ("ray",) else 2
-        return place, item.path in sharing_files, item.path not in slow_files
+    def order(item: pytest.Item) -> tuple[bool, bool, bool]:
+        ungrouped = item.get_closest_marker("xdist_group") is None
+        return ungrouped, item.path in sharing_files, item.path not in slow_files
 
     items.sort(key=order)
     for item in items:

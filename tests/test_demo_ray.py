@@ -15,7 +15,7 @@ from process_cases import processes_below, wait_until_gone
 
 pytest.importorskip("ray", reason="the demo needs Ray")
 
-pytestmark = pytest.mark.xdist_group("demo_ray")
+pytestmark = pytest.mark.xdist_group("ray")
 ROOT = Path(__file__).parents[1]
 
 

@@ -22,7 +22,7 @@ from train_cases import losses, tiny, train_until
 from train.errors import DataError
 from train.metrics import StepMetrics, read_metrics
 
-pytestmark = pytest.mark.xdist_group("elastic_ray")
+pytestmark = pytest.mark.xdist_group("ray")
 
 # Steps of about a tenth of a second, so that few pass while Ray starts workers: differences of rounding grow with each.
 FIELDS = {"optim.micro_batch": 32, "optim.lr": 1e-3, "optim.warmup_steps": 50, "run.steps": 5000, "run.eval_every": 0}

@@ -32,7 +32,7 @@ from ray_deepep.cluster.expert_parallel import ExpertParallelBackend
 from ray_deepep.cluster.nodes import reachable
 from ray_deepep.cluster.worker import WorkerStart, start_worker
 
-pytestmark = pytest.mark.xdist_group("placement_ray")
+pytestmark = pytest.mark.xdist_group("ray")
 SLOT = {"slot": 1}
 
 
