@@ -68,9 +68,9 @@ def make_gate(drop_tokens: bool = True) -> nn.Module:
 
 
 def rows_of_calls(peers: Peers, layer: object, capacities: Sequence[int]) -> list[int | None]:
-    from ray_deepep.deepspeed.graphed import LayerGraphs
+    from ray_deepep.deepspeed.graphed import GraphMemory, LayerGraphs
 
-    graphs, tokens = LayerGraphs(), torch.zeros(NUM_TOKENS, 8)
+    graphs, tokens = LayerGraphs(GraphMemory()), torch.zeros(NUM_TOKENS, 8)
     return [graphs.num_rows(peers, layer, tokens, torch.tensor(capacity)) for capacity in capacities]
 
 
@@ -99,6 +99,19 @@ def test_transports_that_cannot_be_captured_are_not_asked() -> None:
     peers.can_capture = False
     assert rows_of_calls(peers, layer, [20] * 5) == [None] * 5
     assert peers.num_agreements == 0
+
+
+def test_graphs_take_half_of_what_was_free_and_no_more() -> None:
+    from ray_deepep.deepspeed.graphed import GraphMemory
+
+    memory = GraphMemory(left_bytes=lambda: 100, reserved_bytes=lambda: 7)
+    assert not memory.full and memory.reserved_bytes() == 7
+    assert memory.take(30) and not memory.full
+    assert not memory.take(21) and not memory.full, "what does not fit is not counted"
+    assert memory.take(20) and memory.full
+    memory.give_back(30)
+    assert not memory.full and memory.take(30)
+    assert GraphMemory(left_bytes=lambda: 1, reserved_bytes=lambda: 0).full
 
 
 class Watch(TorchDispatchMode):
@@ -133,6 +146,9 @@ def conditions(context: RankContext) -> list[str]:
     hook.remove()
     with torch.autograd.graph.save_on_cpu():
         found.append(condition.problem(layer, tokens))
+    again = torch.ones((), requires_grad=True)
+    again.register_hook(lambda _: found.append(condition.problem(layer, tokens)))
+    again.backward()
     with Watch():
         found.append(condition.problem(layer, tokens))
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -143,7 +159,16 @@ def conditions(context: RankContext) -> list[str]:
 
 def test_what_is_in_the_way_of_graphs(ranks: Ranks) -> None:
     (found,) = ranks.run(1, conditions)
-    expected = ("", "needs no gradient", "are timed", "has hooks", "checkpointing", "are watched", "autocast is on")
+    expected = (
+        "",
+        "needs no gradient",
+        "are timed",
+        "has hooks",
+        "is hooked",
+        "computed again",
+        "are watched",
+        "autocast",
+    )
     assert len(found) == len(expected)
     for text, part in zip(found, expected):
         assert part in text and bool(part) == bool(text), (part, text)

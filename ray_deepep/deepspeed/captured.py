@@ -25,6 +25,7 @@ from .grouped import LinearGradients
 from .module_tree import ModuleTree
 
 _PLAIN = (bool, int, float, str, type(None))
+_NO_BACKWARD = -1
 _DATA_PTR, _NEEDS_GRAD = torch.Tensor.data_ptr, operator.attrgetter("requires_grad")
 
 
@@ -60,6 +61,9 @@ class Condition:
             return "a module of it has hooks"
         if torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
             return "what it saves is hooked, as by activation checkpointing"
+        if torch._C._current_graph_task_id() != _NO_BACKWARD:
+            # Whoever computes again wants its memory in between.
+            return "it is computed again in a backward (activation checkpointing)"
         if torch._C._len_torch_dispatch_stack():
             return "torch's operations are watched"
         capturing = tokens.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -33,10 +33,11 @@ class SwapConfig:
     (whatever ``layout`` says); rounds differently. ``auto``: grouped on GPUs, for bfloat16, and loop on CPUs."""
     graphs: str = dataclasses.field(default_factory=env.graphs)
     """``auto``: in training on GPUs, where experts are grouped and gates drop what is above their capacity, forward and
-    backward of a layer are captured into CUDA graphs at its third call and replayed from then on. Calls that a graph
+    backward of a layer are captured into CUDA graphs at its fourth call and replayed from then on. Calls that a graph
     cannot stand for (other shapes, hooks inside the layer, activation checkpointing, a second forward before the
-    backward) are made one by one, as with ``off``. Ranks whose layers get different numbers of tokens set ``off``,
-    unless they differ from the beginning."""
+    backward) are made one by one, as with ``off``; so are those of layers whose graphs would take more than half of the
+    GPU memory that was free until then. Ranks whose layers get different numbers of tokens set ``off``, unless they
+    differ from the beginning."""
     comm: CommConfig = dataclasses.field(default_factory=CommConfig)
     """Settings of the communicators that the swap makes."""
 

@@ -42,10 +42,51 @@ class Agreed:
     """Rows of every dispatch's output: room for what such gates let through."""
 
 
-class LayerGraphs:
-    """One layer's way to its graphs, in training."""
+class GraphMemory:
+    """What the graphs of a swap may hold: they keep theirs from step to step, also what each layer needs only while it
+    runs, which without graphs all layers share. At most half of what the steps before the first graph left free.
 
-    def __init__(self) -> None:
+    Args:
+        left_bytes: what the process has never needed of its GPU so far.
+        reserved_bytes: what torch holds of it now.
+    """
+
+    def __init__(self, left_bytes: Callable[[], int] | None = None, reserved_bytes: Callable[[], int] | None = None):
+        self._left_bytes = left_bytes or _left_bytes
+        self._reserved_bytes = reserved_bytes or _reserved_bytes
+        self._room: int | None = None
+        self._taken = 0
+
+    def __str__(self) -> str:
+        return f"{self._taken / 2**30:.1f} of {(self._room or 0) / 2**30:.1f} GiB"
+
+    @property
+    def full(self) -> bool:
+        """Whether no further graph may be captured."""
+        if self._room is None:
+            self._room = self._left_bytes() // 2
+        return self._taken >= self._room
+
+    def reserved_bytes(self) -> int:
+        """What torch holds of the GPU now."""
+        return self._reserved_bytes()
+
+    def take(self, num_bytes: int) -> bool:
+        """Count a graph that was captured, if there is room for it."""
+        fits = self._taken + num_bytes <= self._room
+        self._taken += num_bytes if fits else 0
+        return fits
+
+    def give_back(self, num_bytes: int) -> None:
+        """A graph was freed."""
+        self._taken -= num_bytes
+
+
+class LayerGraphs:
+    """One layer's way to its graphs, in training. memory: of all layers."""
+
+    def __init__(self, memory: GraphMemory) -> None:
+        self._memory, self._num_bytes = memory, 0
         self._num_calls = self._num_captures = 0
         self._agreed: Agreed | None = None
         self._fits = False
@@ -114,19 +155,29 @@ class LayerGraphs:
         if self._captured is not None:
             self._captured.close()
             self._captured = None
+            self._memory.give_back(self._num_bytes)
 
     def _capture(self, layer: MOELayer, tokens: torch.Tensor, forward: Callable) -> CapturedLayer | None:
         try:
             # A graph that nobody holds, collected amid a capture, would spoil it.
             gc.collect()
-            return capture(layer, tokens, self._condition, self._buffer.new_graph, forward)
+            if self._memory.full:
+                return self._go_on_without(f"those of other layers hold {self._memory}")
+            before = self._memory.reserved_bytes()
+            captured = capture(layer, tokens, self._condition, self._buffer.new_graph, forward)
+            self._num_bytes = max(0, self._memory.reserved_bytes() - before)
+            if self._memory.take(self._num_bytes):
+                return captured
+            captured.close()
+            return self._go_on_without(f"its own need {self._num_bytes / 2**30:.1f} GiB beside {self._memory}")
         except Exception as error:  # whatever a gate or an expert does that no graph can hold
-            self._num_captures = _MOST_CAPTURES
             # The end of a capture that has failed raises too, and says less.
             first = error.__context__ or error
-            text = str(first).partition("\n")[0]
-            logger.warning("an MoE layer goes on without CUDA graphs: %s: %s", type(first).__name__, text)
-            return None
+            return self._go_on_without(f"{type(first).__name__}: {str(first).partition(chr(10))[0]}")
+
+    def _go_on_without(self, reason: str) -> None:
+        self._num_captures = _MOST_CAPTURES
+        logger.warning("an MoE layer goes on without CUDA graphs: %s", reason)
 
 
 class GraphPlans:
@@ -134,11 +185,12 @@ class GraphPlans:
 
     def __init__(self) -> None:
         self._of: weakref.WeakKeyDictionary[MOELayer, LayerGraphs] = weakref.WeakKeyDictionary()
+        self._memory = GraphMemory()
 
     def of(self, layer: MOELayer) -> LayerGraphs:
         """The layer's."""
         if layer not in self._of:
-            self._of[layer] = LayerGraphs()
+            self._of[layer] = LayerGraphs(self._memory)
         return self._of[layer]
 
     def release(self, layers: Iterable[MOELayer] | None = None) -> None:
@@ -163,3 +215,15 @@ def _agree(buffer: Buffer, layer: MOELayer, tokens: torch.Tensor, capacity: torc
         return None
     num_rows = buffer.comm.num_ranks * buffer.num_local_experts * int(capacity)
     return Agreed(num_tokens=num_tokens, capacity=int(capacity), num_rows=num_rows)
+
+
+def _left_bytes() -> int:
+    # torch asks for its peak again; what others have is not free.
+    free, _ = torch.cuda.mem_get_info()
+    return max(0, free + torch.cuda.memory_reserved() - torch.cuda.max_memory_reserved())
+
+
+def _reserved_bytes() -> int:
+    # Without what it only keeps: a capture gives that back first.
+    torch.cuda.empty_cache()
+    return torch.cuda.memory_reserved()

@@ -216,7 +216,7 @@ def checkpointed_by_hooks(runner: Runner) -> None:
         (one_gradient_only, True),
         (other_sizes, True),
         (other_settings, True),
-        (checkpointed_reentrant, True),
+        (checkpointed_reentrant, False),
         (checkpointed_by_hooks, False),
     ],
     ids=lambda value: getattr(value, "__name__", str(value)),
