@@ -132,6 +132,8 @@ class LayerGraphs:
         """
         if self._agreed is None or used_token is not None or tokens.shape[0] != self._agreed.num_tokens:
             return None
+        if self._captured is None and self._num_captures >= _MOST_CAPTURES:
+            return None
         if self._captured is not None:
             # The layer's own reference, which this forward replaces, shall not keep the last one waiting.
             layer.l_aux = layer.l_aux.detach()
