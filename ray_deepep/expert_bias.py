@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import functools
-import importlib
 from collections.abc import Sequence
 
 import torch
 
-from .cuda_arguments import ROW_ALIGNMENT, core_dtypes
-from .cuda_heap import load_core
-
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from . import local_kernel
+from .cuda_arguments import ROW_ALIGNMENT
 
 
 class ExpertRows:
@@ -41,9 +38,22 @@ def add_expert_bias(x: torch.Tensor, biases: Sequence[torch.Tensor], rows: Exper
         x += stacked.index_select(0, rows.expert_of_row)
 
 
+def _launch(x: torch.Tensor, biases: torch.Tensor, ends: torch.Tensor) -> bool:
+    return local_kernel.launch(
+        "expert_bias",
+        x,
+        rows=x.data_ptr(),
+        biases=biases.data_ptr(),
+        ends=ends.data_ptr(),
+        num_rows=x.shape[0],
+        num_experts=biases.shape[0],
+        width=x.shape[1],
+    )
+
+
 def _fits_kernel(x: torch.Tensor, biases: torch.Tensor, ends: torch.Tensor) -> bool:
     return (
-        x.dtype in _KERNEL_DTYPES
+        x.dtype in local_kernel.KERNEL_DTYPES
         and biases.dtype == x.dtype
         and ends.dtype == torch.int32
         and x.is_contiguous()
@@ -52,24 +62,3 @@ def _fits_kernel(x: torch.Tensor, biases: torch.Tensor, ends: torch.Tensor) -> b
         and x.data_ptr() % ROW_ALIGNMENT == 0
         and biases.data_ptr() % ROW_ALIGNMENT == 0
     )
-
-
-def _launch(x: torch.Tensor, biases: torch.Tensor, ends: torch.Tensor) -> bool:
-    """Whether there is a CUDA core that could be given the work."""
-    try:
-        core = load_core()
-    except ImportError:
-        return False
-    dtypes = core_dtypes(importlib.import_module("ray_deepep._core"))
-    with torch.cuda.device(x.device):
-        core.expert_bias(
-            rows=x.data_ptr(),
-            biases=biases.data_ptr(),
-            ends=ends.data_ptr(),
-            num_rows=x.shape[0],
-            num_experts=biases.shape[0],
-            width=x.shape[1],
-            dtype=dtypes[x.dtype],
-            stream=torch._C._cuda_getCurrentRawStream(x.device.index),
-        )
-    return True

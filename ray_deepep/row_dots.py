@@ -5,20 +5,17 @@ Not communication: a rank computes them alone, on the current stream.
 
 from __future__ import annotations
 
-import importlib
 import math
 from collections.abc import Iterator
 
 import torch
 
-from .cuda_arguments import ROW_ALIGNMENT, core_dtypes
-from .cuda_heap import load_core
+from . import local_kernel
+from .cuda_arguments import ROW_ALIGNMENT
 from .errors import InvalidArgumentError
 
 # Half a MiB of float32: most of a second-level cache, and few enough pieces that the calls cost little.
 _CACHED_ELEMENTS = 2**17
-
-_KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def row_dots(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor, weights: torch.Tensor | None = None) -> None:
@@ -57,7 +54,7 @@ def fits_kernel(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, weights: to
     """Whether the kernel takes such tensors, were they on a GPU."""
     given = [a, b, out, *([] if weights is None else [weights])]
     return (
-        a.dtype in _KERNEL_DTYPES
+        a.dtype in local_kernel.KERNEL_DTYPES
         and b.dtype == a.dtype
         and all(tensor.dtype == torch.float32 for tensor in given[2:])
         and all(tensor.is_contiguous() for tensor in given)
@@ -81,25 +78,17 @@ def _check(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, weights: torch.T
 
 
 def _launch(a: torch.Tensor, b: torch.Tensor, out: torch.Tensor, weights: torch.Tensor | None) -> bool:
-    """Whether there is a CUDA core that could be given the work."""
-    try:
-        core = load_core()
-    except ImportError:
-        return False
-    dtypes = core_dtypes(importlib.import_module("ray_deepep._core"))
-    with torch.cuda.device(a.device):
-        core.row_dots(
-            a=a.data_ptr(),
-            b=b.data_ptr(),
-            weights=0 if weights is None else weights.data_ptr(),
-            out=out.data_ptr(),
-            num_rows=math.prod(a.shape[:-1]),
-            num_groups=math.prod(b.shape[: b.dim() - a.dim()]),
-            hidden=a.shape[-1],
-            dtype=dtypes[a.dtype],
-            stream=torch._C._cuda_getCurrentRawStream(a.device.index),
-        )
-    return True
+    return local_kernel.launch(
+        "row_dots",
+        a,
+        a=a.data_ptr(),
+        b=b.data_ptr(),
+        weights=0 if weights is None else weights.data_ptr(),
+        out=out.data_ptr(),
+        num_rows=math.prod(a.shape[:-1]),
+        num_groups=math.prod(b.shape[: b.dim() - a.dim()]),
+        hidden=a.shape[-1],
+    )
 
 
 def _pieces(*tensors: torch.Tensor) -> Iterator[tuple[torch.Tensor, ...]]:

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 
+from ray_deepep import expert_bias as module
+from ray_deepep.cuda import core_version
 from ray_deepep.expert_bias import ExpertRows, add_expert_bias
 
 
@@ -24,3 +28,13 @@ def test_whose_rows_are_is_found_once() -> None:
     rows = ExpertRows(torch.tensor([2, 2, 3], dtype=torch.int32), 3)
     assert rows.expert_of_row.tolist() == [0, 0, 2]
     assert rows.expert_of_row is rows.expert_of_row
+
+
+@pytest.mark.skipif(not core_version()[0], reason=f"no CUDA core: {core_version()[1]}")
+@pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)
+def test_the_core_takes_what_it_is_given(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Without rows nothing is launched, so this needs no GPU: it is about names and types of arguments."""
+    monkeypatch.setattr(torch.cuda, "device", contextlib.nullcontext)
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda index: 0, raising=False)
+    ends = torch.zeros(2, dtype=torch.int32)
+    assert module._launch(torch.zeros(0, 8, dtype=dtype), torch.zeros(2, 8, dtype=dtype), ends)

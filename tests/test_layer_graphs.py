@@ -277,9 +277,8 @@ def captured_layer() -> tuple[object, torch.Tensor, list[nn.Parameter]]:
         static.gradients[0].copy_(weight.detach() * static.grad_out + static.grad_l_aux)
         static.gradients[1].copy_((static.grad_out * static.x).sum())
 
-    condition = types.SimpleNamespace(parameters=(weight, frozen))
     handle = types.SimpleNamespace(first_rank=8, max_recv_tokens=100)
-    layer = CapturedLayer(condition, static, [], (Graph(forward), Graph(backward)), handle)
+    layer = CapturedLayer((weight, frozen), static, [], (Graph(forward), Graph(backward)), handle)
     return layer, static.overflow, [weight, frozen]
 
 

@@ -102,6 +102,7 @@ PYTHON_LAYERS = [
         "health",
         "row_dots",
         "expert_bias",
+        "local_kernel",
     },
     {"autograd"},
     {"__init__"},

@@ -8,7 +8,7 @@ import pytest
 import torch
 from harness import error_of
 
-from ray_deepep import InvalidArgumentError
+from ray_deepep import InvalidArgumentError, local_kernel
 from ray_deepep import row_dots as module
 from ray_deepep.cuda import core_version
 from ray_deepep.row_dots import fits_kernel, row_dots
@@ -87,7 +87,7 @@ def test_without_a_core(monkeypatch: pytest.MonkeyPatch) -> None:
     def absent() -> None:
         raise ImportError("no CUDA core")
 
-    monkeypatch.setattr(module, "load_core", absent)
+    monkeypatch.setattr(local_kernel, "load_core", absent)
     assert not module._launch(normal(4, 8), normal(2, 4, 8), poisoned((2, 4)), None)
 
 

@@ -115,14 +115,14 @@ class CapturedLayer:
 
     def __init__(
         self,
-        condition: Condition,
+        parameters: Sequence[torch.Tensor],
         static: _Static,
         later: Sequence[LinearGradients],
         graphs: tuple[CapturedGraph, CapturedGraph],
         handle: DispatchHandle,
     ) -> None:
-        self.condition = condition
-        self.parameters = condition.parameters
+        self.parameters = parameters
+        """Of the gate and the experts."""
         self._static, self._later, self._handle = static, later, handle
         self._forward, self._backward = graphs
         self._turn: weakref.ref[_Turn] | None = None
@@ -226,7 +226,7 @@ def _aliases(module: nn.Module) -> Iterator[tuple[nn.Parameter, ...]]:
 def capture(
     layer: MOELayer,
     tokens: torch.Tensor,
-    condition: Condition,
+    parameters: Sequence[torch.Tensor],
     new_graph: Callable[[], CapturedGraph],
     forward: Callable[[torch.Tensor, list[LinearGradients]], tuple[torch.Tensor, DispatchHandle]],
 ) -> CapturedLayer:
@@ -235,7 +235,7 @@ def capture(
     Args:
         layer: its ``forward`` and a backward have run before, outside of a graph.
         tokens: ``[T, M]``.
-        condition: what it is under, now.
+        parameters: of its gate and its experts.
         new_graph: of the layer's buffer.
         forward: what the layer does, of tokens and of a list for what the experts' gradients are made of; its output
             ``[T, M]`` and the handle of its dispatch.
@@ -264,4 +264,4 @@ def capture(
         gradients=tuple(by_id.get(id(tensor)) for tensor in (x, *others)),
         overflow=overflow,
     )
-    return CapturedLayer(condition, static, later, graphs, handle)
+    return CapturedLayer(parameters, static, later, graphs, handle)

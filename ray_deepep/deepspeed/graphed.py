@@ -51,7 +51,9 @@ class GraphMemory:
         reserved_bytes: what torch holds of it now.
     """
 
-    def __init__(self, left_bytes: Callable[[], int] | None = None, reserved_bytes: Callable[[], int] | None = None):
+    def __init__(
+        self, left_bytes: Callable[[], int] | None = None, reserved_bytes: Callable[[], int] | None = None
+    ) -> None:
         self._left_bytes = left_bytes or _left_bytes
         self._reserved_bytes = reserved_bytes or _reserved_bytes
         self._room: int | None = None
@@ -166,7 +168,7 @@ class LayerGraphs:
             if self._memory.full:
                 return self._go_on_without(f"those of other layers hold {self._memory}")
             before = self._memory.reserved_bytes()
-            captured = capture(layer, tokens, self._condition, self._buffer.new_graph, forward)
+            captured = capture(layer, tokens, self._condition.parameters, self._buffer.new_graph, forward)
             self._num_bytes = max(0, self._memory.reserved_bytes() - before)
             if self._memory.take(self._num_bytes):
                 return captured
