@@ -82,6 +82,8 @@ class CaseRun:
         config = dataclasses.asdict(self.case)
         if self.options.domain_size:
             config["domain_size"] = self.options.domain_size
+        elif self.options.heap_provider != "auto":
+            config["heap_provider"] = self.options.heap_provider
         record = {"config": config, "variant": what.name, **timing.record()}
         record |= what.moved.record(timing.idle.median)
         if self.options.profile:
@@ -112,7 +114,8 @@ def title(records: list[Record]) -> str:
     config = dict(records[0]["config"])
     domain_size = config.pop("domain_size", 0)
     nodes = f", {domain_size} a logical node" if domain_size else ""
-    return f"{Case(**config).title}{nodes}, {machine(records[0])}"
+    heap = f", heap {provider}" if (provider := config.pop("heap_provider", "")) else ""
+    return f"{Case(**config).title}{nodes}{heap}, {machine(records[0])}"
 
 
 def table(records: list[Record]) -> str:

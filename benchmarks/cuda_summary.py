@@ -116,4 +116,5 @@ def is_headline(record: Record) -> bool:
     """The case that stands for the others, over a wire."""
     wanted = {"num_tokens": 4096, "hidden": 7168, "num_topk": 8, "num_experts": 256, "routing": "uniform"}
     config = record["config"]
-    return has_own_gpus(record) and "domain_size" not in config and wanted.items() <= config.items()
+    unusual = {"domain_size", "heap_provider"} & config.keys()
+    return has_own_gpus(record) and not unusual and wanted.items() <= config.items()

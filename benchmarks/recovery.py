@@ -198,11 +198,12 @@ def table(records: list[Record]) -> str:
         kind, config = r["config"]["kind"], r["config"]
         beyond = r["report_s"] - config["deadline_s"] if kind in AT_THE_DEADLINE else r["report_s"]
         parts = list(r["parts"].values())
+        workers = f"{config['num_workers']} × {'GPU' if config['transport'] == 'cuda' else 'CPU'}"
         rows.append(
-            [kind, r["cause"], f"{r['report_s']:.1f}", f"{beyond:.1f}", f"{r['training_again_s']:.1f}"]
+            [kind, workers, r["cause"], f"{r['report_s']:.1f}", f"{beyond:.1f}", f"{r['training_again_s']:.1f}"]
             + [f"{seconds:.1f}" for seconds in (parts[0], parts[1], parts[2] + parts[3])]
         )
-    header = ["fault", "named as", "to report", "beyond deadline", "training again"]
+    header = ["fault", "workers", "named as", "to report", "beyond deadline", "training again"]
     return markdown_table([*header, "of it: teardown", "new workers", "engine, step"], rows)
 
 

@@ -202,7 +202,7 @@ def test_recovery_reads_what_a_run_prints() -> None:
     assert (hang["cause"], hang["named_rank"], hang["report_s"], hang["training_again_s"]) == ("late", 1, 4.25, 12.5)
     config = {"num_workers": 2, "transport": "shm", "deadline_s": 4.0, "timeout_s": 1.0, "kind": "hang"}
     row = recovery.table([hang | {"config": config}]).splitlines()[-1]
-    assert row.replace(" ", "") == "|hang|late|4.2|0.2|12.5|3.0|7.0|2.5|"
+    assert row.replace(" ", "") == "|hang|2×CPU|late|4.2|0.2|12.5|3.0|7.0|2.5|"
 
 
 def test_recovery_says_what_it_leaves_out() -> None:

@@ -138,10 +138,11 @@ def _staging(staged: list[_Sample], largest: _Sample, operation: OperationCosts,
     if narrow is wide:
         return {"stage_us_per_byte": over / moved.staged}
     narrow_over = max(0.0, narrow.us(side) - operation.latency_us - copy_us(operation, less.copied))
-    per_byte = max(0.0, over - narrow_over) / (moved.staged - less.staged)
+    # Rows cost nothing less than zero beside their bytes, however much faster than expected the narrow ones were.
+    per_byte = min(max(0.0, over - narrow_over) / (moved.staged - less.staged), over / moved.staged)
     return {
         "stage_us_per_byte": per_byte,
-        "stage_us_per_row": max(0.0, over - per_byte * moved.staged) / moved.staged_rows,
+        "stage_us_per_row": (over - per_byte * moved.staged) / moved.staged_rows,
     }
 
 
