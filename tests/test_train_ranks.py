@@ -9,7 +9,17 @@ from pathlib import Path
 
 import pytest
 from harness import RankPool, shm_problem
-from train_cases import HALF, SilentComm, losses, tiny, train, train_error, train_until, train_with_broken_gradients
+from train_cases import (
+    HALF,
+    SilentComm,
+    gradient_norms,
+    losses,
+    tiny,
+    train,
+    train_error,
+    train_until,
+    train_with_broken_gradients,
+)
 
 from train.metrics import read_metrics
 
@@ -119,6 +129,17 @@ def test_broken_gradients_are_an_error_before_anything_is_saved(ranks, tmp_path,
         assert kind == "TrainingDivergedError" and "the gradients' norm of step 3 is nan" in text
     saved = sorted(folder.name for folder in (tmp_path / "run" / "checkpoints").glob("step_*"))
     assert saved and saved[-1] == "step_000002"
+
+
+@pytest.mark.parametrize(("zero_stage", "dtype"), [(1, "bf16"), (2, "fp32")])
+def test_norms_taken_at_once_are_deepspeeds(ranks, tmp_path, zero_stage, dtype):
+    """Of every partition of dense weights and experts, in every step; DeepSpeed's are sums in float64."""
+    fields = {"optim.zero_stage": zero_stage, "model.dtype": dtype, "run.steps": 3, "run.eval_every": 0}
+    config = tiny(tmp_path / "run", **fields, **{"run.checkpoint_every": 0, "run.sample_tokens": 0})
+    for pairs in ranks.run(2, gradient_norms, config.to_json()):
+        assert len(pairs) >= 3 * 2 and all(norm > 0 for norm, _ in pairs)
+        for norm, deepspeeds in pairs:
+            assert norm == pytest.approx(deepspeeds, rel=1e-6)
 
 
 @pytest.mark.slow

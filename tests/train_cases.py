@@ -153,6 +153,30 @@ def clipped_gradients(_, config_json: str):
             trainer.close()
 
 
+def gradient_norms(_, config_json: str):
+    """Norms of all partitions of gradients in a run: as the engine takes them, and as DeepSpeed's optimizer does."""
+    from unittest import mock
+
+    from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+
+    from train import clipping
+    from train.trainer import run
+
+    pairs: list[tuple[float, float]] = []
+
+    def both(optimizer, gradients, params, norm_type=2):
+        deepspeeds = DeepSpeedZeroOptimizer.get_grad_norm_direct(optimizer, gradients, params, norm_type)
+        norm = partition_norm(optimizer, gradients, params, norm_type)
+        assert norm.shape == deepspeeds.shape and norm.dtype == deepspeeds.dtype
+        pairs.append((float(norm), float(deepspeeds)))
+        return norm
+
+    partition_norm = clipping._partition_norm
+    with mock.patch.object(clipping, "_partition_norm", both):
+        run(TrainConfig.from_json(config_json))
+    return pairs
+
+
 def convert_optimizer(_, config_json: str, folder: Path):
     """Resume, and write the optimizer's state to `folder` at once; returns experts of a layer here, and the rate."""
     import torch

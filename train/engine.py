@@ -14,7 +14,7 @@ import deepspeed
 from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optimizer
 from deepspeed.utils import groups, logger
 
-from train.clipping import clip_as_deepspeed, clip_whole_gradient
+from train.clipping import clip_as_deepspeed, clip_whole_gradient, take_norms_at_once
 from train.config import TrainConfig
 from train.distributed import World
 from train.errors import ConfigError
@@ -135,6 +135,7 @@ def build_engine(
     if not engine.zero_optimization():
         clip = clip_whole_gradient if config.run.is_elastic else clip_as_deepspeed
         engine.clip_fp32_gradients = functools.partial(_clip, engine, clip)
+    take_norms_at_once(engine.optimizer)
     return engine
 
 
