@@ -53,12 +53,20 @@ class Setup:
     """Of a collective."""
     timeout_s: float
     """Of a whole run."""
+    gpus_per_worker: float = 1.0
+    """Less than 1: they share them."""
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the rounds, append their lines, print the table."""
     args = parse(argv)
-    setup = Setup(num_workers=args.workers, transport=args.transport, deadline_s=args.deadline, timeout_s=args.timeout)
+    setup = Setup(
+        num_workers=args.workers,
+        transport=args.transport,
+        deadline_s=args.deadline,
+        timeout_s=args.timeout,
+        gpus_per_worker=args.gpus_per_worker,
+    )
     kinds = [kind for kind in args.kinds if not why_not(kind, setup.transport)]
     for kind in args.kinds:
         if reason := why_not(kind, setup.transport):
@@ -82,6 +90,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS, help="faults (default: all)")
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="workers (default: 2)")
     parser.add_argument("--transport", choices=("shm", "cuda"), default="shm", help="what the run trains over")
+    parser.add_argument(
+        "--gpus-per-worker", type=float, default=1.0, metavar="G", help="less than 1: they share them (default: 1)"
+    )
     parser.add_argument("--deadline", type=float, default=4.0, metavar="S", help="of a collective, s (default: 4)")
     parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help="of a whole run, s (default: 900)")
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="how often each fault is done (default: 1)")
@@ -145,6 +156,7 @@ def train(kinds: list[str], setup: Setup, out: Path, env: dict[str, str]) -> str
     steps = STEPS_PER_FAULT * len(kinds) + 4
     command = [sys.executable, "-m", "train.ray_main", "--preset", "tiny", "--backend", "ray_deepep"]
     command += ["--workers", str(setup.num_workers), "--out", str(out), "--max-failures", str(len(kinds) + 1)]
+    command += ["--gpus-per-worker", f"{setup.gpus_per_worker:g}"]
     command += ["--inject", *faults, "--set", f"run.steps={steps}", "run.checkpoint_every=2", "data.max_bytes=65536"]
     env = {"RAY_DEEPEP_DEADLINE_S": str(setup.deadline_s), "RAY_DEEPEP_TRANSPORT": setup.transport, **env}
     path = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
@@ -198,7 +210,9 @@ def table(records: list[Record]) -> str:
         kind, config = r["config"]["kind"], r["config"]
         beyond = r["report_s"] - config["deadline_s"] if kind in AT_THE_DEADLINE else r["report_s"]
         parts = list(r["parts"].values())
-        workers = f"{config['num_workers']} × {'GPU' if config['transport'] == 'cuda' else 'CPU'}"
+        share = config.get("gpus_per_worker", 1)
+        device = ("GPU" if share == 1 else f"{share:g} GPU") if config["transport"] == "cuda" else "CPU"
+        workers = f"{config['num_workers']} × {device}"
         rows.append(
             [kind, workers, r["cause"], f"{r['report_s']:.1f}", f"{beyond:.1f}", f"{r['training_again_s']:.1f}"]
             + [f"{seconds:.1f}" for seconds in (parts[0], parts[1], parts[2] + parts[3])]

@@ -40,6 +40,7 @@ ROOT = Path(__file__).parents[1]
 
 def test_command_of_a_job_quotes_what_the_user_gave(tmp_path):
     options = options_from_args(["--data", str(ROOT / "README.md"), "--out", str(tmp_path / "a b"), "--steps", "7"])
+    assert "gpus" not in options.entrypoint("stock", here=False)
     command = options.entrypoint("stock", here=False)
     assert command.startswith("python -m train.ray_main ")
     assert "--backend stock --workers 2" in command
@@ -215,6 +216,9 @@ def test_options_of_a_run_are_checked():
         RayOptions(num_workers=0)
     with pytest.raises(ConfigError, match="rank must be less than --workers 2"):
         RayOptions(num_workers=2, inject=(Injection(kind="kill", rank=2, step=1),))
+    for share in (0.0, 1.5, float("nan")):
+        with pytest.raises(ConfigError, match=r"--gpus-per-worker = .*: must be more than 0 and at most 1"):
+            RayOptions(gpus_per_worker=share)
 
 
 def test_workers_get_gpus_where_there_are_enough():
@@ -223,7 +227,7 @@ def test_workers_get_gpus_where_there_are_enough():
     assert not check_resources(config, options, {"CPU": 2.0, "GPU": 1.0})
     assert check_resources(config, options, {"CPU": 2.0, "GPU": 2.0})
     assert not check_resources(config.replace(**{"run.device": "cpu"}), options, {"CPU": 2.0, "GPU": 2.0})
-    with pytest.raises(ConfigError, match="needs as many GPUs and the cluster has 1"):
+    with pytest.raises(ConfigError, match="needs 2 GPUs and the cluster has 1; use fewer, or let them share"):
         check_resources(config.replace(**{"run.device": "cuda"}), options, {"CPU": 2.0, "GPU": 1.0})
     with pytest.raises(ConfigError, match="needs 2 CPUs and the cluster has 1; use fewer"):
         check_resources(config, options, {"CPU": 1.0})

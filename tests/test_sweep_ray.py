@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import os
 import signal
 import subprocess
@@ -109,6 +110,9 @@ def test_a_resumed_sweep_runs_what_has_not_ended(
 )
 def test_as_many_trials_as_fit(cluster: dict[str, float], workers: int, use_gpu: bool, at_once: int) -> None:
     assert max_at_once(cluster, RayOptions(num_workers=workers), use_gpu=use_gpu) == at_once
+    if use_gpu:
+        half = RayOptions(num_workers=workers, gpus_per_worker=0.5, cpus_per_worker=0.1)
+        assert max_at_once(cluster, half, use_gpu=True) == math.floor(2 * cluster["GPU"] / workers)
 
 
 def test_a_cluster_that_is_too_small(cluster: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -39,6 +39,8 @@ class DemoOptions:
     preset: str
     data: tuple[str, ...]
     workers: int
+    gpus_per_worker: float = 1.0
+    """As `train.ray_main` has it."""
     steps: int | None
     """None: the preset's."""
     out: Path
@@ -59,6 +61,7 @@ class DemoOptions:
             backend,
         ]
         command += ["--workers", str(self.workers), "--out", str(self.out / backend)]
+        command += ["--gpus-per-worker", f"{self.gpus_per_worker:g}"] if self.gpus_per_worker != 1 else []
         command += ["--submitted", f"{time.time():.3f}"]
         command += ["--data", *self.data] if self.data else []
         command += ["--steps", str(self.steps)] if self.steps is not None else []
@@ -101,6 +104,13 @@ def options_from_args(argv: list[str] | None) -> DemoOptions:
         "--data", nargs="+", default=[], metavar="PATH", help="text: files or folders (txt, jsonl, parquet)"
     )
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="workers (default: 2)")
+    parser.add_argument(
+        "--gpus-per-worker",
+        type=float,
+        default=1.0,
+        metavar="G",
+        help="GPUs of each (default: 1); less: they share them",
+    )
     parser.add_argument("--steps", type=int, metavar="N", help="optimizer steps (default: the preset's)")
     parser.add_argument("--preset", default="demo", help="size of the run (default: demo)")
     parser.add_argument(
@@ -114,6 +124,8 @@ def options_from_args(argv: list[str] | None) -> DemoOptions:
     args = parser.parse_args(argv)
     if args.workers < 1:
         raise ConfigError("--workers", args.workers, "must be at least 1")
+    if not 0 < args.gpus_per_worker <= 1:
+        raise ConfigError("--gpus-per-worker", args.gpus_per_worker, "must be more than 0 and at most 1")
     preset = get_preset(args.preset)
     preset.model.resolve_ep_size(args.workers)
     if args.steps is not None and args.steps < 1:
@@ -128,6 +140,7 @@ def options_from_args(argv: list[str] | None) -> DemoOptions:
         preset=args.preset,
         data=tuple(str(Path(path).absolute()) for path in args.data),
         workers=args.workers,
+        gpus_per_worker=args.gpus_per_worker,
         steps=args.steps,
         out=out.absolute(),
         resume=bool(args.resume),

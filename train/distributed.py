@@ -72,7 +72,9 @@ def _device_type(wanted: str) -> str:
 
 
 def _init_process_group(device_type: str, timeout_s: float) -> None:
-    backend = "nccl" if device_type == "cuda" else "gloo"
+    # NCCL refuses ranks that share a GPU, as under torchrun with more of them than there are.
+    alone = device_type == "cuda" and int(os.environ.get("LOCAL_WORLD_SIZE", "1")) <= torch.cuda.device_count()
+    backend = "nccl" if alone else "gloo"
     timeout = datetime.timedelta(seconds=timeout_s)
     if dist.is_torchelastic_launched():
         if device_type == "cuda":

@@ -38,6 +38,7 @@ from train.ray_jobs import RESULT_PREFIX
 from train.ray_options import RayOptions, add_ray_arguments, ep_sizes_of, options_from_args, with_shares
 from train.timeline import RecoveryTimes, StartTimes, process_started
 
+_logger = logging.getLogger("train")
 _KNOCK_S = 10.0
 # Ray's own defaults poll every 2 s, print every line twice and keep the run out of the dashboard.
 TRAIN_SETTINGS: Mapping[str, str] = {
@@ -168,20 +169,27 @@ def _knock(address: str) -> None:
 
 
 def check_resources(config: TrainConfig, options: RayOptions, cluster: Mapping[str, float]) -> bool:
-    """Whether workers get a GPU each. Raises ConfigError where the cluster is too small, instead of waiting for ever.
+    """Whether workers train on GPUs. Raises ConfigError where the cluster is too small, instead of waiting for ever.
 
     An elastic run needs room for its least number of workers. cluster: what the whole cluster has, by resource.
     """
-    cpus = options.least_workers * options.cpus_per_worker
+    least = options.least_workers
+    cpus = least * options.cpus_per_worker
     if cluster.get("CPU", 0) < cpus:
         rule = (
             f"needs {cpus:g} CPUs and the cluster has {cluster.get('CPU', 0):g}; use fewer, or lower --cpus-per-worker"
         )
-        raise ConfigError("--workers", options.least_workers, rule)
-    gpus = cluster.get("GPU", 0)
-    if config.run.device == "cuda" and gpus < options.least_workers:
-        raise ConfigError("--workers", options.least_workers, f"needs as many GPUs and the cluster has {gpus:g}")
-    return config.run.device != "cpu" and gpus >= options.least_workers
+        raise ConfigError("--workers", least, rule)
+    gpus, wanted = cluster.get("GPU", 0), least * options.gpus_per_worker
+    if config.run.device == "cuda" and gpus < wanted:
+        rule = (
+            f"needs {wanted:g} GPUs and the cluster has {gpus:g}; use fewer, or let them share with --gpus-per-worker"
+        )
+        raise ConfigError("--workers", least, rule)
+    if config.run.device != "cpu" and 0 < gpus < wanted:
+        rule = "--gpus-per-worker lets workers share them"
+        _logger.warning("training on CPUs: %d workers want %g GPUs of %g; %s", least, wanted, gpus, rule)
+    return config.run.device != "cpu" and gpus >= wanted
 
 
 def make_trainer(config: TrainConfig, options: RayOptions, token: str, *, use_gpu: bool) -> Any:
@@ -229,24 +237,29 @@ def _scaling_config(options: RayOptions, *, use_gpu: bool) -> Any:
         num_workers=workers,
         elastic_resize_monitor_interval_s=options.resize_check_s,
         use_gpu=use_gpu,
-        resources_per_worker={"CPU": options.cpus_per_worker} | ({"GPU": 1} if use_gpu else {}),
+        resources_per_worker={"CPU": options.cpus_per_worker} | ({"GPU": options.gpus_per_worker} if use_gpu else {}),
     )
 
 
 def _torch_config(config: TrainConfig, options: RayOptions) -> Any:
     timeout_s = math.ceil(config.run.dist_timeout_s)
+    # NCCL refuses ranks that share a GPU.
+    backend = "gloo" if options.shares_gpus else None
     if config.run.backend == "stock":
         from ray.train.torch import TorchConfig
 
-        return TorchConfig(timeout_s=timeout_s)
+        return TorchConfig(timeout_s=timeout_s, backend=backend)
     from ray_deepep import CommConfig, run_files
     from ray_deepep.cluster import ExpertParallelConfig
 
     # Beyond the deadline of every collective nothing moves any more. A deadline of the user's own comes first.
     hang_deadline_s = ExpertParallelConfig().hang_deadline_s or timeout_s
     ep_sizes = ep_sizes_of(config, options)
+    comm = {} if options.num_sms is None else {"num_sms": options.num_sms}
+    comm |= {"allow_shared_gpus": True} if options.shares_gpus else {}
     return ExpertParallelConfig(
-        comm=CommConfig(time_gpu_calls=True, **({} if options.num_sms is None else {"num_sms": options.num_sms})),
+        comm=CommConfig(time_gpu_calls=True, **comm),
+        backend=backend,
         timeout_s=timeout_s,
         ep_size=config.resolve_ep_size(options.num_workers) if ep_sizes is None else None,
         ep_sizes=ep_sizes,

@@ -27,6 +27,8 @@ class RayOptions:
     """How often an elastic run looks for room for more workers, in seconds."""
     cpus_per_worker: float = 1.0
     """CPUs that Ray sets aside for each."""
+    gpus_per_worker: float = 1.0
+    """GPUs that Ray sets aside for each, where workers train on GPUs; less than 1: they share them."""
     max_failures: int = 3
     """How often the workers are started again after a fault."""
     address: str = ""
@@ -49,6 +51,9 @@ class RayOptions:
             raise ConfigError("--resize-check", self.resize_check_s, "must be at least 0 and finite")
         if not 0 < self.cpus_per_worker < math.inf:
             raise ConfigError("--cpus-per-worker", self.cpus_per_worker, "must be positive and finite")
+        if not 0 < self.gpus_per_worker <= 1:
+            rule = "must be more than 0 and at most 1: a worker uses one GPU"
+            raise ConfigError("--gpus-per-worker", self.gpus_per_worker, rule)
         if self.max_failures < 0:
             raise ConfigError("--max-failures", self.max_failures, "must be at least 0")
         for injection in self.inject:
@@ -59,6 +64,11 @@ class RayOptions:
     def is_elastic(self) -> bool:
         """Whether the number of workers may change."""
         return self.min_workers is not None
+
+    @property
+    def shares_gpus(self) -> bool:
+        """Whether workers may be on the same GPU."""
+        return self.gpus_per_worker < 1
 
     @property
     def least_workers(self) -> int:
@@ -89,6 +99,13 @@ def add_ray_arguments(parser: argparse.ArgumentParser) -> None:
         help="how often an elastic run looks for room for more workers (default: %(default)g s)",
     )
     parser.add_argument("--cpus-per-worker", type=float, default=1.0, metavar="N", help="CPUs of each (default: 1)")
+    parser.add_argument(
+        "--gpus-per-worker",
+        type=float,
+        default=1.0,
+        metavar="G",
+        help="GPUs of each (default: 1); less: they share them, to try things out, best under MPS",
+    )
     parser.add_argument("--max-failures", type=int, default=3, metavar="N", help="restarts after faults (default: 3)")
     parser.add_argument(
         "--address", default=os.environ.get("RAY_ADDRESS", ""), help="Ray cluster (default: RAY_ADDRESS, or a new Ray)"
@@ -108,6 +125,7 @@ def options_from_args(args: argparse.Namespace) -> RayOptions:
         min_ep_size=args.min_ep_size,
         resize_check_s=args.resize_check,
         cpus_per_worker=args.cpus_per_worker,
+        gpus_per_worker=args.gpus_per_worker,
         max_failures=args.max_failures,
         address=args.address,
         inject=tuple(Injection.parse(text) for text in args.inject),

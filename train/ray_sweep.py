@@ -77,7 +77,7 @@ def max_at_once(cluster: dict[str, float], largest: RayOptions, *, use_gpu: bool
     """How many trials of the largest size have room at once; at least one."""
     fit = math.floor(cluster.get("CPU", 0) / (largest.num_workers * largest.cpus_per_worker))
     if use_gpu:
-        fit = min(fit, math.floor(cluster.get("GPU", 0) / largest.num_workers))
+        fit = min(fit, math.floor(cluster.get("GPU", 0) / (largest.num_workers * largest.gpus_per_worker)))
     return max(1, fit)
 
 
