@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import functools
+import importlib
 import itertools
 import json
 import math
 import multiprocessing
 import os
 import pathlib
+import re
 import time
 from types import SimpleNamespace
 
@@ -238,3 +240,19 @@ def test_telemetry_lines(tmp_path: pathlib.Path, capsys: pytest.CaptureFixture[s
     assert {"config", "step_ms", "step_us", "thread_us", "share"} | RUN_FIELDS <= set(with_it)
     assert without["step_us"] == without["thread_us"] == 0 < min(with_it["step_us"], with_it["thread_us"])
     assert "| share of a step |" in capsys.readouterr().out
+
+
+def test_the_script_of_all_figures_asks_for_what_there_is(capsys: pytest.CaptureFixture[str]) -> None:
+    """``benchmarks/gpu.sh``: every module and option of its parts exists, and each part is listed."""
+    pytest.importorskip("ray", reason="a part of it is train.demo")
+    lines = (records.ROOT / "benchmarks" / "gpu.sh").read_text().splitlines()
+    calls = [found.split() for line in lines for found in re.findall(r"\bpart \d+ -m ([^;]+)", line)]
+    assert len(calls) >= 10
+    for module, *words in calls:
+        with pytest.raises(SystemExit):
+            importlib.import_module(module).main(["--help"])
+        known = capsys.readouterr().out
+        assert all(f"{word} " in known or f"{word}\n" in known for word in words if word.startswith("--")), words
+    named = {line.partition("(")[0] for line in lines if re.match(r"\w+\(\) \{", line)} - {"part"}
+    (listed,) = (line for line in lines if line.startswith("parts=("))
+    assert named == set(listed.removeprefix("parts=(").removesuffix(")").split())
