@@ -115,6 +115,8 @@ def measure(kinds: list[str], setup: Setup) -> list[Record]:
     with tempfile.TemporaryDirectory(prefix="rd") as folder, ray_for(kinds, setup, folder) as env:
         text = train(kinds, setup, Path(folder) / "run", env)
     config = dataclasses.asdict(setup)
+    if setup.gpus_per_worker == 1:
+        del config["gpus_per_worker"]  # lines of before this was a choice are of the same case
     return [facts | {"config": config | {"kind": r.pop("kind")}} | r for r in recoveries(text)]
 
 

@@ -207,6 +207,26 @@ def test_recovery_reads_what_a_run_prints() -> None:
     assert row.replace(" ", "") == "|hang|2×CPU|late|4.2|0.2|12.5|3.0|7.0|2.5|"
 
 
+@pytest.mark.parametrize("share", [1.0, 0.5])
+def test_recovery_on_whole_gpus_is_the_case_it_was(monkeypatch: pytest.MonkeyPatch, share: float) -> None:
+    """Lines of before workers could share a GPU are replaced by newer ones, not shown beside them."""
+    recovery = pytest.importorskip("benchmarks.recovery", reason="needs the packages of train")
+    setup = recovery.Setup(num_workers=2, transport="cuda", deadline_s=4.0, timeout_s=1.0, gpus_per_worker=share)
+    times = {
+        "fault": 1.0,
+        "worker_started": 3.0,
+        "worker_entered": 4.0,
+        "first_step_began": 5.0,
+        "first_step_done": 6.0,
+    }
+    text = f"TRAIN_RESULT {json.dumps({'recoveries': [{'kind': 'kill', **times}]})}"
+    monkeypatch.setattr(recovery, "train", lambda *_: text)
+    (line,) = recovery.measure(["kill"], setup)
+    before = {"num_workers": 2, "transport": "cuda", "deadline_s": 4.0, "timeout_s": 1.0, "kind": "kill"}
+    assert line["config"] == (before if share == 1 else before | {"gpus_per_worker": 0.5})
+    assert ("| 2 × GPU |" if share == 1 else "| 2 × 0.5 GPU |") in recovery.table([line])
+
+
 def test_recovery_says_what_it_leaves_out() -> None:
     recovery = pytest.importorskip("benchmarks.recovery", reason="needs the packages of train")
     left_out = {t: [kind for kind in recovery.KINDS if recovery.why_not(kind, t)] for t in ("shm", "cuda")}

@@ -38,8 +38,7 @@ from train.sample import draw_token
 _ROW_MULTIPLE = 128
 """Low-latency calls move rows of a multiple of this many elements."""
 
-
-_ATTENTION = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
 """All but cuDNN's, which makes a new plan for each length, and here every step has another."""
 
 
@@ -165,7 +164,7 @@ class Decoder:
     @torch.no_grad()
     def run(self, num_steps: int) -> list[StepTime]:
         """So many steps, also where this rank has nothing to do in them. Collective; all ranks pass the same number."""
-        with sdpa_kernel(_ATTENTION):
+        with sdpa_kernel(list(_ATTENTION)):
             return [self._run_step() for _ in range(num_steps)]
 
     def close(self) -> None:

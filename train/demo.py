@@ -28,6 +28,7 @@ from train.job_bar import JobBar
 from train.local_ray import LocalRay, LocalRayError
 from train.presets import get_preset
 from train.ray_jobs import JobFailedError, JobRunner
+from train.ray_options import RayOptions
 from train.readers import find_files
 from train.timeline import StartTimes
 
@@ -122,10 +123,7 @@ def options_from_args(argv: list[str] | None) -> DemoOptions:
     parser.add_argument("--python", default="", metavar="PATH", help="with RAY_ADDRESS: Python of the cluster's nodes")
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=["ray_deepep", "stock"], help="which to run")
     args = parser.parse_args(argv)
-    if args.workers < 1:
-        raise ConfigError("--workers", args.workers, "must be at least 1")
-    if not 0 < args.gpus_per_worker <= 1:
-        raise ConfigError("--gpus-per-worker", args.gpus_per_worker, "must be more than 0 and at most 1")
+    RayOptions(num_workers=args.workers, gpus_per_worker=args.gpus_per_worker)  # checks them
     preset = get_preset(args.preset)
     preset.model.resolve_ep_size(args.workers)
     if args.steps is not None and args.steps < 1:
