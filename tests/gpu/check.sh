@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # compute-sanitizer over small cases of the CUDA core, then faults, all without MPS. Run after run.sh has built.
 #   tests/gpu/check.sh [memcheck] [racecheck] [faults]     default: all three
-# On one GPU ranks take turns, as their kernels wait for each other: right, but three times as slow (about 6 minutes).
+# On one GPU ranks take turns, as their kernels wait for each other: right, and slow (a case of two ranks 20 to 65 s).
 set -uo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
