@@ -9,6 +9,8 @@ export RAY_DEEPEP_CUDA_ARCHS=${RAY_DEEPEP_CUDA_ARCHS:-90} RAY_DEEPEP_BUILD_JOBS=
 # NVLink multicast stays off: it may put a shared host's GPUs out of service.
 export NCCL_NVLS_ENABLE=0 NVSHMEM_DISABLE_NVLS=1
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} PYTHONUNBUFFERED=1 DS_ACCELERATOR=${DS_ACCELERATOR:-cuda}
+# Without bytecode on disk each new process compiles its imports, 8 s of a start (ray-deepep doctor looks).
+unset PYTHONDONTWRITEBYTECODE
 python=${PYTHON:-python3} out=${GPU_RUNS:-runs/gpu}
 
 dispatch() { part 180 -m benchmarks.cuda_dispatch_combine --num-sms 8 24 32 64; }

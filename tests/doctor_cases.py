@@ -74,6 +74,8 @@ def software_readings(**changes: object) -> SoftwareReadings:
         },
         requirements=REQUIREMENTS,
         torch_requirements=("nvidia-nvshmem-cu13==3.4.5", "nvidia-nccl-cu13==2.28.9"),
+        num_modules=1700,
+        num_uncompiled=0,
         nvshmem_core=Output(text="3.4.5"),
     )
     return dataclasses.replace(readings, **changes)

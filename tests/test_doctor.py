@@ -215,6 +215,8 @@ def packages(**versions: str) -> dict[str, str]:
             {"nvcc": Output(text="release 12.4, V12.4")},
         ),
         ("nvcc", Status.NOT_APPLICABLE, "nvcc not found", {"nvcc": Output(problem="nvcc not found")}),
+        ("bytecode", Status.OK, "1700 of torch's 1700 modules", {}),
+        ("bytecode", Status.WARNING, "not kept on disk for 1690 of torch's 1700", {"num_uncompiled": 1690}),
     ],
 )
 def test_trouble_with_versions(name, status, words, readings):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 
 import pytest
@@ -12,7 +13,7 @@ pytest.importorskip("deepspeed", reason="train/ needs DeepSpeed")
 import torch
 import torch.distributed as dist
 
-from train import demo, distributed, ray_main
+from train import demo, distributed, engine, ray_main
 from train.errors import ConfigError
 from train.presets import get_preset
 from train.ray_main import RayOptions, check_resources
@@ -47,6 +48,18 @@ def test_ranks_that_share_a_gpu_meet_over_gloo(monkeypatch, device, ranks, gpus,
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **_: chosen.append(backend))
     distributed._init_process_group(device, 10.0)
     assert chosen == [backend]
+
+
+def test_deepspeed_takes_the_gpu_of_the_process(monkeypatch):
+    """Left alone it takes the one of LOCAL_RANK, and rank 1 of two on one GPU would ask for a second."""
+    asked = []
+    monkeypatch.setattr(engine.deepspeed, "initialize", lambda args, **_: asked.append(args) or [None])
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    for device in (torch.device("cuda", 0), torch.device("cpu")):
+        world = distributed.World(rank=1, world_size=2, device=device)
+        with contextlib.suppress(AttributeError):  # of the engine that is None
+            engine.build_engine(get_preset("tiny"), vocab_size=256, world=world, num_micro_steps=1)
+    assert [getattr(args, "device_rank", None) for args in asked] == [0, None]
 
 
 def test_the_demo_passes_the_share_on(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
 import json
 import logging
@@ -122,6 +123,7 @@ def build_engine(
     init_weights(model, seed=config.run.seed, ep_rank=ep_rank)
     param_groups = split_for_weight_decay(model, config.optim.weight_decay)
     engine, *_ = deepspeed.initialize(
+        args=_place(world),
         model=model,
         model_parameters=split_params_into_different_moe_groups_for_optimizer(param_groups),
         config=_with_fused_adam(ds_config, world),
@@ -137,6 +139,11 @@ def build_engine(
         engine.clip_fp32_gradients = functools.partial(_clip, engine, clip)
     take_norms_at_once(engine.optimizer)
     return engine
+
+
+def _place(world: World) -> argparse.Namespace | None:
+    """Tells DeepSpeed this process's GPU: it takes LOCAL_RANK for it, which is another one where ranks share a GPU."""
+    return argparse.Namespace(device_rank=world.device.index) if world.device.type == "cuda" else None
 
 
 def _clip(engine: deepspeed.DeepSpeedEngine, clip: Callable[[deepspeed.DeepSpeedEngine], float]) -> None:

@@ -23,6 +23,7 @@ def judge_software(software: SoftwareReadings, *, has_gpus: bool) -> list[Findin
         judge_package(software, "deepspeed", "to swap DeepSpeed's MoE layers: pip install 'ray-deepep[deepspeed]'"),
         judge_nvshmem(software),
         judge_nvshmem_core(software),
+        judge_bytecode(software),
     ]
 
 
@@ -97,6 +98,15 @@ def judge_nvshmem_core(software: SoftwareReadings) -> Finding:
     if not core.text:
         return not_applicable(name, "not built; only needed for GPUs of several hosts")
     return ok(name, f"built with NVSHMEM {core.text}")
+
+
+def judge_bytecode(software: SoftwareReadings) -> Finding:
+    """Whether each new process, so each worker that starts again after a fault, compiles its imports once more."""
+    missing, of_all = software.num_uncompiled, software.num_modules
+    if missing <= of_all // 2:
+        return ok("bytecode", f"kept on disk for {of_all - missing} of torch's {of_all} modules")
+    value = f"not kept on disk for {missing} of torch's {of_all} modules: each new process compiles them, for seconds"
+    return warning("bytecode", value, "unset PYTHONDONTWRITEBYTECODE, or set PYTHONPYCACHEPREFIX to a writable folder")
 
 
 def requirement(requirements: tuple[str, ...], name: str) -> str:

@@ -88,6 +88,8 @@ def read_software() -> SoftwareReadings:
         packages={name: version for name in PACKAGES if (version := _version(name))},
         requirements=_own_requirements(),
         torch_requirements=_requirements("torch"),
+        num_modules=len(bytecode := _bytecode_files("torch")),
+        num_uncompiled=sum(not os.path.exists(path) for path in bytecode),
         nvshmem_core=_nvshmem_core(),
     )
 
@@ -176,6 +178,12 @@ def _nvshmem_core() -> Output:
         return Output(text=nvshmem.load().built_version())
     except (ImportError, OSError) as error:
         return Output(problem=str(error))
+
+
+def _bytecode_files(package: str) -> list[str]:
+    """Where Python looks for the bytecode of a package's loaded modules."""
+    specs = [module.__spec__ for name, module in list(sys.modules.items()) if name.split(".")[0] == package]
+    return [spec.cached for spec in specs if spec is not None and spec.cached]
 
 
 def _version(package: str) -> str:

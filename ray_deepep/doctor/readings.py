@@ -106,6 +106,10 @@ class SoftwareReadings:
     """What this package declares, such as ``torch<2.15,>=2.11``; empty where it runs uninstalled."""
     torch_requirements: tuple[str, ...]
     """What torch declares; a CUDA build pins its NVSHMEM."""
+    num_modules: int
+    """Modules that torch's import loaded from sources."""
+    num_uncompiled: int
+    """Those of them whose bytecode is not kept on disk."""
     nvshmem_core: Output
     """NVSHMEM release that the inter-node core was built with, or why it does not load; both empty: not built."""
 
