@@ -18,7 +18,7 @@ from .timing import Timing
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "benchmarks" / "results"
 # What a figure depends on; results and texts made from them may differ from the commit.
-_MEASURED = ("ray_deepep", "csrc", "setup.py", "pyproject.toml", "benchmarks/*.py")
+_MEASURED = ("ray_deepep", "csrc", "train", "setup.py", "pyproject.toml", "benchmarks/*.py")
 
 Record = dict[str, Any]
 
@@ -76,6 +76,12 @@ def latest(path: Path) -> list[Record]:
             lines.clear()
         lines.append(record)
     return [record for lines in cases.values() for record in lines]
+
+
+def workers_text(num_workers: int, gpus_per_worker: float) -> str:
+    """Workers of a run in a table, such as `2 × 0.5 GPU`; gpus_per_worker: 0 for a run on CPUs."""
+    device = "GPU" if gpus_per_worker == 1 else f"{gpus_per_worker:g} GPU"
+    return f"{num_workers} × {device if gpus_per_worker else 'CPU'}"
 
 
 def by_case(records: list[Record]) -> list[list[Record]]:

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from train.timeline import RecoveryTimes
 
-from .records import RESULTS, ROOT, Record, append, markdown_table, origin, run_facts
+from .records import RESULTS, ROOT, Record, append, markdown_table, origin, run_facts, workers_text
 
 NAME = "recovery"
 EXPLANATION = (
@@ -212,9 +212,8 @@ def table(records: list[Record]) -> str:
         kind, config = r["config"]["kind"], r["config"]
         beyond = r["report_s"] - config["deadline_s"] if kind in AT_THE_DEADLINE else r["report_s"]
         parts = list(r["parts"].values())
-        share = config.get("gpus_per_worker", 1)
-        device = ("GPU" if share == 1 else f"{share:g} GPU") if config["transport"] == "cuda" else "CPU"
-        workers = f"{config['num_workers']} × {device}"
+        share = config.get("gpus_per_worker", 1.0) if config["transport"] == "cuda" else 0.0
+        workers = workers_text(config["num_workers"], share)
         rows.append(
             [kind, workers, r["cause"], f"{r['report_s']:.1f}", f"{beyond:.1f}", f"{r['training_again_s']:.1f}"]
             + [f"{seconds:.1f}" for seconds in (parts[0], parts[1], parts[2] + parts[3])]

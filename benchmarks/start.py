@@ -22,7 +22,7 @@ from train.local_ray import LocalRay
 from train.ray_jobs import JobRunner
 from train.timeline import StartTimes
 
-from .records import RESULTS, Record, append, markdown_table, origin, run_facts
+from .records import RESULTS, Record, append, markdown_table, origin, run_facts, workers_text
 
 NAME = "start"
 EXPLANATION = (
@@ -37,12 +37,13 @@ def main(argv: list[str] | None = None) -> None:
     """Run the jobs, append the lines, print the table."""
     args = parse(argv)
     facts = run_facts() | {"benchmark": NAME, "nice": 0}
-    if torch.cuda.is_available():  # workers then take one each
-        facts |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
     with tempfile.TemporaryDirectory(prefix="rd") as folder, LocalRay(num_workers=args.workers) as local:
         runner = JobRunner(local.url, local=True)
         found = [start(runner, args, Path(folder) / str(i)) for i in tqdm(range(args.rounds + 1), unit="job")]
     config = {"workers": args.workers, "preset": args.preset}
+    if args.workers * args.gpus_per_worker <= torch.cuda.device_count():  # else they train on CPUs
+        facts |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
+        config |= {"gpus_per_worker": args.gpus_per_worker}
     variants = {FIRST: found[:1], FURTHER: found[1:]}
     records = [facts | {"config": config} | summarise(name, times) for name, times in variants.items()]
     append(args.out, records)
@@ -54,6 +55,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, default=2, metavar="N", help="workers (default: 2)")
+    parser.add_argument(
+        "--gpus-per-worker", type=float, default=1.0, metavar="G", help="less than 1: they share them (default: 1)"
+    )
     parser.add_argument("--preset", default="tiny", help="as of train.main (default: tiny)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="jobs after the first one (default: 3)")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.jsonl", help="results file to append to")
@@ -67,7 +71,8 @@ def start(runner: JobRunner, args: argparse.Namespace, folder: Path) -> StartTim
     """Times of one job."""
     folder.mkdir()
     command = [sys.executable, "-m", "train.ray_main", "--preset", args.preset, "--backend", "ray_deepep"]
-    command += ["--workers", str(args.workers), "--out", str(folder / "run"), "--set", "run.steps=2"]
+    command += ["--workers", str(args.workers), "--gpus-per-worker", f"{args.gpus_per_worker:g}"]
+    command += ["--out", str(folder / "run"), "--set", "run.steps=2"]
     command += ["--submitted", f"{time.time():.3f}"]
     result = runner.run(" ".join(command), folder / "job.log", lambda line: None)
     return StartTimes(**result["start"])
@@ -94,10 +99,25 @@ def table(records: list[Record]) -> str:
         split = (job, imports + connect, controller, workers, engine + step)
         spread = f"{r['min_s']:.1f}–{r['max_s']:.1f}"
         rows.append(
-            [f"{r['variant']}, {r['config']['workers']} workers", str(r["num_rounds"]), f"**{r['median_s']:.1f}**"]
+            [
+                r["variant"],
+                workers_text(r["config"]["workers"], r["config"].get("gpus_per_worker", 0.0)),
+                str(r["num_rounds"]),
+                f"**{r['median_s']:.1f}**",
+            ]
             + [spread, *(f"{seconds:.1f}" for seconds in split)]
         )
-    header = ["to the first step", "jobs", "s", "least–most", "of it: job start", "driver", "controller", "workers"]
+    header = [
+        "to the first step",
+        "workers",
+        "jobs",
+        "s",
+        "least–most",
+        "of it: job start",
+        "driver",
+        "controller",
+        "workers",
+    ]
     return markdown_table([*header, "model, step"], rows)
 
 

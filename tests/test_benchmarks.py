@@ -244,8 +244,11 @@ def test_start_adds_up_what_jobs_tell(capsys: pytest.CaptureFixture[str]) -> Non
     record = start.summarise("further jobs", [start.StartTimes(**each) for each in moments])
     assert (record["median_s"], record["min_s"], record["max_s"]) == (16.75, 12.75, 24.75)
     assert sum(record["parts"].values()) == record["median_s"], "only one part differs"
-    row = start.table([record | {"config": {"workers": 2, "preset": "tiny"}}]).splitlines()[-1]
-    assert row.replace(" ", "") == "|furtherjobs,2workers|3|**16.8**|12.8–24.8|1.0|2.5|8.0|3.0|2.2|"
+    configs = [{}, {"gpus_per_worker": 1.0}, {"gpus_per_worker": 0.5}]
+    records = [record | {"config": {"workers": 2, "preset": "tiny"} | config} for config in configs]
+    rows = [row.replace(" ", "") for row in start.table(records).splitlines()[2:]]
+    for row, workers in zip(rows, ("2×CPU", "2×GPU", "2×0.5GPU"), strict=True):
+        assert row == f"|furtherjobs|{workers}|3|**16.8**|12.8–24.8|1.0|2.5|8.0|3.0|2.2|"
     with pytest.raises(SystemExit):
         start.parse(["--rounds", "0"])
     assert "--rounds: must be at least 1, got 0" in capsys.readouterr().err
