@@ -38,6 +38,11 @@ def run_facts() -> Record:
     }
 
 
+def gpu_facts() -> Record:
+    """What lines of runs on this machine's GPUs say of them."""
+    return {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
+
+
 def summarise(timing: Timing) -> Record:
     """Median, least, 10th and 90th percentile of a variant, and the medians of its parts, ms."""
     deciles = _deciles(timing.span_ms)

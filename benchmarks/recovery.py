@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from train.timeline import RecoveryTimes
 
-from .records import RESULTS, ROOT, Record, append, markdown_table, origin, run_facts, workers_text
+from .records import RESULTS, ROOT, Record, append, gpu_facts, markdown_table, origin, run_facts, workers_text
 
 NAME = "recovery"
 EXPLANATION = (
@@ -67,9 +67,9 @@ def main(argv: list[str] | None = None) -> None:
         timeout_s=args.timeout,
         gpus_per_worker=args.gpus_per_worker,
     )
-    kinds = [kind for kind in args.kinds if not why_not(kind, setup.transport)]
+    kinds = [kind for kind in args.kinds if not why_not(kind, setup)]
     for kind in args.kinds:
-        if reason := why_not(kind, setup.transport):
+        if reason := why_not(kind, setup):
             print(f"{kind} is left out: {reason}")
     records: list[Record] = []
     runs = [[kind for kind in kinds if kind != "node"], [kind for kind in kinds if kind == "node"]]
@@ -100,21 +100,24 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def why_not(kind: str, transport: str) -> str:
-    """Why a kind cannot be done over a transport; empty if it can."""
-    if kind == "assert" and transport != "cuda":
+def why_not(kind: str, setup: Setup) -> str:
+    """Why a kind cannot be done over a transport, or with so many workers; empty if it can."""
+    if kind == "hang" and setup.num_workers == 1:
+        return "nobody waits for the only worker (`hang_deadline_s` ends it, after many minutes)"
+    if kind == "assert" and setup.transport != "cuda":
         return "it needs a GPU (--transport cuda)"
-    if kind == "node" and transport == "cuda":
+    if kind == "node" and setup.transport == "cuda":
         return "pretended nodes of one machine cannot share its GPUs"
     return ""
 
 
 def measure(kinds: list[str], setup: Setup) -> list[Record]:
     """One line per fault of a run that has all of ``kinds``."""
-    facts = run_facts() | {"benchmark": NAME, "nice": 0}
+    facts = run_facts() | {"benchmark": NAME, "nice": 0} | (gpu_facts() if setup.transport == "cuda" else {})
     with tempfile.TemporaryDirectory(prefix="rd") as folder, ray_for(kinds, setup, folder) as env:
         text = train(kinds, setup, Path(folder) / "run", env)
     config = dataclasses.asdict(setup)
+    del config["timeout_s"]  # a longer one changes no figure
     if setup.gpus_per_worker == 1:
         del config["gpus_per_worker"]  # lines of before this was a choice are of the same case
     return [facts | {"config": config | {"kind": r.pop("kind")}} | r for r in recoveries(text)]

@@ -22,7 +22,7 @@ from train.local_ray import LocalRay
 from train.ray_jobs import JobRunner
 from train.timeline import StartTimes
 
-from .records import RESULTS, Record, append, markdown_table, origin, run_facts, workers_text
+from .records import RESULTS, Record, append, gpu_facts, markdown_table, origin, run_facts, workers_text
 
 NAME = "start"
 EXPLANATION = (
@@ -42,7 +42,7 @@ def main(argv: list[str] | None = None) -> None:
         found = [start(runner, args, Path(folder) / str(i)) for i in tqdm(range(args.rounds + 1), unit="job")]
     config = {"workers": args.workers, "preset": args.preset}
     if args.workers * args.gpus_per_worker <= torch.cuda.device_count():  # else they train on CPUs
-        facts |= {"gpu": torch.cuda.get_device_name(), "gpus": torch.cuda.device_count()}
+        facts |= gpu_facts()
         config |= {"gpus_per_worker": args.gpus_per_worker}
     variants = {FIRST: found[:1], FURTHER: found[1:]}
     records = [facts | {"config": config} | summarise(name, times) for name, times in variants.items()]

@@ -221,16 +221,20 @@ def test_recovery_on_whole_gpus_is_the_case_it_was(monkeypatch: pytest.MonkeyPat
     }
     text = f"TRAIN_RESULT {json.dumps({'recoveries': [{'kind': 'kill', **times}]})}"
     monkeypatch.setattr(recovery, "train", lambda *_: text)
+    monkeypatch.setattr(recovery, "gpu_facts", lambda: {"gpu": "NVIDIA H200", "gpus": 2})
     (line,) = recovery.measure(["kill"], setup)
-    before = {"num_workers": 2, "transport": "cuda", "deadline_s": 4.0, "timeout_s": 1.0, "kind": "kill"}
+    before = {"num_workers": 2, "transport": "cuda", "deadline_s": 4.0, "kind": "kill"}
     assert line["config"] == (before if share == 1 else before | {"gpus_per_worker": 0.5})
     assert ("| 2 × GPU |" if share == 1 else "| 2 × 0.5 GPU |") in recovery.table([line])
 
 
 def test_recovery_says_what_it_leaves_out() -> None:
     recovery = pytest.importorskip("benchmarks.recovery", reason="needs the packages of train")
-    left_out = {t: [kind for kind in recovery.KINDS if recovery.why_not(kind, t)] for t in ("shm", "cuda")}
-    assert left_out == {"shm": ["assert"], "cuda": ["node"]}
+    left_out = {}
+    for transport, num_workers in (("shm", 2), ("cuda", 2), ("shm", 1)):
+        setup = recovery.Setup(num_workers=num_workers, transport=transport, deadline_s=4.0, timeout_s=1.0)
+        left_out[transport, num_workers] = [kind for kind in recovery.KINDS if recovery.why_not(kind, setup)]
+    assert left_out == {("shm", 2): ["assert"], ("cuda", 2): ["node"], ("shm", 1): ["hang", "assert"]}
 
 
 def test_start_adds_up_what_jobs_tell(capsys: pytest.CaptureFixture[str]) -> None:
