@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -293,3 +294,27 @@ def test_summary_counts_decode_steps_and_their_slowest_rank():
     assert (stats.dispatch_us_p50, stats.combine_us_p50) == (37.5, 18.75)
     assert stats.comm_share == pytest.approx((100 + 150 + 175) * 3 / 8 / 600)
     assert json.loads(json.dumps(summarize([[], []]).__dict__))["tokens_per_s"] == 0
+
+
+def test_a_growing_text_leaves_cudnns_attention_out():
+    """On GPUs it would plan anew, 64 ms, for each length; what follows may use it again."""
+    from train.distributed import World
+    from train.sample import sample_tokens
+
+    allowed: list[bool] = []
+
+    class Counting:
+        """Predicts the number of ids it sees."""
+
+        no_drop = staticmethod(contextlib.nullcontext)
+
+        def logits(self, tokens_BS):
+            allowed.append(torch.backends.cuda.cudnn_sdp_enabled())
+            return torch.nn.functional.one_hot(torch.tensor([tokens_BS.shape[1]]), 16).float()
+
+    model, before = Counting(), torch.backends.cuda.cudnn_sdp_enabled()
+    world = World(rank=0, world_size=1, device=torch.device("cpu"))
+    options = {"max_context": 6, "vocab_size": 16, "temperature": 0.0, "seed": 1, "world": world}
+    assert sample_tokens(model, [1, 2], num_tokens=6, **options) == [2, 3, 4, 5, 6, 6]
+    assert allowed == [False] * 6
+    assert torch.backends.cuda.cudnn_sdp_enabled() is before is True

@@ -25,7 +25,6 @@ import torch
 import torch.nn.functional as F
 from deepspeed.moe.layer import MoE
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from ray_deepep import Buffer, Communicator
 from train.clock import Clock
@@ -33,13 +32,10 @@ from train.convert import require
 from train.decode_run import Prompt, Sampling
 from train.decode_stats import StepTime
 from train.model import Attention, Block, MoELanguageModel, rotary_table, rotate
-from train.sample import draw_token
+from train.sample import attention_of_any_length, draw_token
 
 _ROW_MULTIPLE = 128
 """Low-latency calls move rows of a multiple of this many elements."""
-
-_ATTENTION = (SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH)
-"""All but cuDNN's, which makes a new plan for each length, and here every step has another."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,7 +160,7 @@ class Decoder:
     @torch.no_grad()
     def run(self, num_steps: int) -> list[StepTime]:
         """So many steps, also where this rank has nothing to do in them. Collective; all ranks pass the same number."""
-        with sdpa_kernel(list(_ATTENTION)):
+        with attention_of_any_length():
             return [self._run_step() for _ in range(num_steps)]
 
     def close(self) -> None:

@@ -119,7 +119,8 @@ def build_engine(
     ep_size = config.resolve_ep_size(world.world_size)
     data_before_expert = bool(ds_config.get("use_data_before_expert_parallelism", False))
     ep_rank = _ep_rank(world, ep_size, data_before_expert)
-    model = MoELanguageModel(config.model, vocab_size=padded_vocab_size(vocab_size), ep_size=ep_size)
+    with world.device:  # a GPU copies the experts in no time
+        model = MoELanguageModel(config.model, vocab_size=padded_vocab_size(vocab_size), ep_size=ep_size)
     init_weights(model, seed=config.run.seed, ep_rank=ep_rank)
     param_groups = split_for_weight_decay(model, config.optim.weight_decay)
     engine, *_ = deepspeed.initialize(

@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 import re
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -22,6 +24,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from train.config import ModelConfig
+
+_MAX_DRAWING = 8
+"""Threads that draw weights; ranks of one node do it at the same time."""
 
 
 class LossOutput(NamedTuple):
@@ -204,24 +209,32 @@ EXPERT_NAME = re.compile(r"(?<=\.deepspeed_experts\.)\d+(?=\.)")
 """The number of an expert in a parameter's name; counts from 0 on every rank."""
 
 
-@torch.no_grad()
 def init_weights(model: MoELanguageModel, *, seed: int, ep_rank: int) -> None:
-    """Draw every weight from its own generator; `ep_rank` turns local expert numbers into global ids."""
+    """Draw every weight from its own generator; `ep_rank` turns local expert numbers into global ids.
+
+    Drawn on the CPU, so that they are the same on all devices; a generator uses one core, so several draw at once.
+    """
     config = model.config
     num_local_experts = config.num_experts
     for module in model.modules():
         if isinstance(module, MoE):
             num_local_experts = module.num_local_experts
     branch_std = config.init_std / math.sqrt(2 * config.num_layers)
-    for name, param in model.named_parameters():
+
+    @torch.no_grad()
+    def draw(name: str, param: nn.Parameter) -> None:
         if param.ndim < 2:
             param.fill_(1.0 if name.endswith("norm.weight") else 0.0)
-            continue
+            return
         unique = EXPERT_NAME.sub(lambda m: str(ep_rank * num_local_experts + int(m.group())), name)
         digest = hashlib.sha256(f"{seed}/{unique}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little", signed=True))
         std = branch_std if name.endswith(("down.weight", "attn.out.weight")) else config.init_std
-        param.copy_(torch.randn(param.shape, generator=generator) * std)
+        param.copy_(torch.randn(param.shape, generator=generator, device="cpu").mul_(std))
+
+    with ThreadPoolExecutor(min(_MAX_DRAWING, os.cpu_count() or 1)) as pool:
+        for drawn in [pool.submit(draw, *item) for item in model.named_parameters()]:
+            drawn.result()
 
 
 def split_for_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
