@@ -64,6 +64,9 @@ def test_an_earlier_demo_is_left_alone(tmp_path, monkeypatch):
         (["--workers", "0"], ConfigError, "--workers = 0: must be at least 1"),
         (["--steps", "0"], ConfigError, "--steps = 0: must be at least 1"),
         (["--preset", "huge"], ConfigError, "preset = 'huge'"),
+        (["--set", "model.ep_size"], ConfigError, "--set = 'model.ep_size': must be FIELD=VALUE"),
+        (["--set", "model.ep_size=3"], ConfigError, "model.ep_size = 3: must divide"),
+        (["--set", "model.experts=3"], ConfigError, "model.experts"),
         (["--resume", "nowhere"], ConfigError, "must be the folder of an earlier demo"),
         (["--data", "no/such/file"], DataError, "no such file or folder"),
     ],
@@ -335,3 +338,10 @@ def test_demo_options_know_their_steps(tmp_path):
         preset="tiny", data=(), workers=2, steps=None, out=tmp_path, resume=False, backends=("stock",)
     )
     assert options.num_steps == get_preset("tiny").run.steps
+
+
+def test_the_demo_sets_fields_of_both_runs(tmp_path):
+    arguments = ["--preset", "tiny", "--workers", "4", "--out", str(tmp_path / "demo")]
+    options = options_from_args([*arguments, "--set", "model.ep_size=2", "run.steps=5"])
+    assert (options.config.model.ep_size, options.num_steps) == (2, 5)
+    assert options.entrypoint("stock", here=True).endswith(" --set model.ep_size=2 run.steps=5")

@@ -52,7 +52,9 @@ def test_ranks_that_share_a_gpu_meet_over_gloo(monkeypatch, device, ranks, gpus,
 
 def test_deepspeed_takes_the_gpu_of_the_process(monkeypatch):
     """Left alone it takes the one of LOCAL_RANK, and rank 1 of two on one GPU would ask for a second."""
-    asked = []
+    asked, model = [], torch.nn.Linear(2, 2)
+    monkeypatch.setattr(engine, "MoELanguageModel", lambda *_, **__: model)  # this torch may be one without CUDA
+    monkeypatch.setattr(engine, "init_weights", lambda *_, **__: None)
     monkeypatch.setattr(engine.deepspeed, "initialize", lambda args, **_: asked.append(args) or [None])
     monkeypatch.setenv("LOCAL_RANK", "1")
     for device in (torch.device("cuda", 0), torch.device("cpu")):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterable
 from typing import Any
 
 from train.config import BACKENDS, TrainConfig
@@ -50,13 +51,19 @@ def config_from_args(args: argparse.Namespace) -> TrainConfig:
     return config.replace(**_overrides(args))
 
 
-def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+def fields_from(items: Iterable[str]) -> dict[str, Any]:
+    """What `--set` asks for, as `TrainConfig.replace` takes it. Raises ConfigError."""
     values: dict[str, Any] = {}
-    for item in args.set:
+    for item in items:
         name, equals, value = item.partition("=")
         if not equals:
             raise ConfigError("--set", item, "must be FIELD=VALUE, e.g. model.hidden=256")
         values[name] = value.split(",") if name == "data.paths" else value
+    return values
+
+
+def _overrides(args: argparse.Namespace) -> dict[str, Any]:
+    values = fields_from(args.set)
     named = {
         "data.paths": args.data,
         "run.out_dir": args.out,

@@ -22,7 +22,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from train.config import BACKENDS
+from train.cli import fields_from
+from train.config import BACKENDS, TrainConfig
 from train.errors import ConfigError, DataError
 from train.job_bar import JobBar
 from train.local_ray import LocalRay, LocalRayError
@@ -47,6 +48,8 @@ class DemoOptions:
     out: Path
     resume: bool
     backends: tuple[str, ...]
+    fields: tuple[str, ...] = ()
+    """FIELD=VALUE each, as `train.ray_main --set` takes them."""
     python: str = ""
     """Python of the cluster's nodes; empty: ours where the head is this machine, else `python`."""
 
@@ -67,12 +70,18 @@ class DemoOptions:
         command += ["--data", *self.data] if self.data else []
         command += ["--steps", str(self.steps)] if self.steps is not None else []
         command += ["--resume"] if self.resume else []
+        command += ["--set", *self.fields] if self.fields else []
         return shlex.join(command)
 
     @property
     def num_steps(self) -> int:
         """Optimizer steps of each run."""
-        return get_preset(self.preset).run.steps if self.steps is None else self.steps
+        return self.config.run.steps if self.steps is None else self.steps
+
+    @property
+    def config(self) -> TrainConfig:
+        """Of both runs, as far as they share it. Raises ConfigError."""
+        return get_preset(self.preset).replace(**fields_from(self.fields))
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -122,10 +131,11 @@ def options_from_args(argv: list[str] | None) -> DemoOptions:
     )
     parser.add_argument("--python", default="", metavar="PATH", help="with RAY_ADDRESS: Python of the cluster's nodes")
     parser.add_argument("--backend", nargs="+", choices=BACKENDS, default=["ray_deepep", "stock"], help="which to run")
+    parser.add_argument(
+        "--set", nargs="+", action="extend", default=[], metavar="FIELD=VALUE", help="other fields, as in train.main"
+    )
     args = parser.parse_args(argv)
     RayOptions(num_workers=args.workers, gpus_per_worker=args.gpus_per_worker)  # checks them
-    preset = get_preset(args.preset)
-    preset.model.resolve_ep_size(args.workers)
     if args.steps is not None and args.steps < 1:
         raise ConfigError("--steps", args.steps, "must be at least 1")
     if args.resume and not (Path(args.resume) / args.backend[0] / "checkpoints").is_dir():
@@ -134,7 +144,7 @@ def options_from_args(argv: list[str] | None) -> DemoOptions:
         find_files(tuple(args.data))
     out = Path(args.resume) if args.resume else args.out or _new_folder(Path("runs/demo"))
     _check_out(out.absolute())
-    return DemoOptions(
+    options = DemoOptions(
         preset=args.preset,
         data=tuple(str(Path(path).absolute()) for path in args.data),
         workers=args.workers,
@@ -143,8 +153,11 @@ def options_from_args(argv: list[str] | None) -> DemoOptions:
         out=out.absolute(),
         resume=bool(args.resume),
         backends=tuple(args.backend),
+        fields=tuple(args.set),
         python=args.python,
     )
+    options.config.model.resolve_ep_size(options.workers)
+    return options
 
 
 def _check_out(out: Path) -> None:
