@@ -14,7 +14,7 @@ from train.report import compare_runs, main
 PNG = b"\x89PNG\r\n\x1a\n"
 
 
-def metrics(step, *, step_ms=100.0, comm_ms=10.0, val_loss=None):
+def metrics(step, *, step_ms=100.0, comm_ms=10.0, val_loss=None, memory_bytes=None):
     return StepMetrics(
         step=step,
         loss=5.0 / step,
@@ -29,6 +29,7 @@ def metrics(step, *, step_ms=100.0, comm_ms=10.0, val_loss=None):
         combine_ms=comm_ms / 2,
         comm_calls=8.0,
         val_loss=val_loss,
+        memory_bytes=memory_bytes,
     )
 
 
@@ -92,6 +93,19 @@ def test_comparison_table_and_plot(tmp_path, capsys):
     assert "stock" in capsys.readouterr().out
     assert main([str(tmp_path / "missing")]) == 2
     assert "holds no steps" in capsys.readouterr().err
+
+
+def test_memory_is_the_most_of_all_steps(tmp_path, capsys):
+    ours = [metrics(1), metrics(2, memory_bytes=3 * 10**9), metrics(3, memory_bytes=2 * 10**9)]
+    assert run_stats(ours).memory_bytes == 3e9 and math.isnan(run_stats(ours[:1]).memory_bytes)
+    for folder, steps in (("ours", ours), ("stock", [metrics(1, memory_bytes=4 * 10**9)]), ("old", [metrics(1)])):
+        (tmp_path / folder).mkdir()
+        write(tmp_path / folder / "metrics.jsonl", steps)
+    main([str(tmp_path / "ours"), str(tmp_path / "stock")])
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("memory of rank 0, GB"))
+    assert line.split()[-3:] == ["3.00", "4.00", "0.75"]
+    main([str(tmp_path / "old"), str(tmp_path / "old")])
+    assert "\nmemory of" not in capsys.readouterr().out
 
 
 def test_plot_without_validation(tmp_path):

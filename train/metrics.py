@@ -54,6 +54,8 @@ class StepMetrics:
     """Gates, which choose experts."""
     experts_ms: float | None = None
     """MoE layers without gates, dispatch and combine: experts, and what puts their rows in order."""
+    memory_bytes: int | None = None
+    """What `train.memory` says of this rank, on every tenth step and the last."""
     val_loss: float | None = None
     """Validation cross-entropy, on steps that validate."""
     time_s: float | None = None
@@ -86,6 +88,8 @@ class RunStats:
     """NaN, as the next two, without `run.split`."""
     gate_ms: float
     experts_ms: float
+    memory_bytes: float
+    """The most of all steps; NaN if none says."""
 
 
 def run_stats(steps: list[StepMetrics]) -> RunStats:
@@ -107,6 +111,7 @@ def run_stats(steps: list[StepMetrics]) -> RunStats:
         last_loss=steps[-1].loss,
         val_loss=validated[-1] if validated else math.nan,
         **{name: median(name) for name in _MEDIANS},
+        memory_bytes=max((m.memory_bytes for m in steps if m.memory_bytes is not None), default=math.nan),
         comm_share=statistics.median((m.dispatch_ms + m.combine_ms) / m.step_ms for m in timed),
     )
 

@@ -15,8 +15,8 @@ from train.config import TrainConfig
 from train.errors import ConfigError, DataError
 from train.metrics import RunStats, StepMetrics, read_metrics, run_stats
 
-_SPLIT = ("attention_ms", "gate_ms", "experts_ms")
-"""What only runs with `run.split` know."""
+_OPTIONAL = ("attention_ms", "gate_ms", "experts_ms", "memory_bytes")
+"""What only runs with `run.split` know, and those of before memory was told."""
 
 
 def format_summary(summary: TrainSummary) -> str:
@@ -37,6 +37,9 @@ def format_summary(summary: TrainSummary) -> str:
         ("metrics", str(summary.metrics_path)),
         ("loss plot", str(summary.plot_path)),
     ]
+    if not math.isnan(stats.memory_bytes):
+        where = "GPU" if summary.device == "cuda" else "process"
+        rows.insert(-3, ("memory", f"{stats.memory_bytes / 1e9:.2f} GB of rank 0's {where}"))
     if summary.sample:
         rows.append(("sample text", str(summary.out_dir / "sample.txt")))
     width = max(len(name) for name, _ in rows)
@@ -89,13 +92,14 @@ def format_comparison(runs: dict[str, RunStats]) -> str:
         ("experts ms", "experts_ms", True),
         ("combine ms", "combine_ms", True),
         ("share of dispatch + combine", "comm_share", True),
+        ("memory of rank 0, GB", "memory_bytes", True),
     ]
     labels = list(runs)
     with_ratio = len(labels) == 2
     table = [["", *labels, *(["ratio"] if with_ratio else [])]]
     for title, name, is_cost in rows:
         values = [getattr(stats, name) for stats in runs.values()]
-        if name in _SPLIT and all(math.isnan(value) for value in values):
+        if name in _OPTIONAL and all(math.isnan(value) for value in values):
             continue
         cells = [_cell(name, value) for value in values]
         if with_ratio:
@@ -115,6 +119,8 @@ def _cell(name: str, value: float) -> str:
         return f"{value:.1%}"
     if name == "num_steps":
         return str(value)
+    if name == "memory_bytes":
+        return f"{value / 1e9:.2f}"
     return f"{value:,.0f}" if name == "tokens_per_s" else f"{value:.4f}" if "loss" in name else f"{value:.2f}"
 
 

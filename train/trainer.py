@@ -34,6 +34,7 @@ from train.errors import TrainingDivergedError
 from train.expert_load import ExpertLoad
 from train.files import write_text_atomic
 from train.finish import count_params, plot, write_sample
+from train.memory import memory_of_step
 from train.metrics import MetricsWriter, StepMetrics, run_stats
 from train.module_times import ModuleTimes
 from train.run_folder import RunFolder
@@ -241,6 +242,7 @@ class Trainer:
             time_s=time.time(),
             world_size=self.world.world_size,
             expert_tokens=self._load.take(step),
+            memory_bytes=memory_of_step(step, self.config.run.steps, self.world.device),
             **(self._parts.split(counts.dispatch_ms + counts.combine_ms) if self._parts else {}),
         )
 
