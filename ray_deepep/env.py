@@ -22,7 +22,7 @@
 | ``RAY_DEEPEP_COMBINE`` | ``auto`` | ``exact`` (stock's bits), ``fast`` (sums); ``auto``: fast if experts are grouped |
 | ``RAY_ADDRESS`` | empty | Ray's own: the cluster that jobs go to, if none is named |
 | ``RAY_TRAIN_CALLBACKS`` | empty | Ray's own: callbacks of Train runs; ours are added to it |
-| ``RAY_DEEPEP_DEVICE_HEAP_GIB`` | ``4`` | GPU memory of one of DeepSpeed's buffers |
+| ``RAY_DEEPEP_DEVICE_HEAP_GIB`` | ``4`` | most GPU memory of a DeepSpeed buffer where gates drop no token |
 | ``CUDA_MPS_PIPE_DIRECTORY`` | ``/tmp/nvidia-mps`` | CUDA's own: where the MPS daemon is found |
 | ``RAY_DEEPEP_HEAP_GIB`` | ``64`` | largest address space per rank and buffer; memory is used only where rows are |
 

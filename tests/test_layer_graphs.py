@@ -94,6 +94,26 @@ def test_what_ranks_do_not_agree_on_comes_as_it_comes(why: str) -> None:
     assert peers.num_agreements == 1, "a rank that cannot must tell the others"
 
 
+def test_a_call_that_comes_again_is_counted_once() -> None:
+    """Another rank wants a larger buffer where ranks would agree on room, or while a dispatch fails on all."""
+    from ray_deepep.deepspeed.agree import MORE_ROOM, MoreRoomAskedError
+    from ray_deepep.deepspeed.graphed import GraphMemory, LayerGraphs
+
+    peers, layer = Peers(NUM_TOKENS), types.SimpleNamespace(gate=make_gate())
+    graphs, tokens = LayerGraphs(GraphMemory()), torch.zeros(NUM_TOKENS, 8)
+
+    def ask() -> int | None:
+        return graphs.num_rows(peers, layer, tokens, torch.tensor(20))
+
+    assert ask() is None
+    graphs.not_made()
+    assert ask() is ask() is None and peers.num_agreements == 0
+    peers.num_tokens = MORE_ROOM
+    error_of(MoreRoomAskedError, ask)
+    peers.num_tokens = NUM_TOKENS
+    assert ask() == ask() == 160 and peers.num_agreements == 2
+
+
 def test_transports_that_cannot_be_captured_are_not_asked() -> None:
     peers, layer = Peers(NUM_TOKENS), types.SimpleNamespace(gate=make_gate())
     peers.can_capture = False
@@ -215,29 +235,33 @@ def test_a_graph_does_not_stand_for_what_has_changed(ranks: Ranks) -> None:
 
 
 def notes_of_mismatches(context: RankContext) -> list[list[str]]:
-    """What a layer adds to a mismatch of each of two fields."""
+    """What a layer adds to a mismatch of each of two fields, and where others do not come to agree on more room."""
     import deepspeed_cases as ds
 
-    from ray_deepep import MismatchError
+    from ray_deepep import BootstrapError, MismatchError
     from ray_deepep.deepspeed import enable, forward
 
     ds.start_deepspeed()
     layer, found = ds.make_layer(ds.LayerCase(ep_size=1)), []
     with pytest.MonkeyPatch.context() as patch, enable(ds.swap_config("reference", "compact")):
-        for field in ("max_recv_tokens", "dtype"):
+        for raised in (
+            MismatchError("dispatch", 1, "max_recv_tokens", 160, None),
+            BootstrapError("buffer_room", [1], 60.0),
+            MismatchError("dispatch", 1, "dtype", 160, None),
+        ):
 
-            def mismatch(*_: object, field: str = field) -> None:
-                raise MismatchError("dispatch", 1, field, 160, None)
+            def fail(*_: object, raised: Exception = raised) -> None:
+                raise raised
 
-            patch.setattr(forward, "dispatch", mismatch)
-            error = error_of(MismatchError, lambda: layer(torch.zeros(NUM_TOKENS, ds.HIDDEN)))
+            patch.setattr(forward, "dispatch", fail)
+            error = error_of(type(raised), lambda: layer(torch.zeros(NUM_TOKENS, ds.HIDDEN)))
             found.append(getattr(error, "__notes__", []))
     return found
 
 
 def test_a_mismatch_of_room_says_how_to_do_without_graphs(ranks: Ranks) -> None:
-    (((note,), others),) = ranks.run(1, notes_of_mismatches)
-    assert "SwapConfig(graphs='off')" in note and others == []
+    ((*told, others),) = ranks.run(1, notes_of_mismatches)
+    assert all("SwapConfig(graphs='off')" in note for (note,) in told) and len(told) == 2 and others == []
 
 
 class Graph:

@@ -21,23 +21,25 @@ from deepspeed.utils.bwc import bwc_tensor_model_parallel_world_size
 
 from ..argument_checks import COMBINE_DTYPES
 from ..checks import MAX_TOPK
-from ..errors import InvalidArgumentError, MismatchError
-from ..handle import DispatchHandle, ExpertMajor, Padded, TokenMajor
+from ..errors import BootstrapError, InvalidArgumentError, MismatchError, ReceiveOverflowError
+from ..handle import DispatchHandle, ExpertMajor, Padded
+from .agree import tell
 from .config import SwapConfig
 from .exchange import Arrival, Dispatched, Routes, combine, dispatch
-from .gating import route
-from .graphed import LayerGraphs
+from .gating import bounds_routes, route
+from .graphed import GRAPHS_FIELD, LayerGraphs
 from .grouped import GroupedExperts, LinearGradients
-from .registry import BufferRegistry, SharedBuffer
+from .registry import ROOM_PHASE, BufferRegistry, SharedBuffer
+from .room import MAX_ROWS, Need
 
 CAPACITY_FIELDS = ("layout", "layout.capacity")
 """What a mismatch of capacities is called: by the CPU core and the reference, and by the CUDA core."""
-GRAPHS_FIELD = "max_recv_tokens"
-"""What a mismatch of the room for rows is called that layers have for their graphs."""
 GRAPHS_NOTE = (
     "An MoE layer that runs as CUDA graphs got more tokens on some ranks than when it was captured. Where ranks get "
     "different numbers of tokens, set SwapConfig(graphs='off') or RAY_DEEPEP_GRAPHS=off."
 )
+
+ROOM_NOTE = "Gates that drop no token may send many to one rank: RAY_DEEPEP_DEVICE_HEAP_GIB gives more room for rows."
 
 
 def stock_reason(layer: MOELayer, hidden_states: torch.Tensor) -> str:
@@ -76,8 +78,9 @@ def moe_forward(
             captured = graphs.ready(layer, tokens, used_token, functools.partial(_forward, call, graphs))
         try:
             out = _forward(call, graphs, tokens)[0] if captured is None else captured(layer, tokens)
-        except MismatchError as error:
-            if error.field == GRAPHS_FIELD:
+        except (MismatchError, BootstrapError) as error:
+            # The others do not come to agree on more room while they replay.
+            if getattr(error, "field", "") == GRAPHS_FIELD or getattr(error, "phase", "") == ROOM_PHASE:
                 error.add_note(GRAPHS_NOTE)
             raise
         return out.reshape(hidden_states.shape)
@@ -104,26 +107,30 @@ def _forward(
     # Fused or hand-written expert containers know the stock shape only.
     compact = grouped is not None or (config.layout == "compact" and type(layer.experts).forward is Experts.forward)
     hidden, num_topk = tokens.shape[1], routes.gates.shape[0]
-    shared = registry.for_layer(layer, hidden=hidden, num_topk=num_topk, padded=not compact)
-    _check_room(shared, tokens, routes)
+    knows_capacity = not compact or bounds_routes(layer)
+    need = Need(num_tokens=tokens.shape[0], capacity=int(routes.capacity) if knows_capacity else 0)
+    shared = registry.for_layer(layer, need, hidden=hidden, num_topk=num_topk, padded=not compact)
+    _check_room(shared, tokens, need)
     reduce = config.combine
     if reduce == "auto":
         reduce = "exact" if grouped is None else "fast"
-    num_rows = None
-    if graphs is not None and grouped is not None:
-        num_rows = graphs.num_rows(shared.buffer, layer, tokens, routes.capacity)
     with _timed(layer, FIRST_ALLTOALL_TIMER, "time_falltoall"):
         if compact:
-            how = Arrival(layout=ExpertMajor(), combine=reduce, split=grouped is None, max_recv_tokens=num_rows)
-            arrived = dispatch(shared.buffer, tokens, routes, how)
+            how = Arrival(layout=ExpertMajor(), combine=reduce, split=grouped is None)
+            counted = graphs if grouped is not None else None
+            send = functools.partial(_dispatch_compact, shared, layer, tokens, routes, how, counted)
         else:
-            arrived = _dispatch_padded(shared, tokens, routes, combine=reduce, split=_is_loop(layer.experts))
+            how = {"combine": reduce, "split": _is_loop(layer.experts)}
+            send = functools.partial(_dispatch_padded, shared, tokens, routes, **how)
+        arrived = registry.with_room(shared, layer.ep_group, need, tokens.device, send)
+    # The buffer that the rows came over; a larger one may have taken its place.
+    buffer = shared.buffer
     if grouped is not None:
         outputs = _all_experts(grouped, arrived, later)
     else:
         outputs = _each_expert(layer, arrived) if arrived.split else (layer.experts(*arrived.blocks),)
     with _timed(layer, SECOND_ALLTOALL_TIMER, "time_salltoall"):
-        combined = combine(shared.buffer, outputs, arrived, combine=reduce)
+        combined = combine(buffer, outputs, arrived, combine=reduce)
     return combined, arrived.handle
 
 
@@ -194,6 +201,29 @@ def _each_expert(layer: MOELayer, arrived: Dispatched) -> list[torch.Tensor]:
     return outputs
 
 
+def _dispatch_compact(
+    shared: SharedBuffer,
+    layer: MOELayer,
+    tokens: torch.Tensor,
+    routes: Routes,
+    how: Arrival,
+    graphs: LayerGraphs | None,
+) -> Dispatched:
+    """Dispatch without a capacity; with ``graphs``, into the room that ranks agreed on for them."""
+    if graphs is not None:
+        num_rows = graphs.num_rows(shared.buffer, layer, tokens, routes.capacity)
+        how = dataclasses.replace(how, max_recv_tokens=num_rows)
+    try:
+        return dispatch(shared.buffer, tokens, routes, how)
+    except MismatchError:
+        if graphs is not None:
+            graphs.not_made()
+        raise
+    except ReceiveOverflowError as error:
+        error.add_note(ROOM_NOTE)
+        raise
+
+
 def _dispatch_padded(shared: SharedBuffer, tokens: torch.Tensor, routes: Routes, **how: Any) -> Dispatched:
     """Dispatch with one capacity for all ranks, the largest. how: of ``Arrival``, but for the layout.
 
@@ -205,35 +235,28 @@ def _dispatch_padded(shared: SharedBuffer, tokens: torch.Tensor, routes: Routes,
         try:
             return dispatch(shared.buffer, tokens, routes, Arrival(layout=Padded(capacity), **how))
         except MismatchError as error:
-            if error.field not in CAPACITY_FIELDS:
-                raise
+            if error.field not in CAPACITY_FIELDS or shared.grows:
+                raise  # who grows buffers looks at what capacities there are
             shared.capacities_differ = True
     capacity = _largest_capacity(shared, tokens, capacity)
     return dispatch(shared.buffer, tokens, routes, Arrival(layout=Padded(capacity), **how))
 
 
 def _largest_capacity(shared: SharedBuffer, tokens: torch.Tensor, capacity: int) -> int:
-    """Largest capacity of all ranks, by sending each rank one row.
-
-    Over the buffer rather than an all-reduce of torch: the same deadline, and a fault that names who did not come.
-    """
-    buffer = shared.buffer
-    first_experts = torch.arange(buffer.comm.num_ranks, device=tokens.device) * buffer.num_local_experts
-    # float32 holds integers to 2^24; a capacity is below 2^20 (room.MAX_ROWS).
-    x = torch.full((buffer.comm.num_ranks, buffer.geometry.hidden), float(capacity), device=tokens.device)
-    received = buffer.dispatch(x, first_experts.unsqueeze(1), layout=TokenMajor())
-    return int(received.x[:, 0].max())
+    """Largest capacity of all ranks, by telling each other."""
+    return max(tell(shared.buffer, capacity, tokens.device))
 
 
-def _check_room(shared: SharedBuffer, tokens: torch.Tensor, routes: Routes) -> None:
+def _check_room(shared: SharedBuffer, tokens: torch.Tensor, need: Need) -> None:
     geometry = shared.buffer.geometry
-    more = "(RAY_DEEPEP_HEAP_GIB or CommConfig.heap_gib gives more)"
-    if tokens.shape[0] > geometry.max_tokens:
-        rule = f"must hold at most {geometry.max_tokens} tokens {more}"
-        raise InvalidArgumentError("hidden_states", tuple(tokens.shape), rule)
-    if geometry.max_capacity and int(routes.capacity) > geometry.max_capacity:
-        rule = f"must be at most {geometry.max_capacity} {more}; layout='compact' needs no capacity"
-        raise InvalidArgumentError("capacity", int(routes.capacity), rule)
+    max_tokens = MAX_ROWS if shared.grows else geometry.max_tokens
+    max_capacity = MAX_ROWS if shared.grows else geometry.max_capacity
+    more = "" if shared.grows else " (RAY_DEEPEP_HEAP_GIB or CommConfig.heap_gib gives more)"
+    if need.num_tokens > max_tokens:
+        raise InvalidArgumentError("hidden_states", tuple(tokens.shape), f"must hold at most {max_tokens} tokens{more}")
+    if shared.shape.padded and need.capacity > max_capacity:
+        rule = f"must be at most {max_capacity}{more}; layout='compact' needs no capacity"
+        raise InvalidArgumentError("capacity", need.capacity, rule)
 
 
 @contextmanager

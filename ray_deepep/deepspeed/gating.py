@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from deepspeed.moe.sharded_moe import MOELayer
+from deepspeed.moe.sharded_moe import MOELayer, TopKGate
 
 from .exchange import Routes
 
@@ -19,6 +19,11 @@ def route(layer: MOELayer, tokens: torch.Tensor, used_token: torch.Tensor | None
         tokens, used_token, True, layer.use_tutel
     )
     return _routes(indices, locations, gates, capacity)
+
+
+def bounds_routes(layer: MOELayer) -> bool:
+    """Whether the capacity, known to the host, bounds the routes of a rank to an expert."""
+    return type(layer.gate) is TopKGate and layer.gate.drop_tokens
 
 
 def _route_nothing(layer: MOELayer, tokens: torch.Tensor) -> Routes:

@@ -15,15 +15,19 @@ import weakref
 from collections.abc import Callable, Iterable
 
 import torch
-from deepspeed.moe.sharded_moe import MOELayer, TopKGate
+from deepspeed.moe.sharded_moe import MOELayer
 
 from ..buffer import Buffer
-from ..handle import DispatchHandle, TokenMajor
+from ..handle import DispatchHandle
+from .agree import tell
 from .captured import CapturedLayer, Condition, capture
+from .gating import bounds_routes
 from .grouped import LinearGradients
 
 logger = logging.getLogger("ray_deepep")
 
+GRAPHS_FIELD = "max_recv_tokens"
+"""What a mismatch of the room for rows is called that layers have for their graphs."""
 _WARM_UP_CALLS = 2
 """Before ranks agree: what torch and the buffer make at their first calls cannot be made amid a capture."""
 _MOST_CAPTURES = 3
@@ -110,12 +114,16 @@ class LayerGraphs:
         """
         if not buffer.can_capture:
             return None
-        self._num_calls += 1
-        if self._num_calls == _WARM_UP_CALLS + 1:
+        if self._num_calls == _WARM_UP_CALLS:
             self._buffer, self._agreed = buffer, _agree(buffer, layer, tokens, capacity)
+        self._num_calls += 1
         agreed = self._agreed
         self._fits = agreed is not None and layer.gate.drop_tokens and int(capacity) <= agreed.capacity
         return agreed.num_rows if self._fits else None
+
+    def not_made(self) -> None:
+        """The call that ``num_rows`` was asked for failed on every rank, and comes again."""
+        self._num_calls -= 1
 
     def ready(
         self,
@@ -205,17 +213,10 @@ class GraphPlans:
 
 
 def _agree(buffer: Buffer, layer: MOELayer, tokens: torch.Tensor, capacity: torch.Tensor) -> Agreed | None:
-    """What all ranks can take, by sending each rank one row; None if their tokens differ or a gate drops none.
-
-    Over the buffer rather than an all-reduce of torch: the same deadline, and a fault that names who did not come.
-    """
-    gate = layer.gate
-    num_tokens = tokens.shape[0] if type(gate) is TopKGate and gate.drop_tokens else 0
-    first_experts = torch.arange(buffer.comm.num_ranks, device=tokens.device) * buffer.num_local_experts
-    # float32 holds integers to 2^24; there are at most 2^20 tokens (room.MAX_ROWS).
-    x = torch.full((buffer.comm.num_ranks, buffer.geometry.hidden), float(num_tokens), device=tokens.device)
-    received = buffer.dispatch(x, first_experts.unsqueeze(1), layout=TokenMajor()).x[:, 0].tolist()
-    if num_tokens == 0 or any(number != num_tokens for number in received):
+    """What all ranks can take, by telling each other; None if their tokens differ or a gate drops none."""
+    num_tokens = tokens.shape[0] if bounds_routes(layer) else 0
+    told = tell(buffer, num_tokens, tokens.device)
+    if num_tokens == 0 or any(number != num_tokens for number in told):
         return None
     num_rows = buffer.comm.num_ranks * buffer.num_local_experts * int(capacity)
     return Agreed(num_tokens=num_tokens, capacity=int(capacity), num_rows=num_rows)

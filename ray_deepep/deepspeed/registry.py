@@ -3,30 +3,64 @@
 When a buffer is made or freed must not differ between ranks, or one would wait for ranks that still use the old one. So
 buffers are made at a layer's first forward and freed by calls that every rank makes (``Swap.close``,
 ``engine.destroy``), never because Python happened to collect a layer.
+
+On GPUs a buffer has room for what its first forward needed on any rank. When a forward of some rank needs more, all
+ranks of the group go over to a larger one in the same call, and the old one stays open for backwards that are to come.
+A rank that lacks nothing learns of it by its own dispatch, which meets another call than its own (a mismatch, found on
+every rank before a row moves), or by what it is told; then all of them say what they need. See ``with_room``.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import json
 import logging
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from typing import TypeVar
 
+import torch
 import torch.distributed as dist
 from deepspeed.moe.sharded_moe import MOELayer
 
 from ..buffer import Buffer
 from ..communicator import Communicator
 from ..config import CommConfig
-from ..errors import InvalidArgumentError, InvalidTypeError
+from ..errors import InvalidArgumentError, InvalidTypeError, MismatchError
+from ..rendezvous import store_exchange
 from ..telemetry import CommStats
 from ..transport import BufferGeometry
-from .graphed import GraphPlans
+from .agree import MORE_ROOM, MoreRoomAskedError, tell
+from .graphed import GRAPHS_FIELD, GraphPlans
 from .grouped import GroupedPlans
-from .room import geometry_for
+from .room import Need, fits, geometry_for, geometry_of_need, grown
+
+R = TypeVar("R")
 
 logger = logging.getLogger("ray_deepep")
+
+ROOM_PHASE = "buffer_room"
+"""What it is called when ranks tell each other the room that they need."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerShape:
+    """What layers must have in common to share a buffer."""
+
+    ranks: tuple[int, ...]
+    """Global ranks of the EP group."""
+    num_experts: int
+    """Of all ranks."""
+    hidden: int
+    num_topk: int
+    padded: bool
+
+    def sizes(self) -> dict[str, int | bool]:
+        """As `room` takes them."""
+        fields = {name: getattr(self, name) for name in ("num_experts", "hidden", "num_topk", "padded")}
+        return {"num_ranks": len(self.ranks), **fields}
 
 
 @dataclasses.dataclass(kw_only=True, eq=False)
@@ -34,6 +68,13 @@ class SharedBuffer:
     """A buffer and what its layers share."""
 
     buffer: Buffer
+    shape: LayerShape
+    grows: bool
+    """Whether it has room for what was needed so far, and no more."""
+    fitting: Need | None = None
+    """The last need that was found to fit."""
+    outgrown: list[Buffer] = dataclasses.field(default_factory=list)
+    """Smaller ones of before, open for the backwards of their forwards."""
     users: set[int] = dataclasses.field(default_factory=set)
     """Numbers of the layers that use it."""
     capacities_differ: bool = False
@@ -46,7 +87,7 @@ class BufferRegistry:
     def __init__(self, config: CommConfig) -> None:
         self._config = config
         self._communicators: dict[tuple[int, ...], Communicator] = {}
-        self._buffers: dict[tuple[tuple[int, ...], BufferGeometry], SharedBuffer] = {}
+        self._buffers: dict[LayerShape, SharedBuffer] = {}
         self._layers: weakref.WeakKeyDictionary[MOELayer, tuple[SharedBuffer, int]] = weakref.WeakKeyDictionary()
         self._numbers = itertools.count()
         self._logged: set[str] = set()
@@ -58,8 +99,8 @@ class BufferRegistry:
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
-        """Open buffers, oldest first."""
-        return tuple(shared.buffer for shared in self._buffers.values())
+        """Open buffers, oldest first of each shape of layers."""
+        return tuple(buffer for shared in self._buffers.values() for buffer in (*shared.outgrown, shared.buffer))
 
     @property
     def communicators(self) -> tuple[Communicator, ...]:
@@ -84,33 +125,86 @@ class BufferRegistry:
             self._logged.add(message)
             logger.log(level, "%s", message)
 
-    def for_layer(self, layer: MOELayer, *, hidden: int, num_topk: int, padded: bool) -> SharedBuffer:
-        """The buffer of ``layer``; collective over its EP group when the first layer of its geometry asks."""
+    def for_layer(self, layer: MOELayer, need: Need, *, hidden: int, num_topk: int, padded: bool) -> SharedBuffer:
+        """The buffer of ``layer``; collective over its EP group when the first layer of its shape asks."""
         known = self._layers.get(layer)
         if known is not None:
-            geometry = known[0].buffer.geometry
-            if geometry.hidden == hidden and geometry.num_topk == num_topk and padded == bool(geometry.max_capacity):
+            shape = known[0].shape
+            if (shape.hidden, shape.num_topk, shape.padded) == (hidden, num_topk, padded):
                 return known[0]
             self.release([layer])
         ranks = tuple(dist.get_process_group_ranks(layer.ep_group))
-        communicator = self._communicator(layer, ranks)
-        on_gpu = communicator.transport == "cuda"
-        geometry = geometry_for(
-            num_ranks=len(ranks),
-            num_experts=layer.num_local_experts * len(ranks),
-            hidden=hidden,
-            num_topk=num_topk,
-            padded=padded,
-            heap_gib=self._config.device_heap_gib if on_gpu else self._config.heap_gib,
-        )
-        shared = self._buffers.get((ranks, geometry))
+        num_experts = layer.num_local_experts * len(ranks)
+        shape = LayerShape(ranks=ranks, num_experts=num_experts, hidden=hidden, num_topk=num_topk, padded=padded)
+        shared = self._buffers.get(shape)
         if shared is None:
-            shared = SharedBuffer(buffer=Buffer(communicator, **dataclasses.asdict(geometry)))
-            self._buffers[ranks, geometry] = shared
+            shared = self._buffers[shape] = self._make(layer.ep_group, shape, need)
         number = next(self._numbers)
         shared.users.add(number)
         self._layers[layer] = (shared, number)
         return shared
+
+    def with_room(
+        self, shared: SharedBuffer, group: dist.ProcessGroup, need: Need, device: torch.device, call: Callable[[], R]
+    ) -> R:
+        """What ``call``, a dispatch of rows on ``device`` over ``shared.buffer``, gives, once that has room for every
+        rank's need.
+
+        Collective over ``group``, as the call is, which may be made twice: then over a larger buffer.
+        """
+        if not shared.grows:
+            return call()
+        if need != shared.fitting and not fits(self._wanted(shared.shape, need), shared.buffer.geometry):
+            with contextlib.suppress(MismatchError):  # the others are in another call, and so learn of it
+                tell(shared.buffer, MORE_ROOM, device)
+            self._grow(shared, group, need)
+            return call()
+        shared.fitting = need
+        try:
+            return call()
+        except (MismatchError, MoreRoomAskedError) as error:
+            # Ranks that replay graphs do not come to say what they need.
+            if getattr(error, "field", "") == GRAPHS_FIELD:
+                raise
+            if not self._grow(shared, group, need) and isinstance(error, MismatchError):
+                raise
+        return call()
+
+    def _make(self, group: dist.ProcessGroup, shape: LayerShape, need: Need) -> SharedBuffer:
+        communicator = self._communicator(group, shape.ranks)
+        grows = _uses_memory_at_once(communicator)
+        if grows:
+            geometry = self._wanted(shape, Need.of_all(self._needs(group, communicator, need)))
+        else:
+            geometry = geometry_for(**shape.sizes(), heap_gib=self._config.heap_gib)
+        return SharedBuffer(buffer=_buffer(communicator, geometry), shape=shape, grows=grows)
+
+    def _wanted(self, shape: LayerShape, need: Need) -> BufferGeometry:
+        return geometry_of_need(need, **shape.sizes(), heap_gib=self._config.device_heap_gib)
+
+    def _grow(self, shared: SharedBuffer, group: dist.ProcessGroup, need: Need) -> bool:
+        """Have all ranks say what they need, and make room for it; whether anything changed by that."""
+        needs = self._needs(group, shared.buffer.comm, need)
+        differ = shared.shape.padded and len({each.capacity for each in needs}) > 1
+        changed = differ and not shared.capacities_differ
+        shared.capacities_differ |= differ
+        wanted, given = self._wanted(shared.shape, Need.of_all(needs)), shared.buffer.geometry
+        if fits(wanted, given):
+            return changed
+        larger = _buffer(shared.buffer.comm, grown(given, wanted))
+        shared.outgrown.append(shared.buffer)
+        shared.buffer = larger
+        logger.info("a layer's buffer grew from %s to %s", given, larger.geometry)
+        return True
+
+    def _needs(self, group: dist.ProcessGroup, communicator: Communicator, need: Need) -> list[Need]:
+        """Every rank's need, in order; collective."""
+        num_ranks, deadline_s = communicator.num_ranks, self._config.bootstrap_deadline_s
+        if num_ranks == 1:
+            return [need]
+        exchange = store_exchange(group, communicator.rank, num_ranks, deadline_s)
+        told = exchange(ROOM_PHASE, json.dumps(dataclasses.asdict(need)).encode())
+        return [Need(**json.loads(each)) for each in told]
 
     def release(self, layers: Iterable[MOELayer]) -> None:
         """These layers are done; close buffers that no layer uses any more."""
@@ -141,14 +235,22 @@ class BufferRegistry:
             communicator.close()
         self._communicators.clear()
 
-    def _communicator(self, layer: MOELayer, ranks: tuple[int, ...]) -> Communicator:
+    def _communicator(self, group: dist.ProcessGroup, ranks: tuple[int, ...]) -> Communicator:
         if ranks not in self._communicators:
-            made = Communicator.from_process_group(layer.ep_group, config=self._config)
-            self._communicators[ranks] = made
+            self._communicators[ranks] = Communicator.from_process_group(group, config=self._config)
         return self._communicators[ranks]
 
     def _retire(self, shared: SharedBuffer) -> None:
-        self._retired += shared.buffer.stats()
-        for key in [key for key, value in self._buffers.items() if value is shared]:
-            del self._buffers[key]
-        shared.buffer.close()
+        del self._buffers[shared.shape]
+        for buffer in (*shared.outgrown, shared.buffer):
+            self._retired += buffer.stats()
+            buffer.close()
+
+
+def _uses_memory_at_once(communicator: Communicator) -> bool:
+    """Whether a buffer's heap takes its memory when it is made, so that more room than needed is a waste."""
+    return communicator.transport == "cuda"
+
+
+def _buffer(communicator: Communicator, geometry: BufferGeometry) -> Buffer:
+    return Buffer(communicator, **dataclasses.asdict(geometry))

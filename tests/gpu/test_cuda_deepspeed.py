@@ -96,3 +96,36 @@ def grouped_and_loop(context: RankContext, combine: str) -> list[str]:
 def test_grouped_experts(ranks: Ranks, num_ranks: int, combine: str) -> None:
     for differences in ranks.run(num_ranks, grouped_and_loop, combine, deadline_s=120.0):
         assert differences == []
+
+
+def growing_layer(context: RankContext, layout: str, drop_tokens: bool) -> list[list[str]]:
+    """Batches that grow on one rank, on all, and shrink again: each against the CPU core."""
+    import deepspeed_cases as ds
+
+    from ray_deepep import CommConfig
+    from ray_deepep.deepspeed import SwapConfig, enable
+
+    torch.cuda.set_device(context.rank % torch.cuda.device_count())
+    torch.backends.cuda.matmul.allow_tf32 = False
+    ds.start_deepspeed()
+    case = ds.LayerCase(k=4, drop_tokens=drop_tokens, ep_size=context.num_ranks)
+    layer = ds.make_layer(case)
+    batches = (2, 2 + 5 * context.rank, 20, 1, 30 - 29 * context.rank)
+    results: dict[str, list[dict[str, torch.Tensor]]] = {}
+    for device, transport in (("cpu", "shm"), ("cuda", "cuda")):
+        layer.to(device)
+        with enable(
+            SwapConfig(layout=layout, combine="exact", comm=CommConfig(**CASE_CONFIG | {"transport": transport}))
+        ) as swap:
+            results[device] = [_step(layer, context.rank, device, batch) for batch in batches]
+            sizes = [buffer.geometry.max_tokens for buffer in swap.buffers]
+            assert len(sizes) == (1 if device == "cpu" else 4), sizes
+            assert device == "cpu" or sizes[0] < 64 <= sizes[1] < sizes[2] < sizes[3] < 1000
+    return [ds.differences(*pair, atol=2e-5) for pair in zip(results["cpu"], results["cuda"], strict=True)]
+
+
+@pytest.mark.parametrize("drop_tokens", (True, False))
+@pytest.mark.parametrize("layout", ("padded", "compact"))
+def test_buffers_grow_with_batches(ranks: Ranks, layout: str, drop_tokens: bool) -> None:
+    for differences in ranks.run(2, growing_layer, layout, drop_tokens, deadline_s=120.0):
+        assert differences == [[]] * 5
