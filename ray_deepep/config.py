@@ -115,8 +115,8 @@ class CommConfig:
     nvshmem: NvshmemConfig = dataclasses.field(default_factory=NvshmemConfig)
     """Settings of NVSHMEM; only used where it is. A dict of its fields will do as well."""
     device_heap_gib: float = dataclasses.field(default_factory=env.device_heap_gib)
-    """Most GPU memory, GiB, that DeepSpeed's swap gives a buffer where gates drop no token, so that nobody knows how many
-    rows a rank may get. With other gates it has the room that was needed so far, whatever that is."""
+    """Most GPU memory, GiB, that DeepSpeed's swap gives a buffer where gates drop no token, so that nobody knows how
+    many rows a rank may get. With other gates it has the room that was needed so far, whatever that is."""
     heap_gib: float = dataclasses.field(default_factory=env.heap_gib)
     """Largest address space of one rank's part of a buffer's heap, GiB. Memory is used only where rows were written."""
 
