@@ -102,7 +102,7 @@ class Swap:
 
     @property
     def buffers(self) -> tuple[Buffer, ...]:
-        """Open buffers: one per EP group and geometry that has run a forward."""
+        """Open buffers: one per EP group and shape of layers that ran a forward, and on GPUs smaller ones of before."""
         return self._registry.buffers
 
     @property
