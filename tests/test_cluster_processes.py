@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import itertools
 import os
 import socket
 import subprocess
@@ -12,6 +14,7 @@ import pytest
 
 pytest.importorskip("ray", reason="ray_deepep.cluster needs Ray")
 
+from ray_deepep.cluster import nodes
 from ray_deepep.cluster.nodes import reachable
 from ray_deepep.cluster.processes import ProcessId, kill_process, process_state
 
@@ -55,6 +58,28 @@ def test_a_process_that_may_not_be_looked_at_is_unknown(monkeypatch, worker):
         refusing.setattr(Path, "read_text", refuse)
         assert kill_process(of_this_node(worker.pid)) is False
         assert process_state(of_this_node(worker.pid)) == "unknown"
+
+
+@pytest.fixture
+def listener():
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        yield server.getsockname()
+
+
+def test_a_node_that_answers_is_there_though_this_process_slept(monkeypatch, listener):
+    """All of the time may pass before its answer is looked at, on a machine that starts many workers."""
+    clock = itertools.count(step=10.0)
+    monkeypatch.setattr(nodes.time, "monotonic", lambda: next(clock))
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        closed = server.getsockname()
+    assert reachable({"node": listener, "gone": closed}, 1.0) == {"node"}
+
+
+def test_what_this_machine_lacks_says_nothing_of_a_node(monkeypatch, listener):
+    monkeypatch.setattr(socket.socket, "connect_ex", lambda *_: errno.EADDRNOTAVAIL)
+    assert reachable({"node": listener}, 1.0) == {"node"}
+    monkeypatch.setattr(socket.socket, "connect_ex", lambda *_: errno.ECONNREFUSED)
+    assert reachable({"node": listener}, 1.0) == set()
 
 
 def test_an_address_that_is_refused_at_once_is_not_reachable():

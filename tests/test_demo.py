@@ -28,7 +28,8 @@ from train.inject import Injection
 from train.local_ray import LocalRay, LocalRayError
 from train.presets import get_preset
 from train.ray_jobs import JobFailedError, reason_of
-from train.ray_main import RayOptions, check_resources, connect, with_absolute_paths
+from train.ray_main import RayOptions, check_resources, connect, first_step_moments, with_absolute_paths
+from train.ray_worker import Attempt
 from train.timeline import RecoveryTimes, StartTimes
 
 pytestmark = pytest.mark.xdist_group("ray")
@@ -345,3 +346,16 @@ def test_the_demo_sets_fields_of_both_runs(tmp_path):
     options = options_from_args([*arguments, "--set", "model.ep_size=2", "run.steps=5"])
     assert (options.config.model.ep_size, options.num_steps) == (2, 5)
     assert options.entrypoint("stock", here=True).endswith(" --set model.ep_size=2 run.steps=5")
+
+
+def test_a_start_ends_with_the_first_attempt_that_came_to_a_step():
+    failed = Attempt(started=1.0, entered=2.0)
+    trained = Attempt(started=11.0, entered=12.0, first_step_began=13.0, first_step_done=14.0)
+    moments = first_step_moments([failed, trained])
+    assert moments == {
+        "worker_started": 11.0,
+        "worker_entered": 12.0,
+        "first_step_began": 13.0,
+        "first_step_done": 14.0,
+    }
+    assert first_step_moments([failed]) == {} == first_step_moments([])

@@ -224,7 +224,8 @@ def print_summary(options: DemoOptions, results: dict[str, dict], url: str) -> N
         print(format_comparison({name: RunStats(**result["stats"]) for name, result in results.items()}))
     print()
     for backend, result in results.items():
-        print(f"{backend}: time from submission to the first step {StartTimes(**result['start'])}")
+        if result["start"]:  # a demo that is resumed at its end has no step to do
+            print(f"{backend}: time from submission to the first step {StartTimes(**result['start'])}")
         print(f"{backend}: checkpoint {result['checkpoint']}")
         print(f"{backend}: metrics {result['metrics']}")
     print(f"loss plot {options.out / 'loss.png'}")

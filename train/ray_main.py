@@ -25,7 +25,7 @@ import socket
 import sys
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -271,18 +271,19 @@ def _torch_config(config: TrainConfig, options: RayOptions) -> Any:
 def _report(config: TrainConfig, options: RayOptions, outcome: Any, *, imported: float, connected: float) -> None:
     from train.report import format_summary
 
-    started = process_started()
-    times = StartTimes(
-        submitted=options.submitted or started,
-        driver_started=started,
-        driver_imported=imported,
-        ray_connected=connected,
-        **_moments(outcome.attempts[0]),
-    )
+    started, times = process_started(), None
+    if moments := first_step_moments(outcome.attempts):
+        times = StartTimes(
+            submitted=options.submitted or started,
+            driver_started=started,
+            driver_imported=imported,
+            ray_connected=connected,
+            **moments,
+        )
     result = {
         "backend": config.run.backend,
         "out_dir": config.run.out_dir,
-        "start": dataclasses.asdict(times),
+        "start": times and dataclasses.asdict(times),
         "attempts": [dataclasses.asdict(attempt) for attempt in outcome.attempts],
         "recoveries": [],
         "stats": dataclasses.asdict(outcome.summary.stats),
@@ -291,20 +292,28 @@ def _report(config: TrainConfig, options: RayOptions, outcome: Any, *, imported:
         "plot": str(outcome.summary.plot_path),
     }
     print(format_summary(outcome.summary))
-    print(f"time to first step  {times}")
-    for number, attempt in enumerate(outcome.attempts[1:], start=1):
+    if times is not None:
+        print(f"time to first step  {times}")
+    for number in range(1, len(outcome.attempts)):
         time_file = injected_file(Path(config.run.out_dir), number)
+        moments = first_step_moments(outcome.attempts[number:])
         # A resize may end an attempt before its fault, or leave out the rank that was to suffer it.
-        if number <= len(options.inject) and time_file.exists():
+        if number <= len(options.inject) and time_file.exists() and moments:
             fault = float(time_file.read_text(encoding="utf-8"))
-            times = RecoveryTimes(fault=fault, **_moments(attempt))
+            times = RecoveryTimes(fault=fault, **moments)
             result["recoveries"].append({"kind": options.inject[number - 1].kind} | dataclasses.asdict(times))
             print(f"{options.inject[number - 1].kind} to training again  {times}")
     print(f"{RESULT_PREFIX} {json.dumps(result)}", flush=True)
 
 
-def _moments(attempt: Any) -> dict[str, float]:
-    """The last moments of a start, of an `Attempt`."""
+def first_step_moments(attempts: Sequence[Any]) -> dict[str, float]:
+    """The last moments of a start, of the first `Attempt` that came to a step; empty if none did.
+
+    A start may fail before, and a run that is resumed at its end has no step to do.
+    """
+    attempt = next((attempt for attempt in attempts if attempt.first_step_done), None)
+    if attempt is None:
+        return {}
     return {
         "worker_started": attempt.started,
         "worker_entered": attempt.entered,

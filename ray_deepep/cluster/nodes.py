@@ -10,6 +10,9 @@ from collections.abc import Collection, Mapping
 
 import ray
 
+_OWN_TROUBLE = (errno.EADDRNOTAVAIL, errno.ENOBUFS, errno.ENOMEM, errno.EAGAIN)
+"""What this machine lacks says nothing of another one."""
+
 
 def lost_nodes(node_ids: Collection[str], timeout_s: float) -> set[str]:
     """Those of ``node_ids`` that Ray counts as dead, or whose Ray daemon takes no connection within ``timeout_s``.
@@ -29,7 +32,7 @@ def lost_nodes(node_ids: Collection[str], timeout_s: float) -> set[str]:
 
 
 def reachable(addresses: Mapping[str, tuple[str, int]], timeout_s: float) -> set[str]:
-    """Names of those addresses that accept a TCP connection; all are tried at once."""
+    """Names of those addresses that accept a TCP connection, or could not be tried; all are tried at once."""
     found: set[str] = set()
     deadline = time.monotonic() + timeout_s
     with selectors.DefaultSelector() as selector:
@@ -37,15 +40,20 @@ def reachable(addresses: Mapping[str, tuple[str, int]], timeout_s: float) -> set
             probe = socket.socket(socket.AF_INET6 if ":" in address[0] else socket.AF_INET, socket.SOCK_STREAM)
             probe.setblocking(False)
             result = probe.connect_ex(address)
-            if result == 0:
+            if result == 0 or result in _OWN_TROUBLE:
                 found.add(name)
             if result != errno.EINPROGRESS:
                 # Refused at once, as where there is no route; the socket would be writable all the same.
                 probe.close()
                 continue
             selector.register(probe, selectors.EVENT_WRITE, name)
-        while selector.get_map() and (left := deadline - time.monotonic()) > 0:
-            for key, _ in selector.select(left):
+        while selector.get_map():
+            left = deadline - time.monotonic()
+            answered = selector.select(max(left, 0.0))
+            # Looked at once more after the deadline: on a busy machine this process may not run for a while.
+            if not answered and left <= 0:
+                break
+            for key, _ in answered:
                 if key.fileobj.getsockopt(socket.SOL_SOCKET, socket.SO_ERROR) == 0:
                     found.add(key.data)
                 selector.unregister(key.fileobj)
