@@ -114,6 +114,28 @@ def test_a_call_that_comes_again_is_counted_once() -> None:
     assert ask() == ask() == 160 and peers.num_agreements == 2
 
 
+def test_graphs_over_an_outgrown_buffer_serve_until_their_backward() -> None:
+    from ray_deepep.deepspeed.graphed import GraphMemory, GraphPlans
+
+    closed: list[str] = []
+    memory, layer = GraphMemory(left_bytes=lambda: 100, reserved_bytes=lambda: 0), nn.Linear(1, 1)
+    plans = GraphPlans()
+    graphs = plans.of(layer)
+    captured = types.SimpleNamespace(busy=True, close=lambda: closed.append("graph"))
+    assert not memory.full and memory.take(30)
+    graphs._memory, graphs._captured, graphs._num_bytes, graphs._fits = memory, captured, 30, True
+    plans.leave([layer, nn.Linear(1, 1)])
+    assert graphs.captured is None and not graphs._fits, "the next call is made one by one"
+    assert graphs.ready(layer, torch.zeros(1, 1), None, None, None) is None and not closed
+    captured.busy = False
+    assert graphs.ready(layer, torch.zeros(1, 1), None, None, None) is None and closed == ["graph"]
+    assert memory.take(50), "its memory is given back"
+    graphs._captured = types.SimpleNamespace(busy=True, close=lambda: closed.append("busy"))
+    graphs.leave()
+    plans.release([layer])
+    assert closed == ["graph", "busy"]
+
+
 def test_transports_that_cannot_be_captured_are_not_asked() -> None:
     peers, layer = Peers(NUM_TOKENS), types.SimpleNamespace(gate=make_gate())
     peers.can_capture = False

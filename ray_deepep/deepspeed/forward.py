@@ -75,7 +75,8 @@ def moe_forward(
         graphs = registry.graphs.of(layer) if _wants_graphs(config, layer, tokens) else None
         captured = None
         if graphs is not None:
-            captured = graphs.ready(layer, tokens, used_token, functools.partial(_forward, call, graphs))
+            send = functools.partial(_forward, call, graphs)
+            captured = graphs.ready(layer, tokens, used_token, registry.buffer_of(layer), send)
         try:
             out = _forward(call, graphs, tokens)[0] if captured is None else captured(layer, tokens)
         except (MismatchError, BootstrapError) as error:

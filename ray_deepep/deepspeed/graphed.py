@@ -97,9 +97,10 @@ class LayerGraphs:
         self._agreed: Agreed | None = None
         self._fits = False
         """Whether the last call that was made one by one had the room that was agreed on."""
-        self._buffer: Buffer | None = None
         self._condition: Condition | None = None
         self._captured: CapturedLayer | None = None
+        self._left: list[tuple[CapturedLayer, int]] = []
+        """Graphs over a buffer that was outgrown, with their bytes, until their backward is done."""
 
     @property
     def captured(self) -> CapturedLayer | None:
@@ -115,7 +116,7 @@ class LayerGraphs:
         if not buffer.can_capture:
             return None
         if self._num_calls == _WARM_UP_CALLS:
-            self._buffer, self._agreed = buffer, _agree(buffer, layer, tokens, capacity)
+            self._agreed = _agree(buffer, layer, tokens, capacity)
         self._num_calls += 1
         agreed = self._agreed
         self._fits = agreed is not None and layer.gate.drop_tokens and int(capacity) <= agreed.capacity
@@ -125,11 +126,19 @@ class LayerGraphs:
         """The call that ``num_rows`` was asked for failed on every rank, and comes again."""
         self._num_calls -= 1
 
+    def leave(self) -> None:
+        """The buffer was outgrown, so the graphs over it serve no further forward. Every rank does it in the same call:
+        who replayed over the old buffer would wait for those that launch over the new one."""
+        if self._captured is not None:
+            self._left.append((self._captured, self._num_bytes))
+        self._captured, self._fits = None, False
+
     def ready(
         self,
         layer: MOELayer,
         tokens: torch.Tensor,
         used_token: torch.Tensor | None,
+        buffer: Buffer | None,
         forward: Callable[[torch.Tensor, list[LinearGradients]], tuple[torch.Tensor, DispatchHandle]],
     ) -> CapturedLayer | None:
         """Graphs that stand for this call; None: it is to be made call by call. Local.
@@ -138,8 +147,10 @@ class LayerGraphs:
             layer: the layer.
             tokens: ``[T, M]``.
             used_token: as the layer's forward takes it.
+            buffer: what the call goes over; None before the first.
             forward: the call that is captured, of tokens and of a list for what experts' gradients are made of.
         """
+        self._free_left()
         if self._agreed is None or used_token is not None or tokens.shape[0] != self._agreed.num_tokens:
             return None
         if self._captured is None and self._num_captures >= _MOST_CAPTURES:
@@ -159,7 +170,7 @@ class LayerGraphs:
             self._condition, self._fits = Condition(layer, tokens), False
         if self._captured is None and self._fits and self._num_captures < _MOST_CAPTURES:
             self._num_captures += 1
-            self._captured = self._capture(layer, tokens, forward)
+            self._captured = self._capture(layer, tokens, buffer, forward)
         return self._captured
 
     def close(self) -> None:
@@ -168,15 +179,29 @@ class LayerGraphs:
             self._captured.close()
             self._captured = None
             self._memory.give_back(self._num_bytes)
+        self._free_left(busy=True)
 
-    def _capture(self, layer: MOELayer, tokens: torch.Tensor, forward: Callable) -> CapturedLayer | None:
+    def _free_left(self, busy: bool = False) -> None:
+        """Free what was left behind; busy: also what a backward may still need."""
+        still = []
+        for captured, num_bytes in self._left:
+            if captured.busy and not busy:
+                still.append((captured, num_bytes))
+                continue
+            captured.close()
+            self._memory.give_back(num_bytes)
+        self._left = still
+
+    def _capture(
+        self, layer: MOELayer, tokens: torch.Tensor, buffer: Buffer, forward: Callable
+    ) -> CapturedLayer | None:
         try:
             # A graph that nobody holds, collected amid a capture, would spoil it.
             gc.collect()
             if self._memory.full:
                 return self._go_on_without(f"those of other layers hold {self._memory}")
             before = self._memory.reserved_bytes()
-            captured = capture(layer, tokens, self._condition.parameters, self._buffer.new_graph, forward)
+            captured = capture(layer, tokens, self._condition.parameters, buffer.new_graph, forward)
             self._num_bytes = max(0, self._memory.reserved_bytes() - before)
             if self._memory.take(self._num_bytes):
                 return captured
@@ -204,6 +229,12 @@ class GraphPlans:
         if layer not in self._of:
             self._of[layer] = LayerGraphs(self._memory)
         return self._of[layer]
+
+    def leave(self, layers: Iterable[MOELayer]) -> None:
+        """The buffer of these layers was outgrown; see ``LayerGraphs.leave``."""
+        for layer in layers:
+            if (graphs := self._of.get(layer)) is not None:
+                graphs.leave()
 
     def release(self, layers: Iterable[MOELayer] | None = None) -> None:
         """Forget these layers, or all: before their buffer is closed."""

@@ -144,6 +144,11 @@ class BufferRegistry:
         self._layers[layer] = (shared, number)
         return shared
 
+    def buffer_of(self, layer: MOELayer) -> Buffer | None:
+        """What ``layer``'s next call goes over, if nobody needs more room; None before its first."""
+        known = self._layers.get(layer)
+        return None if known is None else known[0].buffer
+
     def with_room(
         self, shared: SharedBuffer, group: dist.ProcessGroup, need: Need, device: torch.device, call: Callable[[], R]
     ) -> R:
@@ -194,6 +199,7 @@ class BufferRegistry:
         larger = _buffer(shared.buffer.comm, grown(given, wanted))
         shared.outgrown.append(shared.buffer)
         shared.buffer = larger
+        self.graphs.leave([layer for layer, (its, _) in self._layers.items() if its is shared])
         logger.info("a layer's buffer grew from %s to %s", given, larger.geometry)
         return True
 

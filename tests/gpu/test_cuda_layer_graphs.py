@@ -161,10 +161,25 @@ def one_gradient_only(runner: Runner) -> None:
 
 
 def other_sizes(runner: Runner) -> None:
-    """Fewer tokens on one rank while the others replay; fewer and more on all."""
+    """Fewer tokens on one rank while the others replay; fewer and more on all, which take a larger buffer."""
     steps(runner)
-    for number, num_tokens in enumerate((64, 64 - 8 * runner.rank, 32, 96, 64), start=20):
+    for number, num_tokens in enumerate((64, 64 - 8 * runner.rank, 32, 96, 64, 64, 64), start=20):
         runner.step(number, num_tokens)
+
+
+def more_amid_a_step(runner: Runner) -> None:
+    """The buffer is outgrown between a replayed forward and its backward, which is then over the old one."""
+    steps(runner)
+    x, grad = runner.inputs(20)
+    out, l_aux = runner.forward(x, 20)
+    runner.layer.eval()
+    with torch.no_grad():
+        runner.results["21.eval"] = runner.forward(runner.inputs(21, 160)[0], 21)[0]
+    runner.layer.train()
+    ((out * grad).float().sum() + l_aux).backward()
+    runner.keep(20, out, l_aux, x)
+    for number in range(22, 26):
+        runner.step(number)
 
 
 def other_settings(runner: Runner) -> None:
@@ -215,6 +230,7 @@ def checkpointed_by_hooks(runner: Runner) -> None:
         (without_backward, True),
         (one_gradient_only, True),
         (other_sizes, True),
+        (more_amid_a_step, True),
         (other_settings, True),
         (checkpointed_reentrant, False),
         (checkpointed_by_hooks, False),
