@@ -149,6 +149,24 @@ def test_backward_after_growth(ranks: Ranks, transport: str, layout: str) -> Non
     ranks.run(2, check_backward_after_growth, transport, layout)
 
 
+def check_evaluation(context: RankContext, transport: str, layout: str) -> None:
+    """Gates let more through in evaluation: the buffer of the first step has room for both."""
+    start_deepspeed()
+    case = LayerCase(k=2, moe={"capacity_factor": 1.0, "eval_capacity_factor": 3.0})
+    layer = make_layer(case)
+    expected = [step(case, layer, train=train) for train in (True, False)]
+    with growing(transport, layout, "exact") as swap:
+        for want, train in zip(expected, (True, False)):
+            assert not differences(want, step(case, layer, train=train), atol=5e-6)
+        (buffer,) = swap.buffers
+        assert max(buffer.geometry.max_capacity, (buffer.geometry.max_rows or 0) // 8) == 3 * 64 * 2 // 8
+
+
+@pytest.mark.parametrize("layout", ("padded", "compact"))
+def test_evaluation_is_no_reason_to_grow(ranks: Ranks, transport: str, layout: str) -> None:
+    ranks.run(2, check_evaluation, transport, layout)
+
+
 def check_true_mismatch(context: RankContext, transport: str) -> None:
     """Where nobody needs room, what ranks disagree on is the user's error, on every rank; the buffer serves on."""
     start_deepspeed()

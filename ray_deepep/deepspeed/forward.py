@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -108,10 +109,9 @@ def _forward(
     # Fused or hand-written expert containers know the stock shape only.
     compact = grouped is not None or (config.layout == "compact" and type(layer.experts).forward is Experts.forward)
     hidden, num_topk = tokens.shape[1], routes.gates.shape[0]
-    knows_capacity = not compact or bounds_routes(layer)
-    need = Need(num_tokens=tokens.shape[0], capacity=int(routes.capacity) if knows_capacity else 0)
+    need = _need(layer, tokens, routes, padded=not compact)
     shared = registry.for_layer(layer, need, hidden=hidden, num_topk=num_topk, padded=not compact)
-    _check_room(shared, tokens, need)
+    _check_room(shared, tokens, routes)
     reduce = config.combine
     if reduce == "auto":
         reduce = "exact" if grouped is None else "fast"
@@ -248,16 +248,28 @@ def _largest_capacity(shared: SharedBuffer, tokens: torch.Tensor, capacity: int)
     return max(tell(shared.buffer, capacity, tokens.device))
 
 
-def _check_room(shared: SharedBuffer, tokens: torch.Tensor, need: Need) -> None:
+def _need(layer: MOELayer, tokens: torch.Tensor, routes: Routes, *, padded: bool) -> Need:
+    """What a buffer must have room for; with a capacity that will do for evaluation and training, which take turns."""
+    bounded = bounds_routes(layer)
+    if not padded and not bounded:
+        return Need(num_tokens=tokens.shape[0])
+    capacity = int(routes.capacity)
+    factors = (layer.gate.capacity_factor, layer.gate.eval_capacity_factor) if bounded else (0.0,)
+    if min(factors) > 0:
+        capacity = math.ceil(capacity * max(factors) / factors[0 if layer.gate.training else 1])
+    return Need(num_tokens=tokens.shape[0], capacity=capacity)
+
+
+def _check_room(shared: SharedBuffer, tokens: torch.Tensor, routes: Routes) -> None:
     geometry = shared.buffer.geometry
     max_tokens = MAX_ROWS if shared.grows else geometry.max_tokens
     max_capacity = MAX_ROWS if shared.grows else geometry.max_capacity
     more = "" if shared.grows else " (RAY_DEEPEP_HEAP_GIB or CommConfig.heap_gib gives more)"
-    if need.num_tokens > max_tokens:
+    if tokens.shape[0] > max_tokens:
         raise InvalidArgumentError("hidden_states", tuple(tokens.shape), f"must hold at most {max_tokens} tokens{more}")
-    if shared.shape.padded and need.capacity > max_capacity:
+    if shared.shape.padded and int(routes.capacity) > max_capacity:
         rule = f"must be at most {max_capacity}{more}; layout='compact' needs no capacity"
-        raise InvalidArgumentError("capacity", need.capacity, rule)
+        raise InvalidArgumentError("capacity", int(routes.capacity), rule)
 
 
 @contextmanager
