@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import datetime
 import os
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,9 @@ from deepspeed.accelerator import get_accelerator
 
 from train.config import RunConfig
 from train.errors import ConfigError
+
+
+_GLOO_GRACE_S = 0.05
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +62,10 @@ def join_world(config: RunConfig) -> Iterator[World]:
     yield World(rank=dist.get_rank(), world_size=dist.get_world_size(), device=device)
     if owned:
         deepspeed.comm.destroy_process_group()
+        if device_type == "cpu":
+            # DeepSpeed keeps its groups, so gloo's threads live on. One that still has work to put away when Python ends
+            # aborts the process.
+            time.sleep(_GLOO_GRACE_S)
 
 
 def _device_type(wanted: str) -> str:
