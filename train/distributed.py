@@ -22,7 +22,6 @@ from deepspeed.accelerator import get_accelerator
 from train.config import RunConfig
 from train.errors import ConfigError
 
-
 _GLOO_GRACE_S = 0.05
 
 
@@ -63,8 +62,8 @@ def join_world(config: RunConfig) -> Iterator[World]:
     if owned:
         deepspeed.comm.destroy_process_group()
         if device_type == "cpu":
-            # DeepSpeed keeps its groups, so gloo's threads live on. One that still has work to put away when Python ends
-            # aborts the process.
+            # DeepSpeed keeps its groups, so gloo's threads live on. One that still has work to put away when Python
+            # ends aborts the process.
             time.sleep(_GLOO_GRACE_S)
 
 
