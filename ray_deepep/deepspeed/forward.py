@@ -81,11 +81,18 @@ def moe_forward(
         try:
             out = _forward(call, graphs, tokens)[0] if captured is None else captured(layer, tokens)
         except (MismatchError, BootstrapError) as error:
-            # The others do not come to agree on more room while they replay.
-            if getattr(error, "field", "") == GRAPHS_FIELD or getattr(error, "phase", "") == ROOM_PHASE:
+            if comes_of_graphs(error, replayed=graphs is not None and graphs.agreed):
                 error.add_note(GRAPHS_NOTE)
             raise
         return out.reshape(hidden_states.shape)
+
+
+def comes_of_graphs(error: MismatchError | BootstrapError, *, replayed: bool) -> bool:
+    """Whether a call failed because of graphs. replayed: by now other ranks may replay this layer, and then do not come
+    where ranks say what room they need."""
+    if isinstance(error, MismatchError):
+        return error.field == GRAPHS_FIELD
+    return replayed and error.phase == ROOM_PHASE
 
 
 @dataclasses.dataclass(frozen=True)

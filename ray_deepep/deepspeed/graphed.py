@@ -107,6 +107,11 @@ class LayerGraphs:
         """The graphs, if there are any."""
         return self._captured
 
+    @property
+    def agreed(self) -> bool:
+        """Whether ranks have agreed on room, so that any of them may replay."""
+        return self._agreed is not None
+
     def num_rows(self, buffer: Buffer, layer: MOELayer, tokens: torch.Tensor, capacity: torch.Tensor) -> int | None:
         """``max_recv_tokens`` of this call's dispatch; None: as many rows as come.
 
