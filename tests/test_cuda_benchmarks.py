@@ -81,9 +81,21 @@ def test_table_of_layers() -> None:
     times = {"median_us": 8000.0, "p10_us": 7900.0, "p90_us": 8200.0}
     stock = {f"{part}_{name}": us for part in ("forward", "both") for name, us in times.items()}
     stock |= {"variant": "stock", "memory_bytes": 3_000_000_000, "relative_error": 0.0, "both_host_median_us": 1000.0}
-    ours = {**stock, "variant": "exact, grouped", "both_median_us": 2000.0, "relative_error": 0.0021}
+    ours = {
+        **stock,
+        "variant": "exact, grouped",
+        "both_median_us": 2000.0,
+        "relative_error": 0.0021,
+        "heap_bytes": 540_000_000,
+    }
     lines = cuda_layer.table([stock, ours]).splitlines()
-    assert "4.00×" in lines[-1] and "50%" in lines[-1] and "0.0021" in lines[-1] and "3,000" in lines[-2]
+    assert (
+        "4.00×" in lines[-1]
+        and "50%" in lines[-1]
+        and "0.0021" in lines[-1]
+        and " 3,000 |" in lines[-2]
+        and "3,000 + 540" in lines[-1]
+    )
 
 
 def test_layer_shapes_can_be_shared_by_two_ranks() -> None:

@@ -33,13 +33,11 @@ def format_summary(summary: TrainSummary) -> str:
         ("time per step", f"{stats.step_ms:.1f} ms (median)"),
         ("of it", _split_text(stats)),
         ("dispatch + combine", _comm_text(stats)),
+        ("memory", _memory_text(summary)),
         ("checkpoint", str(summary.checkpoint_path or "none")),
         ("metrics", str(summary.metrics_path)),
         ("loss plot", str(summary.plot_path)),
     ]
-    if not math.isnan(stats.memory_bytes):
-        where = "GPU" if summary.device == "cuda" else "process"
-        rows.insert(-3, ("memory", f"{stats.memory_bytes / 1e9:.2f} GB of rank 0's {where}"))
     if summary.sample:
         rows.append(("sample text", str(summary.out_dir / "sample.txt")))
     width = max(len(name) for name, _ in rows)
@@ -67,6 +65,13 @@ def _split_text(stats: RunStats) -> str:
     names = ("forward", "backward", "optimizer", "attention", "gate", "experts")
     times = {name: getattr(stats, f"{name}_ms") for name in names}
     return ", ".join(f"{name} {ms:.1f}" for name, ms in times.items() if not math.isnan(ms))
+
+
+def _memory_text(summary: TrainSummary) -> str:
+    if math.isnan(summary.stats.memory_bytes):
+        return "not looked at"
+    where = "GPU" if summary.device == "cuda" else "process"
+    return f"{summary.stats.memory_bytes / 1e9:.2f} GB of rank 0's {where}"
 
 
 def _comm_text(stats: RunStats) -> str:
