@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
 from tqdm import tqdm
 
 from train.timeline import RecoveryTimes
@@ -57,8 +58,8 @@ class Setup:
     """Less than 1: they share them."""
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the rounds, append their lines, print the table."""
+def main(argv: list[str] | None = None) -> int:
+    """Run the rounds, append their lines, print the table. Returns the exit status: 2 where nothing can be measured."""
     args = parse(argv)
     setup = Setup(
         num_workers=args.workers,
@@ -71,6 +72,9 @@ def main(argv: list[str] | None = None) -> None:
     for kind in args.kinds:
         if reason := why_not(kind, setup):
             print(f"{kind} is left out: {reason}")
+    if not kinds:
+        print("no fault is left to measure", file=sys.stderr)
+        return 2
     records: list[Record] = []
     runs = [[kind for kind in kinds if kind != "node"], [kind for kind in kinds if kind == "node"]]
     with tqdm(total=args.rounds * len(kinds), unit="fault") as bar:
@@ -82,6 +86,7 @@ def main(argv: list[str] | None = None) -> None:
                 bar.update(len(group))
     print(table(records))
     print(origin(records, args.out))
+    return 0
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -97,7 +102,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--timeout", type=float, default=900.0, metavar="S", help="of a whole run, s (default: 900)")
     parser.add_argument("--rounds", type=int, default=1, metavar="N", help="how often each fault is done (default: 1)")
     parser.add_argument("--out", type=Path, default=RESULTS / f"{NAME}.jsonl", help="results file to append to")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.transport == "cuda" and not torch.cuda.is_available():
+        parser.error("argument --transport: cuda needs a GPU, and torch sees none")
+    return args
 
 
 def why_not(kind: str, setup: Setup) -> str:
@@ -226,4 +234,4 @@ def table(records: list[Record]) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -228,6 +228,17 @@ def test_recovery_on_whole_gpus_is_the_case_it_was(monkeypatch: pytest.MonkeyPat
     assert ("| 2 × GPU |" if share == 1 else "| 2 × 0.5 GPU |") in recovery.table([line])
 
 
+def test_recovery_that_can_measure_nothing_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    recovery = pytest.importorskip("benchmarks.recovery", reason="needs the packages of train")
+    assert recovery.main(["--kinds", "assert"]) == 2
+    told = capsys.readouterr()
+    assert "assert is left out: it needs a GPU" in told.out and "no fault is left to measure" in told.err
+    if not torch.cuda.is_available():
+        with pytest.raises(SystemExit):
+            recovery.parse(["--transport", "cuda"])
+        assert "--transport: cuda needs a GPU, and torch sees none" in capsys.readouterr().err
+
+
 def test_recovery_says_what_it_leaves_out() -> None:
     recovery = pytest.importorskip("benchmarks.recovery", reason="needs the packages of train")
     left_out = {}
